@@ -1,0 +1,14 @@
+//! hearth keeps model weights and container images warm on every node, and serves them through a
+//! lazy FUSE mount while they arrive.
+//!
+//! Rooms, top to bottom; a room imports only rooms below it, siblings never import each other
+//! (`tests/it/layers.rs` checks it). See `ARCHITECTURE.md` for the map.
+
+pub mod chunk;
+pub mod digest;
+pub mod disk;
+pub mod fetch;
+pub mod reference;
+pub mod source;
+pub mod store;
+pub mod tree;

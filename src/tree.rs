@@ -1,0 +1,401 @@
+//! Trees: directories, files, symlinks, hard links, xattrs as pure data, and their codec.
+//!
+//! Invariants, kept by [`TreeBuilder`] and checked again by [`Tree::decode`]: inode 0 is the root
+//! directory; every other inode is reachable from it; names are 1..=255 bytes without `/` or NUL
+//! and never `.` or `..`; entries of a directory are sorted and unique; directories have one parent.
+//! A path from an artifact therefore never escapes. Called by sources (to build), the store (to
+//! keep), `fs` (to serve). Nothing here does I/O.
+
+mod codec;
+
+use std::collections::HashMap;
+
+use crate::digest::{Digest, ObjectId};
+
+/// Most inodes a tree may have.
+pub const MAX_INODES: usize = 12_000_000;
+/// Longest name of one path component, in bytes (`NAME_MAX`).
+pub const MAX_NAME: usize = 255;
+/// Longest path, in bytes (`PATH_MAX`).
+pub const MAX_PATH: usize = 4096;
+
+/// Why a tree could not be built or decoded.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TreeError {
+    #[error("path {path:?}: {why}")]
+    Path { path: String, why: &'static str },
+    #[error("too many entries: more than {MAX_INODES}")]
+    TooMany,
+    #[error("stored tree is damaged: {0}")]
+    Damaged(&'static str),
+    #[error("stored tree has format {found}, this version reads {known}")]
+    Version { found: u32, known: u32 },
+}
+
+/// One resolved reference: immutable, named by the digest of its encoding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Artifact {
+    /// The reference as the user meant it, canonical, without secrets.
+    pub reference: String,
+    /// What the origin calls this generation (commit, etag, digest); empty where it has no word.
+    pub revision: String,
+    /// The files.
+    pub tree: Tree,
+    /// Contents of the files; [`Kind::File`] indexes into this.
+    pub objects: Vec<Object>,
+}
+
+/// The content of one or more regular files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Object {
+    /// Its name in the store.
+    pub id: ObjectId,
+    /// Bytes.
+    pub size: u64,
+    /// The git blob SHA-1 (over `blob <size>\0` + content), where the origin names it.
+    pub git_sha1: Option<[u8; 20]>,
+    /// How its bytes are made from remote bytes.
+    pub recipe: Recipe,
+}
+
+/// How the bytes of an object are made from remote bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Recipe {
+    /// Bytes `a..b` of the object are bytes `offset + a..offset + b` at the location.
+    Raw(Location),
+}
+
+/// A byte range at an origin, pinned to one generation.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Location {
+    /// Key, URL path or file name; the source that made it understands it.
+    pub path: String,
+    /// Etag, version or commit that every range request must match.
+    pub generation: Option<String>,
+    /// Where the object starts there, in bytes.
+    pub offset: u64,
+}
+
+/// A directory tree; inode 0 is the root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tree {
+    inodes: Vec<Inode>,
+}
+
+/// One inode: what it is and its attributes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inode {
+    pub kind: Kind,
+    pub meta: Meta,
+}
+
+/// Attributes of an inode.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Meta {
+    /// Permission bits with setuid, setgid and sticky: `mode & 0o7777`.
+    pub mode: u16,
+    pub uid: u32,
+    pub gid: u32,
+    /// Modification time: seconds since the epoch, and nanoseconds below 1e9.
+    pub mtime: (i64, u32),
+    /// Extended attributes: name, value.
+    pub xattrs: Vec<(Box<[u8]>, Box<[u8]>)>,
+}
+
+impl Meta {
+    /// A plain file: 0444, root, `mtime` seconds since the epoch.
+    pub const fn file(mtime: i64) -> Self {
+        Self {
+            mode: 0o444,
+            uid: 0,
+            gid: 0,
+            mtime: (mtime, 0),
+            xattrs: Vec::new(),
+        }
+    }
+
+    /// A plain directory: 0555, root, `mtime` seconds since the epoch.
+    pub const fn dir(mtime: i64) -> Self {
+        Self {
+            mode: 0o555,
+            uid: 0,
+            gid: 0,
+            mtime: (mtime, 0),
+            xattrs: Vec::new(),
+        }
+    }
+}
+
+/// What an inode is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kind {
+    /// A directory: its parent (itself for the root) and its entries, sorted by name.
+    Dir { parent: u32, entries: Vec<Entry> },
+    /// A regular file with the content `objects[object]` of the artifact.
+    File { object: u32 },
+    /// A symbolic link and its target, as written.
+    Symlink { target: Box<[u8]> },
+    /// A character device.
+    Char { major: u32, minor: u32 },
+    /// A block device.
+    Block { major: u32, minor: u32 },
+    /// A named pipe.
+    Fifo,
+    /// A socket.
+    Socket,
+}
+
+/// A name in a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub name: Box<[u8]>,
+    pub inode: u32,
+}
+
+impl Tree {
+    /// All inodes; the index is the inode number, 0 the root.
+    pub fn inodes(&self) -> &[Inode] {
+        &self.inodes
+    }
+
+    /// The inode, if there is one.
+    pub fn get(&self, inode: u32) -> Option<&Inode> {
+        self.inodes.get(inode as usize)
+    }
+
+    /// The entries of directory `inode`; `None` where it is no directory.
+    pub fn entries(&self, inode: u32) -> Option<&[Entry]> {
+        match &self.get(inode)?.kind {
+            Kind::Dir { entries, .. } => Some(entries),
+            _ => None,
+        }
+    }
+
+    /// The inode called `name` in directory `dir`.
+    pub fn lookup(&self, dir: u32, name: &[u8]) -> Option<u32> {
+        let entries = self.entries(dir)?;
+        let at = entries.binary_search_by(|e| (*e.name).cmp(name)).ok()?;
+        Some(entries[at].inode)
+    }
+
+    /// The inode at `path` (components separated by `/`); follows no symlinks.
+    pub fn find(&self, path: &str) -> Option<u32> {
+        path.split('/')
+            .filter(|c| !c.is_empty())
+            .try_fold(0, |dir, name| self.lookup(dir, name.as_bytes()))
+    }
+
+    /// Every regular file: (path without leading slash, inode, object), in path order. A file with
+    /// several hard links is given once for each.
+    pub fn files(&self) -> Vec<(String, u32, u32)> {
+        let mut found = Vec::new();
+        // (inode, its path, next entry): an explicit stack, since depth comes from the artifact.
+        let mut stack = vec![(0u32, 0usize)];
+        let mut path: Vec<&[u8]> = Vec::new();
+        while let Some((dir, next)) = stack.pop() {
+            let Some(entry) = self.entries(dir).and_then(|entries| entries.get(next)) else {
+                path.pop();
+                continue;
+            };
+            stack.push((dir, next + 1));
+            match &self.inodes[entry.inode as usize].kind {
+                Kind::Dir { .. } => {
+                    path.push(&entry.name);
+                    stack.push((entry.inode, 0));
+                }
+                Kind::File { object } => {
+                    let mut text = String::new();
+                    for part in path.iter().copied().chain([&*entry.name]) {
+                        if !text.is_empty() {
+                            text.push('/');
+                        }
+                        text.push_str(&String::from_utf8_lossy(part));
+                    }
+                    found.push((text, entry.inode, *object));
+                }
+                _ => {}
+            }
+        }
+        found
+    }
+}
+
+impl Artifact {
+    /// The digest that names this artifact: over its encoding.
+    pub fn digest(&self) -> Digest {
+        Digest::of(&self.encode())
+    }
+
+    /// Bytes of all distinct objects.
+    pub fn size(&self) -> u64 {
+        self.objects.iter().map(|o| o.size).sum()
+    }
+}
+
+/// Builds a [`Tree`] from paths, in any order. Missing parents are made with the default meta.
+pub struct TreeBuilder {
+    inodes: Vec<BuildInode>,
+    default_dir: Meta,
+}
+
+struct BuildInode {
+    inode: Inode,
+    children: HashMap<Box<[u8]>, u32>,
+}
+
+impl TreeBuilder {
+    /// An empty tree whose root and implied directories have `default_dir`.
+    pub fn new(default_dir: Meta) -> Self {
+        let root = BuildInode {
+            inode: Inode {
+                kind: Kind::Dir {
+                    parent: 0,
+                    entries: Vec::new(),
+                },
+                meta: default_dir.clone(),
+            },
+            children: HashMap::new(),
+        };
+        Self {
+            inodes: vec![root],
+            default_dir,
+        }
+    }
+
+    /// Adds an inode at `path` (relative, `/`-separated) and returns its number.
+    ///
+    /// # Errors
+    /// A path that is absolute, empty, too long, holds `.`, `..`, NUL or an empty component, that
+    /// is there already, or that passes through something that is no directory.
+    pub fn add(&mut self, path: &[u8], kind: Kind, meta: Meta) -> Result<u32, TreeError> {
+        let (parent, name) = self.parent_of(path)?;
+        if self.inodes[parent as usize].children.contains_key(name) {
+            return Err(path_error(path, "is there twice"));
+        }
+        let kind = match kind {
+            Kind::Dir { .. } => Kind::Dir {
+                parent,
+                entries: Vec::new(),
+            },
+            other => other,
+        };
+        self.push(parent, name, Inode { kind, meta })
+    }
+
+    /// Adds a file with content `objects[object]`.
+    ///
+    /// # Errors
+    /// As [`TreeBuilder::add`].
+    pub fn add_file(&mut self, path: &[u8], object: u32, meta: Meta) -> Result<u32, TreeError> {
+        self.add(path, Kind::File { object }, meta)
+    }
+
+    /// Makes `path` another name of `inode`, which must not be a directory.
+    ///
+    /// # Errors
+    /// As [`TreeBuilder::add`], and for an inode that is a directory or not there.
+    pub fn link(&mut self, path: &[u8], inode: u32) -> Result<(), TreeError> {
+        match self.inodes.get(inode as usize).map(|i| &i.inode.kind) {
+            None | Some(Kind::Dir { .. }) => {
+                return Err(path_error(path, "links to what is no file"));
+            }
+            Some(_) => {}
+        }
+        let (parent, name) = self.parent_of(path)?;
+        let children = &mut self.inodes[parent as usize].children;
+        if children.contains_key(name) {
+            return Err(path_error(path, "is there twice"));
+        }
+        children.insert(name.into(), inode);
+        Ok(())
+    }
+
+    /// The finished tree.
+    pub fn build(self) -> Tree {
+        let inodes = self
+            .inodes
+            .into_iter()
+            .map(
+                |BuildInode {
+                     mut inode,
+                     children,
+                 }| {
+                    if let Kind::Dir { entries, .. } = &mut inode.kind {
+                        *entries = children
+                            .into_iter()
+                            .map(|(name, inode)| Entry { name, inode })
+                            .collect();
+                        entries.sort_by(|a, b| a.name.cmp(&b.name));
+                    }
+                    inode
+                },
+            )
+            .collect();
+        Tree { inodes }
+    }
+
+    fn push(&mut self, parent: u32, name: &[u8], inode: Inode) -> Result<u32, TreeError> {
+        if self.inodes.len() >= MAX_INODES {
+            return Err(TreeError::TooMany);
+        }
+        let number = self.inodes.len() as u32;
+        self.inodes.push(BuildInode {
+            inode,
+            children: HashMap::new(),
+        });
+        self.inodes[parent as usize]
+            .children
+            .insert(name.into(), number);
+        Ok(number)
+    }
+
+    fn parent_of<'p>(&mut self, path: &'p [u8]) -> Result<(u32, &'p [u8]), TreeError> {
+        if path.len() > MAX_PATH {
+            return Err(path_error(path, "is longer than 4096 bytes"));
+        }
+        let mut components = path.split(|&b| b == b'/').peekable();
+        let mut dir = 0u32;
+        loop {
+            let Some(name) = components.next() else {
+                return Err(path_error(path, "is empty"));
+            };
+            check_name(name).map_err(|why| path_error(path, why))?;
+            if components.peek().is_none() {
+                return Ok((dir, name));
+            }
+            dir = match self.inodes[dir as usize].children.get(name) {
+                Some(&child) => match self.inodes[child as usize].inode.kind {
+                    Kind::Dir { .. } => child,
+                    _ => return Err(path_error(path, "passes through what is no directory")),
+                },
+                None => {
+                    let kind = Kind::Dir {
+                        parent: dir,
+                        entries: Vec::new(),
+                    };
+                    let meta = self.default_dir.clone();
+                    self.push(dir, name, Inode { kind, meta })?
+                }
+            };
+        }
+    }
+}
+
+fn path_error(path: &[u8], why: &'static str) -> TreeError {
+    let path = String::from_utf8_lossy(path).chars().take(200).collect();
+    TreeError::Path { path, why }
+}
+
+/// Whether `name` may stand in a directory.
+fn check_name(name: &[u8]) -> Result<(), &'static str> {
+    match name {
+        b"" => Err("is absolute or has an empty component"),
+        b"." => Err("has the component \".\""),
+        b".." => Err("has the component \"..\""),
+        _ if name.len() > MAX_NAME => Err("has a component longer than 255 bytes"),
+        _ if name.contains(&0) => Err("has a NUL byte"),
+        _ if name.contains(&b'/') => Err("has a slash in a component"),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,1 @@
+//! Tests against real servers and mounts; a missing component fails.
