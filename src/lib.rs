@@ -8,6 +8,7 @@ pub mod chunk;
 pub mod digest;
 pub mod disk;
 pub mod fetch;
+pub mod metrics;
 pub mod reference;
 pub mod source;
 pub mod store;
