@@ -37,7 +37,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 pub use self::handle::Handle;
 use self::{
     buffer::Pool,
-    dispatch::{Connections, Queue},
+    dispatch::Queue,
     limits::{Bandwidth, DemandGate},
     small::SmallObjects,
 };
@@ -166,10 +166,7 @@ impl Engine {
             pool: Pool::new(config.memory.0),
             gate: Arc::default(),
             bandwidth: Bandwidth::new(config.warm_bandwidth.map(|b| b.0)),
-            queue: Queue {
-                connections: Mutex::new(Connections::new(config.max_connections)),
-                ..Queue::default()
-            },
+            queue: Queue::new(config.max_connections),
             handles: Mutex::default(),
             answer_micros: AtomicU64::new(50_000),
             runtime: runtime.clone(),
@@ -219,7 +216,7 @@ impl Inner {
 
     fn throttled(&self, error: &SourceError) {
         if error.kind() == SourceErrorKind::Throttled {
-            self.queue.connections.lock().back_off();
+            self.queue.back_off();
         }
     }
 

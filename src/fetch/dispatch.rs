@@ -43,14 +43,13 @@ const MEASURE: Duration = Duration::from_millis(500);
 const SETTLED: Duration = Duration::from_secs(10);
 
 /// The background queue of an engine.
-#[derive(Default)]
 pub(super) struct Queue {
     jobs: Mutex<Vec<Arc<Job>>>,
     ahead: Mutex<VecDeque<Ahead>>,
     running: AtomicUsize,
     wake: Arc<Notify>,
     sequence: AtomicU64,
-    pub(super) connections: Mutex<Connections>,
+    connections: Mutex<Connections>,
 }
 
 /// One whole object to bring.
@@ -71,7 +70,7 @@ struct Ahead {
 }
 
 /// How many connections are good.
-pub(super) struct Connections {
+struct Connections {
     limit: usize,
     max: usize,
     /// Rate measured before the last step up, where one was made.
@@ -81,14 +80,8 @@ pub(super) struct Connections {
     settled_until: Option<Instant>,
 }
 
-impl Default for Connections {
-    fn default() -> Self {
-        Self::new(16)
-    }
-}
-
 impl Connections {
-    pub(super) fn new(max: usize) -> Self {
+    fn new(max: usize) -> Self {
         Self {
             limit: max.clamp(1, 4),
             max: max.max(1),
@@ -129,7 +122,7 @@ impl Connections {
     }
 
     /// The origin said that it is asked too much.
-    pub(super) fn back_off(&mut self) {
+    fn back_off(&mut self) {
         self.limit = (self.limit / 2).max(1);
         self.before = None;
         self.settled_until = Some(Instant::now() + SETTLED);
@@ -146,6 +139,23 @@ impl Drop for Wanted<'_> {
 }
 
 impl Queue {
+    /// A queue that uses at most `max` connections.
+    pub(super) fn new(max: usize) -> Self {
+        Self {
+            jobs: Mutex::default(),
+            ahead: Mutex::default(),
+            running: AtomicUsize::new(0),
+            wake: Arc::default(),
+            sequence: AtomicU64::new(0),
+            connections: Mutex::new(Connections::new(max)),
+        }
+    }
+
+    /// The origin said that it is asked too much.
+    pub(super) fn back_off(&self) {
+        self.connections.lock().back_off();
+    }
+
     /// Brings all chunks of an object.
     pub(super) async fn bring_all(
         &self,

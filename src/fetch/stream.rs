@@ -122,7 +122,7 @@ mod tests {
             x = x
                 .wrapping_mul(6364136223846793005)
                 .wrapping_add(1442695040888963407);
-            let at = (x >> 20) % (1 << 40) & !4095;
+            let at = ((x >> 20) % (1 << 40)) & !4095;
             assert_eq!(streams.note(&(at..at + 4096), 1 << 40, None), None);
         }
         assert!(streams.streams.len() <= MAX_STREAMS);
