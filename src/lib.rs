@@ -9,6 +9,7 @@ pub mod digest;
 pub mod disk;
 pub mod fetch;
 pub mod metrics;
+pub mod node;
 pub mod reference;
 pub mod source;
 pub mod store;

@@ -22,6 +22,8 @@ pub struct StoreError;
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct ByteSize(pub u64);
 impl StoreError {
+ pub fn hint(&self)->Option<&'static str> {None}
+
     pub fn closed() -> Self {
         StoreError
     }
@@ -64,6 +66,7 @@ impl Store {
     pub fn open(_root: &Path, _config: &Config) -> Result<Arc<Store>, StoreError> {
         unimplemented!()
     }
+    pub fn present_bytes(&self, _id:&ObjectId, _size:u64)->u64 {0}
     pub fn root(&self) -> &Path {
         unimplemented!()
     }
