@@ -8,6 +8,8 @@ pub mod chunk;
 pub mod digest;
 pub mod disk;
 pub mod fetch;
+pub mod fs;
+pub mod mount;
 pub mod reference;
 pub mod source;
 pub mod store;
