@@ -1,77 +1,319 @@
-//! The fetch engine: brings objects from sources into the store.
+//! The fetch engine: brings objects from sources into the store, and answers readers meanwhile.
+//!
+//! Three classes: a reader who waits ([`Class::Demand`]) goes before what a reader will want next
+//! ([`Class::Readahead`]), which goes before background work ([`Class::Warm`]). Every chunk is
+//! fetched by exactly one flight, which holds its lease; all who want it wait for that one.
+//! Memory is one fixed budget of chunk buffers. Retries are decided in `retry.rs` and nowhere
+//! else. Nothing becomes complete before its digest was checked.
+//!
+//! Called by `fs` (reads) and `node` (warm). What survives a crash is in the store; the engine
+//! itself keeps nothing.
 
-use std::sync::Arc;
+mod buffer;
+mod dispatch;
+mod flight;
+mod handle;
+mod limits;
+mod retry;
+mod safetensors;
+mod small;
+mod stream;
+mod verify;
 
-use bytes::Bytes;
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+pub use self::handle::Handle;
+use self::{
+    buffer::Pool,
+    dispatch::Queue,
+    limits::{Bandwidth, DemandGate},
+    small::SmallObjects,
+};
 use crate::{
     digest::ObjectId,
-    source::Source,
-    store::{Complete, Store},
+    metrics::{self, Metric},
+    source::{Source, SourceError, SourceErrorKind},
+    store::{Store, StoreError, StoreErrorKind},
     tree::Object,
 };
 
-pub struct Engine;
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Who waits for the bytes; the first goes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Class {
+    /// A reader waits.
     Demand,
+    /// A sequential reader will be there soon.
     Readahead,
+    /// Nobody waits.
     Warm,
 }
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("fetch")]
-pub struct FetchError;
-impl FetchError {
-    pub fn kind(&self) -> FetchErrorKind {
-        unimplemented!()
+
+impl Class {
+    fn received(self) -> &'static Metric {
+        let metrics = metrics::global();
+        match self {
+            Self::Demand => &metrics.fetch_demand_bytes,
+            Self::Readahead => &metrics.fetch_readahead_bytes,
+            Self::Warm => &metrics.fetch_warm_bytes,
+        }
     }
 }
-/// What a failed read means to whoever reads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+
+/// What may be served before the whole object is verified (see `ARCHITECTURE.md`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum VerifyPolicy {
+    /// Bytes are served as they arrive; the whole is verified when it is complete.
+    #[default]
+    Complete,
+    /// Nothing is served before the whole object is verified.
+    Strict,
+}
+
+/// Settings of the engine: `[fetch]` in the configuration file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Connections for background work, at most; the engine finds out how many are good.
+    pub max_connections: usize,
+    /// Memory for bytes in flight.
+    pub memory: crate::store::ByteSize,
+    /// Bytes per second for background work; unlimited where not set.
+    pub warm_bandwidth: Option<crate::store::ByteSize>,
+    /// What may be served before the whole object is verified.
+    pub verify: VerifyPolicy,
+    /// How long to try again without progress before giving up, in seconds.
+    #[serde(rename = "patience_seconds", with = "seconds")]
+    pub patience: Duration,
+    /// How long a request may stay without a byte, in seconds.
+    #[serde(rename = "stall_seconds", with = "seconds")]
+    pub stall_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            max_connections: 16,
+            memory: crate::store::ByteSize(96 << 20),
+            warm_bandwidth: None,
+            verify: VerifyPolicy::Complete,
+            patience: Duration::from_secs(60),
+            stall_timeout: Duration::from_secs(15),
+        }
+    }
+}
+
+mod seconds {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(d: &Duration, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_f64(d.as_secs_f64())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+        let seconds = f64::deserialize(d)?;
+        if !(0.0..=86_400.0).contains(&seconds) {
+            return Err(D::Error::custom("expected seconds between 0 and 86400"));
+        }
+        Ok(Duration::from_secs_f64(seconds))
+    }
+}
+
+/// The engine; one per process. Cheap to clone.
+#[derive(Clone)]
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+/// What flights, handles and the dispatcher share.
+struct Inner {
+    store: Arc<Store>,
+    config: Config,
+    runtime: tokio::runtime::Handle,
+    pool: Arc<Pool>,
+    gate: Arc<DemandGate>,
+    bandwidth: Bandwidth,
+    queue: Queue,
+    small: SmallObjects,
+    small_slots: Semaphore,
+    handles: Mutex<HashMap<ObjectId, Weak<Handle>>>,
+    /// Smoothed time to the first answer, in microseconds.
+    answer_micros: AtomicU64,
+}
+
+impl Engine {
+    /// An engine that runs on the current tokio runtime.
+    pub fn new(store: Arc<Store>, config: Config) -> Self {
+        let runtime = tokio::runtime::Handle::current();
+        let inner = Arc::new(Inner {
+            small: SmallObjects::new(Arc::clone(&store), &runtime),
+            small_slots: Semaphore::new(config.max_connections.max(1)),
+            store,
+            pool: Pool::new(config.memory.0),
+            gate: Arc::default(),
+            bandwidth: Bandwidth::new(config.warm_bandwidth.map(|b| b.0)),
+            queue: Queue::new(config.max_connections),
+            handles: Mutex::default(),
+            answer_micros: AtomicU64::new(50_000),
+            runtime: runtime.clone(),
+            config,
+        });
+        runtime.spawn(Queue::dispatch(Arc::downgrade(&inner), inner.queue.waker()));
+        Self { inner }
+    }
+
+    /// The handle of `object`; the same one for equal ids while somebody holds it.
+    ///
+    /// # Errors
+    /// Where the store cannot be read or written.
+    pub fn open(
+        &self,
+        object: &Object,
+        source: &Arc<dyn Source>,
+    ) -> Result<Arc<Handle>, FetchError> {
+        let mut handles = self.inner.handles.lock();
+        if let Some(handle) = handles.get(&object.id).and_then(Weak::upgrade) {
+            return Ok(handle);
+        }
+        let handle = Handle::new(&self.inner, object, source)?;
+        if handles.len() > 64 && handles.len().is_power_of_two() {
+            handles.retain(|_, handle| handle.strong_count() > 0);
+        }
+        handles.insert(object.id, Arc::downgrade(&handle));
+        Ok(handle)
+    }
+
+    /// The store that the engine fills.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.inner.store
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.queue.wake(); // the dispatcher sees that the engine is gone
+    }
+}
+
+impl Inner {
+    async fn small_slot(&self) -> Option<SemaphorePermit<'_>> {
+        self.small_slots.acquire().await.ok()
+    }
+
+    fn throttled(&self, error: &SourceError) {
+        if error.kind() == SourceErrorKind::Throttled {
+            self.queue.back_off();
+        }
+    }
+
+    fn answer_time(&self) -> Duration {
+        Duration::from_micros(self.answer_micros.load(Ordering::Relaxed))
+    }
+
+    fn answered(&self, took: Duration) {
+        let old = self.answer_micros.load(Ordering::Relaxed);
+        let new = (old * 7 + took.as_micros().min(10_000_000) as u64) / 8;
+        self.answer_micros.store(new, Ordering::Relaxed);
+    }
+}
+
+/// What a failed fetch means to whoever asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FetchErrorKind {
+    /// The origin does not have it.
     NotFound,
+    /// The origin does not give it to us.
     Denied,
+    /// The origin holds another generation now.
     Changed,
+    /// The content does not match its digest.
     Corrupt,
+    /// The origin could not be reached within the configured patience.
     Unavailable,
+    /// The disk is full.
     NoSpace,
+    /// The disk or the store failed.
     Disk,
+    /// The process is shutting down.
     Cancelled,
 }
 
-/// One object being read or fetched; shared by all its users in this process.
-pub struct Handle;
-impl Engine {
-    /// The handle of `object`; the same one for equal ids.
-    pub fn open(
-        &self,
-        _object: &Object,
-        _source: &Arc<dyn Source>,
-    ) -> Result<Arc<Handle>, FetchError> {
-        unimplemented!()
+/// Why an object could not be fetched or read. Cloned for everyone who waits.
+#[derive(Debug, Clone)]
+pub struct FetchError {
+    kind: FetchErrorKind,
+    message: Arc<str>,
+}
+
+impl std::error::Error for FetchError {}
+
+impl fmt::Display for FetchError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
     }
 }
-impl Handle {
-    pub fn id(&self) -> &ObjectId {
-        unimplemented!()
+
+impl FetchError {
+    /// What it means.
+    pub const fn kind(&self) -> FetchErrorKind {
+        self.kind
     }
-    pub fn size(&self) -> u64 {
-        unimplemented!()
+
+    fn new(handle: &Handle, kind: FetchErrorKind, why: &dyn fmt::Display) -> Self {
+        Self {
+            kind,
+            message: format!("{}: {why}", handle.name()).into(),
+        }
     }
-    /// The complete file, once all is here and verified.
-    pub fn complete(&self) -> Option<Arc<Complete>> {
-        unimplemented!()
+
+    fn source(handle: &Handle, error: &SourceError) -> Self {
+        let kind = match error.kind() {
+            SourceErrorKind::NotFound => FetchErrorKind::NotFound,
+            SourceErrorKind::Denied => FetchErrorKind::Denied,
+            SourceErrorKind::Changed => FetchErrorKind::Changed,
+            SourceErrorKind::Corrupt => FetchErrorKind::Corrupt,
+            SourceErrorKind::Throttled
+            | SourceErrorKind::Unavailable
+            | SourceErrorKind::Invalid => FetchErrorKind::Unavailable,
+        };
+        Self::new(handle, kind, error)
     }
-    /// Reads what is here now: fills `buf` from `offset` (the caller has clipped to size) and says true, or false where bytes are missing. Never waits for the network.
-    pub fn try_read(&self, _offset: u64, _buf: &mut [u8]) -> Result<bool, FetchError> {
-        unimplemented!()
+
+    fn store(handle: &Handle, error: &StoreError) -> Self {
+        Self::store_named(handle.name(), error)
     }
-    /// Reads at demand priority, fetching what is missing; clipped to the object's size.
-    pub async fn read(self: &Arc<Self>, _offset: u64, _len: usize) -> Result<Bytes, FetchError> {
-        unimplemented!()
+
+    fn store_named(name: &str, error: &StoreError) -> Self {
+        let kind = match error.kind() {
+            StoreErrorKind::NoSpace => FetchErrorKind::NoSpace,
+            StoreErrorKind::Damaged => FetchErrorKind::Corrupt,
+            _ => FetchErrorKind::Disk,
+        };
+        Self {
+            kind,
+            message: format!("{name}: {error}").into(),
+        }
     }
-    /// The whole object, verified.
-    pub async fn ensure(self: &Arc<Self>, _class: Class) -> Result<Arc<Complete>, FetchError> {
-        unimplemented!()
+
+    fn cancelled(handle: &Handle) -> Self {
+        Self::new(
+            handle,
+            FetchErrorKind::Cancelled,
+            &"the fetch was cancelled",
+        )
     }
 }

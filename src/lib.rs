@@ -9,6 +9,7 @@ pub mod digest;
 pub mod disk;
 pub mod fetch;
 pub mod fs;
+pub mod metrics;
 pub mod mount;
 pub mod reference;
 pub mod source;

@@ -1,6 +1,23 @@
 //! References: what a user writes to name content. Plain values, no I/O.
+//!
+//! Invariants of a parsed [`Reference`]: no control characters, no `..` components, at most
+//! [`MAX_REFERENCE`] bytes in its canonical form, globs that compile. `Display` is canonical: it
+//! parses to an equal value and holds no secret. Called by everyone who takes a reference from a
+//! user; sources read its fields.
 
-use std::{fmt, str::FromStr};
+mod filter;
+mod parse;
+
+use std::fmt;
+
+pub use self::{filter::Matcher, parse::ParseReferenceError};
+
+/// Longest reference, in bytes.
+pub const MAX_REFERENCE: usize = 4096;
+/// Most globs of one reference.
+pub const MAX_GLOBS: usize = 64;
+/// Longest glob, in bytes.
+pub const MAX_GLOB: usize = 1024;
 
 /// A parsed reference. `Display` gives the canonical form, which parses to an equal value and
 /// carries no secret.
@@ -32,14 +49,16 @@ pub enum Locator {
 /// A bucket (or container) and a prefix or key in it, without leading slash.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Bucket {
+    /// Name of the bucket or container.
     pub bucket: String,
+    /// A prefix (ends in `/` or is empty), or a key that may also turn out to be a prefix.
     pub prefix: String,
 }
 
 /// An HTTP URL whose secret parts are kept apart.
 #[derive(Debug, Clone)]
 pub struct HttpUrl {
-    /// The URL with secret query values and user info removed.
+    /// The URL without user info, secret-looking query parameters and fragment.
     pub public: url::Url,
     /// The URL as given, where it holds a secret. Never displayed, compared or stored.
     pub secret: Option<Secret>,

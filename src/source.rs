@@ -3,16 +3,32 @@
 //! A [`Source`] resolves a reference to an [`Artifact`] and reads pinned byte ranges. It neither
 //! retries nor caches content: one room above does both. Every error carries a
 //! [`SourceErrorKind`], which decides about retries, and names the object and the host; no error
-//! carries a secret.
+//! carries a secret. Nothing here survives a crash or needs to. [`Sources`] is how the rooms above
+//! come by a source.
 
-use std::{ops::Range, time::Duration};
+mod file;
+mod http;
+mod hub;
+mod listing;
+mod object;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    num::{NonZeroU64, NonZeroUsize},
+    ops::Range,
+    sync::{Arc, Once, Weak},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
 use crate::{
-    reference::Reference,
-    tree::{Artifact, Location},
+    reference::{HubKind, Locator, Reference},
+    tree::{Artifact, Location, MAX_INODES},
 };
 
 /// The body of one range read: at most the bytes asked for, in order.
@@ -57,7 +73,7 @@ pub enum SourceErrorKind {
 }
 
 /// Why a source could not answer.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[error("{what}: {message}")]
 pub struct SourceError {
     kind: SourceErrorKind,
@@ -65,6 +81,7 @@ pub struct SourceError {
     what: String,
     message: String,
     retry_after: Option<Duration>,
+    hint: Option<&'static str>,
 }
 
 impl SourceError {
@@ -75,6 +92,7 @@ impl SourceError {
             what: what.into(),
             message: message.into(),
             retry_after: None,
+            hint: None,
         }
     }
 
@@ -82,6 +100,20 @@ impl SourceError {
     #[must_use]
     pub fn with_retry_after(mut self, wait: Option<Duration>) -> Self {
         self.retry_after = wait;
+        self
+    }
+
+    /// With what to try.
+    #[must_use]
+    pub fn with_hint(mut self, hint: &'static str) -> Self {
+        self.hint = Some(hint);
+        self
+    }
+
+    /// With `cause` (no secrets) at the end of the message.
+    #[must_use]
+    pub fn because(mut self, cause: impl fmt::Display) -> Self {
+        self.message = format!("{}: {cause}", self.message);
         self
     }
 
@@ -97,6 +129,169 @@ impl SourceError {
 
     /// What to try, for a person; `None` where the message says it all.
     pub fn hint(&self) -> Option<&'static str> {
-        None
+        self.hint.or(match self.kind {
+            SourceErrorKind::Denied => {
+                Some("check that credentials for this origin are set and may read it")
+            }
+            SourceErrorKind::Changed => {
+                Some("resolve the reference again to get what is there now")
+            }
+            _ => None,
+        })
+    }
+}
+
+/// Settings of this room (`[source]`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Longest time until a connection stands, in seconds.
+    pub connect_timeout_seconds: NonZeroU64,
+    /// Longest time until an answer begins, in seconds.
+    pub request_timeout_seconds: NonZeroU64,
+    /// Longest time without a byte while a body arrives, in seconds.
+    pub stall_timeout_seconds: NonZeroU64,
+    /// Idle connections kept per host.
+    pub idle_connections: usize,
+    /// Most files of one reference; a listing with more is refused.
+    pub max_entries: NonZeroUsize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        const fn seconds(n: u64) -> NonZeroU64 {
+            NonZeroU64::MIN.saturating_add(n - 1)
+        }
+        Self {
+            connect_timeout_seconds: seconds(10),
+            request_timeout_seconds: seconds(30),
+            stall_timeout_seconds: seconds(20),
+            idle_connections: 64,
+            max_entries: NonZeroUsize::MIN.saturating_add(MAX_INODES - 1),
+        }
+    }
+}
+
+impl Config {
+    /// Longest time until a connection stands.
+    pub const fn connect_timeout(&self) -> Duration {
+        Duration::from_secs(self.connect_timeout_seconds.get())
+    }
+
+    /// Longest time until an answer begins.
+    pub const fn request_timeout(&self) -> Duration {
+        Duration::from_secs(self.request_timeout_seconds.get())
+    }
+
+    /// Longest time without a byte while a body arrives.
+    pub const fn stall_timeout(&self) -> Duration {
+        Duration::from_secs(self.stall_timeout_seconds.get())
+    }
+}
+
+/// Gives the source of a reference. Cheap to clone; clones share connections.
+#[derive(Debug, Clone)]
+pub struct Sources {
+    config: Arc<Config>,
+    /// One source per origin, as long as anyone uses it: settings and credentials come from the
+    /// environment, so they are the same for all references to an origin.
+    open: Arc<Mutex<HashMap<String, Weak<dyn Source>>>>,
+}
+
+impl Sources {
+    /// Sources with `config`.
+    pub fn new(config: Config) -> Self {
+        install_tls();
+        Self {
+            config: Arc::new(config),
+            open: Arc::default(),
+        }
+    }
+
+    /// The source of `reference`. Does no I/O but reading credential files.
+    ///
+    /// # Errors
+    /// Settings in the environment that cannot be used.
+    pub fn open(&self, reference: &Reference) -> Result<Arc<dyn Source>, SourceError> {
+        let Some(origin) = origin(&reference.locator) else {
+            return self.make(&reference.locator);
+        };
+        let mut open = self.open.lock();
+        if let Some(source) = open.get(&origin).and_then(Weak::upgrade) {
+            return Ok(source);
+        }
+        let source = self.make(&reference.locator)?;
+        open.retain(|_, source| source.strong_count() > 0);
+        open.insert(origin, Arc::downgrade(&source));
+        Ok(source)
+    }
+
+    fn make(&self, locator: &Locator) -> Result<Arc<dyn Source>, SourceError> {
+        let config = &self.config;
+        Ok(match locator {
+            Locator::S3(bucket) => Arc::new(object::ObjectSource::s3(&bucket.bucket, config)?),
+            Locator::Gcs(bucket) => Arc::new(object::ObjectSource::gcs(&bucket.bucket, config)?),
+            Locator::Azure(bucket) => {
+                Arc::new(object::ObjectSource::azure(&bucket.bucket, config)?)
+            }
+            Locator::File(path) => Arc::new(file::FileSource::new(path, config)),
+            Locator::Http(url) => Arc::new(http::HttpSource::new(url, config)?),
+            Locator::Hub(repo) => Arc::new(hub::HubSource::new(repo, config)?),
+        })
+    }
+}
+
+/// What references share one source; `None` where a URL carries its own secret.
+fn origin(locator: &Locator) -> Option<String> {
+    Some(match locator {
+        Locator::S3(bucket) => format!("s3://{}", bucket.bucket),
+        Locator::Gcs(bucket) => format!("gs://{}", bucket.bucket),
+        Locator::Azure(bucket) => format!("az://{}", bucket.bucket),
+        Locator::File(path) => format!("file://{path}"),
+        Locator::Http(url) if url.secret.is_some() => return None,
+        Locator::Http(url) => url.public.origin().ascii_serialization(),
+        Locator::Hub(repo) => {
+            let kind = match repo.kind {
+                HubKind::Model => "models",
+                HubKind::Dataset => "datasets",
+                HubKind::Space => "spaces",
+            };
+            format!("hf://{kind}/{}", repo.id)
+        }
+    })
+}
+
+/// Makes `ring` the process's TLS implementation. Must run before the first HTTP client is built.
+pub(crate) fn install_tls() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // An error means that the process has chosen one already, which serves as well.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_are_shared_per_origin_while_used() {
+        let sources = Sources::new(Config::default());
+        let open = |text: &str| sources.open(&text.parse().unwrap()).unwrap();
+        let first = open("file:///a");
+        assert!(Arc::ptr_eq(&first, &open("file:///a?include=x")));
+        assert!(!Arc::ptr_eq(&first, &open("file:///b")));
+        drop(first);
+        open("file:///c");
+        assert_eq!(sources.open.lock().len(), 1);
+    }
+
+    #[test]
+    fn settings_are_strict() {
+        let parse = |text: &str| toml::from_str::<Config>(text);
+        assert_eq!(parse("").unwrap(), Config::default());
+        assert_eq!(parse("max_entries = 5").unwrap().max_entries.get(), 5);
+        assert!(parse("stall_timeout_seconds = 0").is_err());
+        assert!(parse("stal_timeout_seconds = 1").is_err());
     }
 }

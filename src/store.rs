@@ -19,7 +19,12 @@ pub struct Config {}
 #[derive(Debug, thiserror::Error)]
 #[error("store")]
 pub struct StoreError;
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct ByteSize(pub u64);
 impl StoreError {
+    pub fn closed() -> Self {
+        StoreError
+    }
     pub fn kind(&self) -> StoreErrorKind {
         unimplemented!()
     }
@@ -100,6 +105,9 @@ impl Partial {
     pub fn present(&self, _chunk: u64) -> bool {
         unimplemented!()
     }
+    pub fn all_present(&self) -> bool {
+        unimplemented!()
+    }
     /// Bytes in present chunks.
     pub fn present_bytes(&self) -> u64 {
         unimplemented!()
@@ -133,12 +141,15 @@ impl Partial {
 /// The right to fill a run of chunks; dropped = given back.
 pub struct Lease;
 impl Lease {
+    pub fn split_off(&mut self, _at: u64) -> Lease {
+        unimplemented!()
+    }
     /// Chunks not committed yet.
     pub fn chunks(&self) -> Range<u64> {
         unimplemented!()
     }
     /// Writes whole chunks at the front of the lease (`data` ends at a chunk boundary or at the object's end) and marks them present.
-    pub fn commit(&mut self, _data: &[u8], _mode: WriteMode) -> Result<(), StoreError> {
+    pub fn commit(&self, _index: u64, _data: &[u8], _mode: WriteMode) -> Result<(), StoreError> {
         unimplemented!()
     }
 }

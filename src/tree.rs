@@ -90,6 +90,9 @@ pub struct Inode {
     pub meta: Meta,
 }
 
+/// An extended attribute: name, value.
+pub type Xattr = (Box<[u8]>, Box<[u8]>);
+
 /// Attributes of an inode.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Meta {
@@ -99,8 +102,8 @@ pub struct Meta {
     pub gid: u32,
     /// Modification time: seconds since the epoch, and nanoseconds below 1e9.
     pub mtime: (i64, u32),
-    /// Extended attributes: name, value.
-    pub xattrs: Vec<(Box<[u8]>, Box<[u8]>)>,
+    /// Extended attributes.
+    pub xattrs: Vec<Xattr>,
 }
 
 impl Meta {

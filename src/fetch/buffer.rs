@@ -1,0 +1,192 @@
+//! Chunk buffers: where bytes in flight live, within a fixed budget.
+//!
+//! A buffer has one [`ChunkWriter`], which appends, and any number of readers, which see the
+//! filled prefix while it grows. The memory is page aligned, so that it can be written past the
+//! page cache. Dropping the last reference returns the memory and its share of the budget.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use memmap2::MmapMut;
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::{chunk::CHUNK_SIZE, metrics};
+
+/// Buffers kept for reuse when idle; the rest goes back to the system.
+const IDLE_BUFFERS: usize = 8;
+
+/// The budget of chunk buffers. Demand has a share of its own, so that it never waits for the
+/// buffers of background work.
+pub(super) struct Pool {
+    background: Arc<Semaphore>,
+    demand: Arc<Semaphore>,
+    idle: Mutex<Vec<MmapMut>>,
+    /// Idle buffers to keep while work is under way.
+    keep: usize,
+}
+
+impl Pool {
+    /// `bytes` of buffers in all, at least eight chunks; a quarter is set aside for demand.
+    pub(super) fn new(bytes: u64) -> Arc<Self> {
+        let chunks = (bytes / CHUNK_SIZE).max(8) as usize;
+        let demand = chunks / 4;
+        Arc::new(Self {
+            background: Arc::new(Semaphore::new(chunks - demand)),
+            demand: Arc::new(Semaphore::new(demand)),
+            idle: Mutex::new(Vec::new()),
+            keep: chunks,
+        })
+    }
+
+    /// A buffer for `len` bytes (at most one chunk); waits for its share of the budget.
+    pub(super) async fn take(
+        self: &Arc<Self>,
+        len: usize,
+        demand: bool,
+    ) -> std::io::Result<ChunkWriter> {
+        let share = if demand {
+            &self.demand
+        } else {
+            &self.background
+        };
+        let permit = Arc::clone(share)
+            .acquire_owned()
+            .await
+            .map_err(|_| std::io::Error::other("the buffer pool is closed"))?;
+        let reused = self.idle.lock().pop();
+        let mut map = match reused {
+            Some(map) => map,
+            None => MmapMut::map_anon(CHUNK_SIZE as usize)?,
+        };
+        metrics::global().fetch_buffers.add(CHUNK_SIZE);
+        let base = map.as_mut_ptr();
+        Ok(ChunkWriter {
+            buf: Arc::new(ChunkBuf {
+                base,
+                len: len.min(CHUNK_SIZE as usize),
+                filled: AtomicUsize::new(0),
+                map: Some(map),
+                pool: Arc::clone(self),
+                _permit: permit,
+            }),
+        })
+    }
+
+    /// Gives idle memory back to the system.
+    pub(super) fn shrink(&self) {
+        let surplus = {
+            let mut idle = self.idle.lock();
+            let at = idle.len().min(IDLE_BUFFERS);
+            idle.split_off(at)
+        };
+        drop(surplus);
+    }
+}
+
+/// The content of one chunk as it arrives.
+pub(super) struct ChunkBuf {
+    base: *mut u8,
+    len: usize,
+    filled: AtomicUsize,
+    map: Option<MmapMut>,
+    pool: Arc<Pool>,
+    _permit: OwnedSemaphorePermit,
+}
+
+// SAFETY: `base` points into `map`, which lives as long as the buffer. Bytes below `filled` are
+// never written again; bytes from `filled` on are touched only by the one `ChunkWriter`.
+unsafe impl Send for ChunkBuf {}
+// SAFETY: as above; `filled` is atomic, and its Release store orders the bytes before it.
+unsafe impl Sync for ChunkBuf {}
+
+impl ChunkBuf {
+    /// The bytes that have arrived.
+    pub(super) fn filled(&self) -> &[u8] {
+        let filled = self.filled.load(Ordering::Acquire);
+        // SAFETY: `filled <= len <= map.len()`; these bytes are initialised (anonymous memory is
+        // zeroed) and are not written any more.
+        unsafe { std::slice::from_raw_parts(self.base, filled) }
+    }
+}
+
+impl Drop for ChunkBuf {
+    fn drop(&mut self) {
+        metrics::global().fetch_buffers.sub(CHUNK_SIZE);
+        if let Some(map) = self.map.take() {
+            let mut idle = self.pool.idle.lock();
+            if idle.len() < self.pool.keep {
+                idle.push(map);
+            }
+        }
+    }
+}
+
+/// The one writer of a [`ChunkBuf`].
+pub(super) struct ChunkWriter {
+    buf: Arc<ChunkBuf>,
+}
+
+impl ChunkWriter {
+    /// Appends as much of `data` as fits and says how much that was.
+    pub(super) fn append(&mut self, data: &[u8]) -> usize {
+        let filled = self.buf.filled.load(Ordering::Relaxed);
+        let n = data.len().min(self.buf.len - filled);
+        // SAFETY: `filled + n <= len <= map.len()`, and this is the only writer (`&mut self`, one
+        // writer per buffer); readers look only below `filled`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(data.as_ptr(), self.buf.base.add(filled), n);
+        }
+        self.buf.filled.store(filled + n, Ordering::Release);
+        n
+    }
+
+    /// Whether all bytes have arrived.
+    pub(super) fn is_full(&self) -> bool {
+        self.buf.filled.load(Ordering::Relaxed) == self.buf.len
+    }
+
+    /// Bytes that have arrived.
+    pub(super) fn filled_len(&self) -> usize {
+        self.buf.filled.load(Ordering::Relaxed)
+    }
+
+    /// The buffer, to read from.
+    pub(super) fn buf(&self) -> &Arc<ChunkBuf> {
+        &self.buf
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn readers_see_the_prefix_and_memory_comes_back() {
+        let pool = Pool::new(8 * CHUNK_SIZE);
+        let mut writer = pool.take(10, false).await.unwrap();
+        let reader = Arc::clone(writer.buf());
+        assert_eq!(writer.append(b"hello, "), 7);
+        assert_eq!(reader.filled(), b"hello, ");
+        assert_eq!(writer.append(b"world"), 3);
+        assert!(writer.is_full());
+        assert_eq!(reader.filled(), b"hello, wor");
+        drop((writer, reader));
+        assert_eq!(pool.background.available_permits(), 6);
+        assert_eq!(pool.idle.lock().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn demand_does_not_wait_for_background_buffers() {
+        let pool = Pool::new(8 * CHUNK_SIZE);
+        let mut held = Vec::new();
+        for _ in 0..6 {
+            held.push(pool.take(1, false).await.unwrap());
+        }
+        let full = tokio::time::timeout(std::time::Duration::from_millis(20), pool.take(1, false));
+        assert!(full.await.is_err());
+        pool.take(1, true).await.unwrap();
+    }
+}

@@ -1,0 +1,426 @@
+//! Background work: which segment of which object is fetched next, and over how many connections.
+//!
+//! Read-ahead goes before warm work. Objects come in the order in which they were asked for;
+//! several are under way at once so that each arrives (and is hashed) in order. The number of
+//! connections grows while that makes the whole faster, and shrinks when the origin says it is
+//! asked too much.
+
+use std::{
+    collections::VecDeque,
+    ops::Range,
+    sync::{
+        Arc, OnceLock, Weak,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::{Class, FetchError, Inner, handle::Handle};
+use crate::{
+    chunk, metrics,
+    store::{Lease, Partial},
+};
+
+/// Chunks in a segment where one object has several connections: short, so that what arrives
+/// ahead of the hash fits in memory.
+const SHORT_SEGMENT: u64 = 4;
+/// Chunks in a segment where each object has one connection.
+const LONG_SEGMENT: u64 = 32;
+/// Chunks in a read-ahead segment.
+const READAHEAD_SEGMENT: u64 = 4;
+/// Read-ahead wishes remembered; older ones are forgotten.
+const MAX_READAHEAD: usize = 256;
+/// Objects fetched at the same time in the background, at most.
+const MAX_OBJECTS: usize = 4;
+/// How often to look again for chunks that another process had claimed.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How long one number of connections is measured.
+const MEASURE: Duration = Duration::from_millis(500);
+/// How long a number of connections that was found good is kept.
+const SETTLED: Duration = Duration::from_secs(10);
+
+/// The background queue of an engine.
+pub(super) struct Queue {
+    jobs: Mutex<Vec<Arc<Job>>>,
+    ahead: Mutex<VecDeque<Ahead>>,
+    running: AtomicUsize,
+    wake: Arc<Notify>,
+    sequence: AtomicU64,
+    connections: Mutex<Connections>,
+}
+
+/// One whole object to bring.
+struct Job {
+    handle: Arc<Handle>,
+    partial: Arc<Partial>,
+    class: Class,
+    sequence: u64,
+    cursor: AtomicU64,
+    running: AtomicUsize,
+    failed: OnceLock<FetchError>,
+}
+
+struct Ahead {
+    handle: Weak<Handle>,
+    partial: Arc<Partial>,
+    chunks: Range<u64>,
+}
+
+/// How many connections are good.
+struct Connections {
+    limit: usize,
+    max: usize,
+    /// Rate measured before the last step up, where one was made.
+    before: Option<f64>,
+    since: Instant,
+    bytes: u64,
+    settled_until: Option<Instant>,
+}
+
+impl Connections {
+    fn new(max: usize) -> Self {
+        Self {
+            limit: max.clamp(1, 4),
+            max: max.max(1),
+            before: None,
+            since: Instant::now(),
+            bytes: 0,
+            settled_until: None,
+        }
+    }
+
+    /// Looks at what arrived since the last look, and steps up, back, or stays.
+    fn measure(&mut self, received: u64, saturated: bool) {
+        let elapsed = self.since.elapsed();
+        if elapsed < MEASURE {
+            return;
+        }
+        let rate = received.saturating_sub(self.bytes) as f64 / elapsed.as_secs_f64();
+        (self.since, self.bytes) = (Instant::now(), received);
+        if self
+            .settled_until
+            .is_some_and(|until| Instant::now() < until)
+            || !saturated
+        {
+            return;
+        }
+        match self.before {
+            Some(before) if rate < before * 1.08 => {
+                self.limit = self.limit.saturating_sub(2).max(1);
+                self.before = None;
+                self.settled_until = Some(Instant::now() + SETTLED);
+            }
+            _ if self.limit < self.max => {
+                self.before = Some(rate);
+                self.limit = (self.limit + 2).min(self.max);
+            }
+            _ => self.settled_until = Some(Instant::now() + SETTLED),
+        }
+    }
+
+    /// The origin said that it is asked too much.
+    fn back_off(&mut self) {
+        self.limit = (self.limit / 2).max(1);
+        self.before = None;
+        self.settled_until = Some(Instant::now() + SETTLED);
+    }
+}
+
+/// Removes the job when whoever asked for it is gone.
+struct Wanted<'a>(&'a Queue, Arc<Job>);
+
+impl Drop for Wanted<'_> {
+    fn drop(&mut self) {
+        self.0.jobs.lock().retain(|job| !Arc::ptr_eq(job, &self.1));
+    }
+}
+
+impl Queue {
+    /// A queue that uses at most `max` connections.
+    pub(super) fn new(max: usize) -> Self {
+        Self {
+            jobs: Mutex::default(),
+            ahead: Mutex::default(),
+            running: AtomicUsize::new(0),
+            wake: Arc::default(),
+            sequence: AtomicU64::new(0),
+            connections: Mutex::new(Connections::new(max)),
+        }
+    }
+
+    /// The origin said that it is asked too much.
+    pub(super) fn back_off(&self) {
+        self.connections.lock().back_off();
+    }
+
+    /// Brings all chunks of an object.
+    pub(super) async fn bring_all(
+        &self,
+        handle: &Arc<Handle>,
+        partial: &Arc<Partial>,
+        class: Class,
+    ) -> Result<(), FetchError> {
+        if partial.all_present() {
+            return Ok(());
+        }
+        let job = Arc::new(Job {
+            handle: Arc::clone(handle),
+            partial: Arc::clone(partial),
+            class,
+            sequence: self.sequence.fetch_add(1, Ordering::Relaxed),
+            cursor: AtomicU64::new(0),
+            running: AtomicUsize::new(0),
+            failed: OnceLock::new(),
+        });
+        {
+            let mut jobs = self.jobs.lock();
+            let at = jobs.partition_point(|j| (j.class, j.sequence) < (class, job.sequence));
+            jobs.insert(at, Arc::clone(&job));
+        }
+        let _wanted = Wanted(self, Arc::clone(&job));
+        self.wake();
+        loop {
+            let look_again = handle.changed_within(LOOK_AGAIN * 5);
+            if partial.all_present() {
+                return Ok(());
+            }
+            if let Some(error) = job.failed.get() {
+                return Err(error.clone());
+            }
+            look_again.await;
+        }
+    }
+
+    /// Asks for chunks ahead of a reader.
+    pub(super) fn read_ahead(
+        &self,
+        handle: &Arc<Handle>,
+        partial: &Arc<Partial>,
+        chunks: Range<u64>,
+    ) {
+        {
+            let mut ahead = self.ahead.lock();
+            if ahead.len() >= MAX_READAHEAD {
+                ahead.pop_front();
+            }
+            ahead.push_back(Ahead {
+                handle: Arc::downgrade(handle),
+                partial: Arc::clone(partial),
+                chunks,
+            });
+        }
+        self.wake();
+    }
+
+    /// What wakes the dispatcher.
+    pub(super) fn waker(&self) -> Arc<Notify> {
+        Arc::clone(&self.wake)
+    }
+
+    /// Lets the dispatcher look at the queue.
+    pub(super) fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Runs until the engine is gone; holds it only while awake.
+    pub(super) async fn dispatch(engine: Weak<Inner>, wake: Arc<Notify>) {
+        loop {
+            let idle = {
+                let Some(engine) = engine.upgrade() else {
+                    return;
+                };
+                engine.queue.fill(&engine);
+                let idle = engine.queue.is_idle();
+                if idle {
+                    engine.pool.shrink();
+                }
+                idle
+            };
+            if idle {
+                wake.notified().await;
+            } else {
+                let _ = tokio::time::timeout(LOOK_AGAIN, wake.notified()).await;
+            }
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.running.load(Ordering::Relaxed) == 0
+            && self.jobs.lock().is_empty()
+            && self.ahead.lock().is_empty()
+    }
+
+    /// Starts segments until every connection is busy or nothing is left to claim.
+    fn fill(&self, engine: &Arc<Inner>) {
+        loop {
+            let running = self.running.load(Ordering::Relaxed);
+            let limit = {
+                let mut connections = self.connections.lock();
+                let saturated = running >= connections.limit;
+                connections.measure(received(), saturated);
+                connections.limit
+            };
+            if running >= limit || !(self.start_ahead(engine) || self.start_job(engine, limit)) {
+                return;
+            }
+        }
+    }
+
+    fn start_ahead(&self, engine: &Arc<Inner>) -> bool {
+        let mut queue = self.ahead.lock();
+        while let Some(wish) = queue.front_mut() {
+            let Some(handle) = wish.handle.upgrade() else {
+                queue.pop_front();
+                continue;
+            };
+            let from = wish.chunks.start;
+            let missing = (from..wish.chunks.end).find(|&c| !wish.partial.present(c));
+            let Some(first) = missing else {
+                queue.pop_front();
+                continue;
+            };
+            let want = first..(first + READAHEAD_SEGMENT).min(wish.chunks.end);
+            wish.chunks.start = want.end;
+            match wish.partial.claim(want) {
+                Ok(Some(lease)) => {
+                    wish.chunks.start = lease.chunks().end;
+                    self.start(engine, &handle, None, lease, Class::Readahead);
+                    return true;
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::debug!(%error, "read-ahead could not claim");
+                    queue.pop_front();
+                }
+            }
+        }
+        false
+    }
+
+    fn start_job(&self, engine: &Arc<Inner>, limit: usize) -> bool {
+        let jobs: Vec<_> = self
+            .jobs
+            .lock()
+            .iter()
+            .filter(|job| job.failed.get().is_none() && !job.partial.all_present())
+            .take(MAX_OBJECTS)
+            .cloned()
+            .collect();
+        let share = limit.div_ceil(jobs.len().max(1));
+        let segment = if share > 1 {
+            SHORT_SEGMENT
+        } else {
+            LONG_SEGMENT
+        };
+        // A fair share for each first; then whoever can use more.
+        for cap in [share, limit] {
+            for job in &jobs {
+                if job.running.load(Ordering::Relaxed) >= cap {
+                    continue;
+                }
+                match job.next_segment(segment) {
+                    Ok(Some(lease)) => {
+                        self.start(engine, &job.handle, Some(Arc::clone(job)), lease, job.class);
+                        return true;
+                    }
+                    Ok(None) => {}
+                    Err(error) => job.fail(error),
+                }
+            }
+        }
+        false
+    }
+
+    fn start(
+        &self,
+        engine: &Arc<Inner>,
+        handle: &Arc<Handle>,
+        job: Option<Arc<Job>>,
+        lease: Lease,
+        class: Class,
+    ) {
+        // A job at demand priority still goes in order; only readers jump the queue.
+        let class = if class == Class::Demand {
+            Class::Readahead
+        } else {
+            class
+        };
+        self.running.fetch_add(1, Ordering::Relaxed);
+        if let Some(job) = &job {
+            job.running.fetch_add(1, Ordering::Relaxed);
+        }
+        let flight = handle.prepare(lease, class);
+        let (engine, handle) = (Arc::clone(engine), Arc::clone(handle));
+        engine.runtime.clone().spawn(async move {
+            super::flight::run(Arc::clone(&engine), handle, Arc::clone(&flight)).await;
+            engine.queue.running.fetch_sub(1, Ordering::Relaxed);
+            if let Some(job) = job {
+                job.running.fetch_sub(1, Ordering::Relaxed);
+                if let Some(error) = flight.failure() {
+                    job.fail(error.clone());
+                }
+            }
+            engine.queue.wake();
+        });
+    }
+}
+
+impl Job {
+    /// Claims the next segment, from the cursor on, and once more from the beginning.
+    fn next_segment(&self, length: u64) -> Result<Option<Lease>, FetchError> {
+        let count = chunk::count(self.handle.size());
+        let cursor = self.cursor.load(Ordering::Relaxed);
+        for range in [cursor..count, 0..cursor] {
+            let mut from = range.start;
+            while let Some(first) = (from..range.end).find(|&c| !self.partial.present(c)) {
+                let want = first..(first + length).min(range.end);
+                let lease = self.partial.claim(want.clone());
+                match lease.map_err(|e| FetchError::store(&self.handle, &e))? {
+                    Some(lease) => {
+                        self.cursor.store(lease.chunks().end, Ordering::Relaxed);
+                        return Ok(Some(lease));
+                    }
+                    None => from = want.end,
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn fail(&self, error: FetchError) {
+        let _ = self.failed.set(error);
+        self.handle.wake();
+    }
+}
+
+fn received() -> u64 {
+    let metrics = metrics::global();
+    metrics.fetch_warm_bytes.get() + metrics.fetch_readahead_bytes.get()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(connections: &mut Connections, rate: f64) -> usize {
+        connections.since = Instant::now() - Duration::from_secs(1);
+        let bytes = connections.bytes + rate as u64;
+        connections.measure(bytes, true);
+        connections.limit
+    }
+
+    #[test]
+    fn connections_grow_while_it_helps() {
+        let mut connections = Connections::new(16);
+        assert_eq!(connections.limit, 4);
+        assert_eq!(step(&mut connections, 100e6), 6);
+        assert_eq!(step(&mut connections, 150e6), 8);
+        assert_eq!(step(&mut connections, 152e6), 6, "no gain: one step back");
+        assert_eq!(step(&mut connections, 900e6), 6, "and settled");
+        connections.back_off();
+        assert_eq!(connections.limit, 3);
+    }
+}

@@ -1,0 +1,376 @@
+//! A flight: one claimed run of chunks on its way from the origin into the store.
+
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use futures_util::StreamExt as _;
+use parking_lot::RwLock;
+
+use super::{
+    Class, FetchError, Inner,
+    buffer::{ChunkBuf, ChunkWriter},
+    handle::Handle,
+    retry::Retry,
+};
+use crate::{
+    chunk,
+    metrics::{self, Metric},
+    source::{ByteStream, SourceError, SourceErrorKind},
+    store::{Lease, StoreError, WriteMode},
+    tree::Recipe,
+};
+
+/// Chunks of one flight that may wait for the disk.
+const WRITES_AHEAD: usize = 4;
+/// A demand fetch without an answer for this long gets a second request, at the least.
+const SHORTEST_HEDGE: Duration = Duration::from_millis(500);
+
+/// What others see of a flight.
+pub(super) struct Flight {
+    /// Chunks `next..end` are still to come; `end` may be lowered by whoever needs the tail sooner.
+    next: AtomicU64,
+    end: AtomicU64,
+    lease: RwLock<Lease>,
+    pub(super) class: Class,
+    failed: OnceLock<FetchError>,
+    done: AtomicBool,
+}
+
+impl Flight {
+    pub(super) fn new(lease: Lease, class: Class) -> Arc<Self> {
+        let chunks = lease.chunks();
+        Arc::new(Self {
+            next: AtomicU64::new(chunks.start),
+            end: AtomicU64::new(chunks.end),
+            lease: RwLock::new(lease),
+            class,
+            failed: OnceLock::new(),
+            done: AtomicBool::new(false),
+        })
+    }
+
+    /// Whether this flight will bring (or is bringing) `chunk`.
+    pub(super) fn brings(&self, chunk: u64) -> bool {
+        !self.done.load(Ordering::Acquire)
+            && chunk < self.end.load(Ordering::Acquire)
+            && chunk >= self.next.load(Ordering::Acquire)
+    }
+
+    pub(super) fn failure(&self) -> Option<&FetchError> {
+        self.failed.get()
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        self.done.load(Ordering::Acquire)
+    }
+
+    /// Gives up the chunks from `chunk` on, where they are not about to arrive, so that a reader
+    /// who waits for them can fetch them at once.
+    pub(super) fn yield_from(&self, chunk: u64) -> Option<Lease> {
+        let mut lease = self.lease.write();
+        if self.class == Class::Demand
+            || !self.brings(chunk)
+            || chunk < self.next.load(Ordering::Acquire) + 2
+        {
+            return None;
+        }
+        self.end.store(chunk, Ordering::Release);
+        Some(lease.split_off(chunk))
+    }
+}
+
+/// Marks a flight as over, however it ends.
+struct Landing(Arc<Flight>, Arc<Handle>);
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.0.done.store(true, Ordering::Release);
+        self.1.landed(&self.0);
+    }
+}
+
+/// Runs the flight to its end. An error is kept in the flight for whoever waits for its chunks.
+pub(super) async fn run(engine: Arc<Inner>, handle: Arc<Handle>, flight: Arc<Flight>) {
+    let landing = Landing(Arc::clone(&flight), Arc::clone(&handle));
+    let _demand = (flight.class == Class::Demand).then(|| engine.gate.enter());
+    if let Err(error) = Run::new(&engine, &handle, &flight).bring().await {
+        if !matches!(error.kind(), super::FetchErrorKind::NoSpace) {
+            tracing::debug!(object = %handle.id(), %error, "fetch failed");
+        }
+        let _ = flight.failed.set(error);
+    }
+    drop(landing);
+}
+
+struct Run<'a> {
+    engine: &'a Arc<Inner>,
+    handle: &'a Arc<Handle>,
+    flight: &'a Arc<Flight>,
+    /// Writes under way, oldest first.
+    writes: std::collections::VecDeque<tokio::task::JoinHandle<Result<(), StoreError>>>,
+    received: &'static Metric,
+}
+
+impl<'a> Run<'a> {
+    fn new(engine: &'a Arc<Inner>, handle: &'a Arc<Handle>, flight: &'a Arc<Flight>) -> Self {
+        Self {
+            engine,
+            handle,
+            flight,
+            writes: Default::default(),
+            received: flight.class.received(),
+        }
+    }
+
+    async fn bring(mut self) -> Result<(), FetchError> {
+        let result = self.receive().await;
+        // What was received is worth writing, also after an error.
+        let mut first = Ok(());
+        while let Some(write) = self.writes.pop_front() {
+            let written = finish_write(write, self.handle).await;
+            if first.is_ok() {
+                first = written;
+            }
+        }
+        result.and(first)
+    }
+
+    /// Receives chunk after chunk, over as many requests as it takes.
+    async fn receive(&mut self) -> Result<(), FetchError> {
+        let mut retry = Retry::new(self.engine.config.patience);
+        let mut partly: Option<ChunkWriter> = None;
+        loop {
+            let error = match self.request(&mut partly, &mut retry).await {
+                Ok(()) => return Ok(()),
+                Err(Stop::Final(error)) => return Err(error),
+                Err(Stop::Source(error)) => error,
+            };
+            let Some(pause) = retry.pause(&error) else {
+                return Err(FetchError::source(self.handle, &error));
+            };
+            tracing::debug!(%error, ?pause, "trying again");
+            self.engine.throttled(&error);
+            metrics::global().fetch_retries.add(1);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Sends one request for all that is still to come and takes in its body.
+    async fn request(
+        &mut self,
+        partly: &mut Option<ChunkWriter>,
+        retry: &mut Retry,
+    ) -> Result<(), Stop> {
+        let size = self.handle.size();
+        let mut index = self.flight.next.load(Ordering::Acquire);
+        let end = self.flight.end.load(Ordering::Acquire);
+        if index >= end {
+            return Ok(());
+        }
+        let arrived = partly.as_ref().map_or(0, ChunkWriter::filled_len) as u64;
+        let start = chunk::bytes(index, size).start + arrived;
+        let mut body = self
+            .open(start..chunk::run_bytes(&(index..end), size).end)
+            .await?;
+        let _open = OpenRequest::new(self.engine);
+        let mut expected = chunk::run_bytes(&(index..end), size).end - start;
+        while expected > 0 {
+            if self.flight.class != Class::Demand {
+                if self.flight.class == Class::Warm {
+                    self.engine.gate.yield_to_demand().await;
+                }
+                if index >= self.flight.end.load(Ordering::Acquire) {
+                    return Ok(());
+                }
+            }
+            let next = tokio::time::timeout(self.engine.config.stall_timeout, body.next());
+            let mut frame = match next.await {
+                Ok(Some(frame)) => frame?,
+                Ok(None) => return Err(self.broken("the body ended early").into()),
+                Err(_) => return Err(self.broken("no bytes arrived for too long").into()),
+            };
+            if frame.is_empty() {
+                continue;
+            }
+            if frame.len() as u64 > expected {
+                return Err(self.corrupt("the body is longer than asked for").into());
+            }
+            expected -= frame.len() as u64;
+            self.received.add(frame.len() as u64);
+            if self.flight.class == Class::Warm {
+                self.engine.bandwidth.spend(frame.len()).await;
+            }
+            retry.progress();
+            while !frame.is_empty() {
+                let mut writer = match partly.take() {
+                    Some(writer) => writer,
+                    None => {
+                        if index >= self.flight.end.load(Ordering::Acquire) {
+                            return Ok(()); // the tail was given away
+                        }
+                        self.buffer(index).await?
+                    }
+                };
+                let n = writer.append(&frame);
+                frame = frame.slice(n..);
+                if writer.is_full() {
+                    self.write(index, writer).await?;
+                    index += 1;
+                    self.flight.next.store(index, Ordering::Release);
+                } else {
+                    *partly = Some(writer);
+                }
+                self.handle.wake();
+            }
+        }
+        Ok(())
+    }
+
+    async fn buffer(&self, index: u64) -> Result<ChunkWriter, Stop> {
+        let bytes = chunk::bytes(index, self.handle.size());
+        let demand = self.flight.class == Class::Demand;
+        let writer = self
+            .engine
+            .pool
+            .take((bytes.end - bytes.start) as usize, demand);
+        let writer = writer.await.map_err(|e| {
+            Stop::Final(FetchError::new(
+                self.handle,
+                super::FetchErrorKind::Disk,
+                &e,
+            ))
+        })?;
+        self.handle.arriving(index, writer.buf());
+        Ok(writer)
+    }
+
+    /// Writes a chunk behind the back of the network, a few at a time.
+    async fn write(&mut self, index: u64, writer: ChunkWriter) -> Result<(), Stop> {
+        while self.writes.len() >= WRITES_AHEAD {
+            if let Some(oldest) = self.writes.pop_front() {
+                finish_write(oldest, self.handle)
+                    .await
+                    .map_err(Stop::Final)?;
+            }
+        }
+        let buf = Arc::clone(writer.buf());
+        drop(writer);
+        let handle = Arc::clone(self.handle);
+        let flight = Arc::clone(self.flight);
+        self.writes.push_back(
+            self.engine
+                .runtime
+                .spawn_blocking(move || commit(&handle, &flight, index, &buf)),
+        );
+        Ok(())
+    }
+
+    /// Asks for the range; a demand request that stays without an answer is asked a second time.
+    async fn open(&self, range: std::ops::Range<u64>) -> Result<ByteStream, Stop> {
+        let object = self.handle.object();
+        let Recipe::Raw(location) = &object.recipe;
+        let range = range.start + location.offset..range.end + location.offset;
+        let asked = Instant::now();
+        let ask = || {
+            metrics::global().fetch_requests.add(1);
+            self.handle.source().read(location, range.clone())
+        };
+        let first = ask();
+        tokio::pin!(first);
+        let hedge = if self.flight.class == Class::Warm {
+            self.engine.config.stall_timeout
+        } else {
+            (self.engine.answer_time() * 4).max(SHORTEST_HEDGE)
+        };
+        let body = match tokio::time::timeout(hedge, &mut first).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                metrics::global().fetch_hedges.add(1);
+                let second = ask();
+                tokio::pin!(second);
+                let either = async {
+                    tokio::select! { a = &mut first => a, b = &mut second => b }
+                };
+                match tokio::time::timeout(self.engine.config.stall_timeout, either).await {
+                    Ok(answer) => answer,
+                    Err(_) => Err(self.broken("no answer for too long")),
+                }
+            }
+        };
+        if body.is_ok() {
+            self.engine.answered(asked.elapsed());
+        }
+        Ok(body?)
+    }
+
+    fn broken(&self, message: &str) -> SourceError {
+        SourceError::new(SourceErrorKind::Unavailable, self.handle.name(), message)
+    }
+
+    fn corrupt(&self, message: &str) -> SourceError {
+        SourceError::new(SourceErrorKind::Corrupt, self.handle.name(), message)
+    }
+}
+
+/// Writes one chunk, marks it present, hashes it. Blocking.
+fn commit(
+    handle: &Arc<Handle>,
+    flight: &Flight,
+    index: u64,
+    buf: &Arc<ChunkBuf>,
+) -> Result<(), StoreError> {
+    let mode = if handle.is_read() {
+        WriteMode::Cached
+    } else {
+        WriteMode::Direct
+    };
+    let data = buf.filled();
+    flight.lease.read().commit(index, data, mode)?;
+    metrics::global().store_written_bytes.add(data.len() as u64);
+    handle.verifier().committed(index, buf);
+    handle.arrived(index);
+    Ok(())
+}
+
+async fn finish_write(
+    write: tokio::task::JoinHandle<Result<(), StoreError>>,
+    handle: &Handle,
+) -> Result<(), FetchError> {
+    match write.await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(FetchError::store(handle, &error)),
+        Err(_) => Err(FetchError::cancelled(handle)),
+    }
+}
+
+enum Stop {
+    Source(SourceError),
+    Final(FetchError),
+}
+
+impl From<SourceError> for Stop {
+    fn from(error: SourceError) -> Self {
+        Self::Source(error)
+    }
+}
+
+/// Counts requests under way.
+struct OpenRequest;
+
+impl OpenRequest {
+    fn new(_: &Inner) -> Self {
+        metrics::global().fetch_connections.add(1);
+        Self
+    }
+}
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        metrics::global().fetch_connections.sub(1);
+    }
+}

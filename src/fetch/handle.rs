@@ -1,0 +1,725 @@
+//! One object being read or fetched: who brings which chunk, and who waits for what.
+
+use std::{
+    collections::HashMap,
+    ops::Range,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::Notify;
+
+use super::{
+    Class, FetchError, FetchErrorKind, Inner, VerifyPolicy,
+    buffer::ChunkBuf,
+    flight::{self, Flight},
+    retry::Retry,
+    safetensors::Tensors,
+    stream::Streams,
+    verify::{Verdict, Verifier, judge_bytes},
+};
+use crate::{
+    chunk::{self, CHUNK_SIZE},
+    digest::ObjectId,
+    metrics,
+    source::{Source, SourceError, SourceErrorKind},
+    store::{Complete, Lease, Partial, StoreErrorKind},
+    tree::{Object, Recipe},
+};
+
+/// How often to look whether another process has brought what it claimed.
+const OTHER_PROCESS: Duration = Duration::from_millis(5);
+/// After the disk was full, reads go straight to the origin for this long before trying again.
+const FULL_DISK: Duration = Duration::from_secs(5);
+/// Present chunks are made durable after this many new bytes.
+const CHECKPOINT_BYTES: u64 = 256 << 20;
+/// Longest read answered at once, in bytes; FUSE asks for far less.
+const LONGEST_READ: usize = 16 << 20;
+
+/// One object being read or fetched; shared by all its users in this process.
+pub struct Handle {
+    object: Object,
+    name: String,
+    source: Arc<dyn Source>,
+    engine: Weak<Inner>,
+    me: Weak<Handle>,
+    state: RwLock<State>,
+    flights: Mutex<Vec<Arc<Flight>>>,
+    arriving: Mutex<HashMap<u64, Arc<ChunkBuf>>>,
+    changed: Notify,
+    waiting: AtomicUsize,
+    verifier: Verifier,
+    streams: Mutex<Streams>,
+    tensors: Mutex<Option<Arc<Tensors>>>,
+    /// Somebody reads it while it arrives: write through the page cache.
+    read: AtomicBool,
+    /// Content was wrong once: from now on nothing unverified is served.
+    poisoned: AtomicBool,
+    full_since: Mutex<Option<Instant>>,
+    since_checkpoint: AtomicU64,
+    /// Single flight of small objects and of the final check.
+    finishing: tokio::sync::Mutex<()>,
+}
+
+/// Where the content is.
+#[derive(Clone)]
+enum State {
+    Complete(Arc<Complete>),
+    Partial(Arc<Partial>),
+    /// At most one chunk: fetched whole, stored in batches.
+    Small,
+}
+
+impl std::fmt::Debug for Handle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Handle")
+            .field("id", &self.object.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Handle {
+    pub(super) fn new(
+        engine: &Arc<Inner>,
+        object: &Object,
+        source: &Arc<dyn Source>,
+    ) -> Result<Arc<Self>, FetchError> {
+        let Recipe::Raw(location) = &object.recipe;
+        let name = location.path.clone();
+        let failed = |e| FetchError::store_named(&name, &e);
+        let state = match engine.store.complete(&object.id).map_err(failed)? {
+            Some(complete) => State::Complete(complete),
+            None if object.size <= CHUNK_SIZE => State::Small,
+            None => State::Partial(
+                engine
+                    .store
+                    .partial(&object.id, object.size)
+                    .map_err(failed)?,
+            ),
+        };
+        Ok(Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
+            name,
+            verifier: Verifier::new(object),
+            object: object.clone(),
+            source: Arc::clone(source),
+            engine: Arc::downgrade(engine),
+            state: RwLock::new(state),
+            flights: Mutex::default(),
+            arriving: Mutex::default(),
+            changed: Notify::new(),
+            waiting: AtomicUsize::new(0),
+            streams: Mutex::default(),
+            tensors: Mutex::default(),
+            read: AtomicBool::new(false),
+            poisoned: AtomicBool::new(false),
+            full_since: Mutex::default(),
+            since_checkpoint: AtomicU64::new(0),
+            finishing: tokio::sync::Mutex::default(),
+        }))
+    }
+
+    /// Its name in the store.
+    pub fn id(&self) -> &ObjectId {
+        &self.object.id
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.object.size
+    }
+
+    /// Key or path at the origin, for messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes that are here, verified or not.
+    pub fn present_bytes(&self) -> u64 {
+        match &*self.state.read() {
+            State::Complete(_) => self.size(),
+            State::Partial(partial) => partial.present_bytes(),
+            State::Small => 0,
+        }
+    }
+
+    /// The complete file, once all is here and verified.
+    pub fn complete(&self) -> Option<Arc<Complete>> {
+        match &*self.state.read() {
+            State::Complete(complete) => Some(Arc::clone(complete)),
+            _ => None,
+        }
+    }
+
+    /// Tells that somebody reads the object while it arrives: what comes in goes through the page
+    /// cache from now on.
+    pub fn expect_reads(&self) {
+        self.read.store(true, Ordering::Relaxed);
+    }
+
+    /// Reads what is here now: fills `buf` from `offset` and says true, or says false where bytes
+    /// are missing. The caller has clipped the range to the object. Never waits for the network.
+    ///
+    /// # Errors
+    /// Where the disk cannot be read.
+    pub fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool, FetchError> {
+        let state = self.state.read().clone();
+        match state {
+            State::Complete(complete) => {
+                use std::os::unix::fs::FileExt as _;
+                complete
+                    .file()
+                    .read_exact_at(buf, offset)
+                    .map_err(|e| FetchError::new(self, FetchErrorKind::Disk, &e))?;
+                Ok(true)
+            }
+            State::Partial(partial) => {
+                if self.strict() {
+                    return Ok(false);
+                }
+                let bytes = offset..offset + buf.len() as u64;
+                if !chunk::covering(&bytes).all(|c| partial.present(c)) {
+                    return Ok(false);
+                }
+                self.note(&bytes, &partial);
+                partial
+                    .read_at(buf, offset)
+                    .map_err(|e| FetchError::store(self, &e))?;
+                Ok(true)
+            }
+            State::Small => Ok(false),
+        }
+    }
+
+    /// Reads at demand priority, fetching what is missing; clipped to the object's size and to
+    /// 16 MiB.
+    ///
+    /// # Errors
+    /// What the origin, the disk or the verification says, after the configured patience.
+    pub async fn read(self: &Arc<Self>, offset: u64, len: usize) -> Result<Bytes, FetchError> {
+        let left = self.size().saturating_sub(offset);
+        let len = len
+            .min(LONGEST_READ)
+            .min(usize::try_from(left).unwrap_or(usize::MAX));
+        if len == 0 {
+            return Ok(Bytes::new());
+        }
+        self.expect_reads();
+        let state = self.state.read().clone();
+        let partial = match state {
+            State::Complete(_) => return self.read_complete(offset, len),
+            State::Small => {
+                let data = self.small(Class::Demand).await?;
+                return Ok(data.slice(offset as usize..offset as usize + len));
+            }
+            State::Partial(partial) => partial,
+        };
+        if self.strict() {
+            self.ensure(Class::Demand).await?;
+            return self.read_complete(offset, len);
+        }
+        let bytes = offset..offset + len as u64;
+        let mut data = vec![0; len];
+        let result = self.fill(&partial, &bytes, &mut data).await;
+        match result {
+            Ok(()) => Ok(data.into()),
+            Err(error) if error.kind() == FetchErrorKind::NoSpace => {
+                *self.full_since.lock() = Some(Instant::now());
+                self.read_through(bytes).await
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The whole object, complete and verified.
+    ///
+    /// # Errors
+    /// As [`Handle::read`]; [`FetchErrorKind::Corrupt`] where the content is wrong twice.
+    pub async fn ensure(self: &Arc<Self>, class: Class) -> Result<Arc<Complete>, FetchError> {
+        let state = self.state.read().clone();
+        let partial = match state {
+            State::Complete(complete) => return Ok(complete),
+            State::Small => {
+                self.small(class).await?;
+                return self.complete().ok_or_else(|| {
+                    FetchError::new(
+                        self,
+                        FetchErrorKind::NoSpace,
+                        &"the store could not keep it",
+                    )
+                });
+            }
+            State::Partial(partial) => partial,
+        };
+        for last_try in [false, true] {
+            let engine = self.engine()?;
+            engine.queue.bring_all(self, &partial, class).await?;
+            match self.finish(&partial).await {
+                Err(error) if error.kind() == FetchErrorKind::Corrupt && !last_try => {
+                    tracing::warn!(object = %self.id(), %error, "fetching again");
+                }
+                other => return other,
+            }
+        }
+        unreachable!("the last try returns")
+    }
+
+    // --- what flights and the dispatcher need ---
+
+    pub(super) fn object(&self) -> &Object {
+        &self.object
+    }
+
+    pub(super) fn source(&self) -> &Arc<dyn Source> {
+        &self.source
+    }
+
+    pub(super) fn verifier(&self) -> &Verifier {
+        &self.verifier
+    }
+
+    pub(super) fn is_read(&self) -> bool {
+        self.read.load(Ordering::Relaxed)
+    }
+
+    /// Chunk `index` has begun to arrive in `buf`.
+    pub(super) fn arriving(&self, index: u64, buf: &Arc<ChunkBuf>) {
+        self.arriving.lock().insert(index, Arc::clone(buf));
+    }
+
+    /// Chunk `index` is present.
+    pub(super) fn arrived(&self, index: u64) {
+        self.arriving.lock().remove(&index);
+        self.wake();
+        let bytes = chunk::bytes(index, self.size());
+        let new = bytes.end - bytes.start;
+        let since = self.since_checkpoint.fetch_add(new, Ordering::Relaxed) + new;
+        if since >= CHECKPOINT_BYTES
+            && self
+                .since_checkpoint
+                .compare_exchange(since, 0, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+        {
+            self.checkpoint();
+        }
+    }
+
+    /// A flight is over.
+    pub(super) fn landed(&self, flight: &Arc<Flight>) {
+        self.flights.lock().retain(|f| !Arc::ptr_eq(f, flight));
+        if flight.failure().is_some() {
+            // What had begun to arrive and was not committed will arrive in another buffer.
+            self.arriving
+                .lock()
+                .retain(|_, buf| Arc::strong_count(buf) > 1);
+        }
+        self.wake();
+        if let Some(engine) = self.engine.upgrade() {
+            engine.queue.wake();
+        }
+    }
+
+    /// Wakes whoever waits for bytes.
+    pub(super) fn wake(&self) {
+        if self.waiting.load(Ordering::Acquire) > 0 {
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// Makes a flight of a lease and lets readers see it.
+    pub(super) fn prepare(&self, lease: Lease, class: Class) -> Arc<Flight> {
+        let flight = Flight::new(lease, class);
+        self.flights.lock().push(Arc::clone(&flight));
+        flight
+    }
+
+    /// Waits for news of this object, for at most `limit`. Enabled at once: nothing that happens
+    /// between this call and the first poll is missed.
+    pub(super) fn changed_within(&self, limit: Duration) -> impl Future<Output = ()> {
+        let waiting = Waiting::new(&self.waiting);
+        let mut changed = Box::pin(self.changed.notified());
+        changed.as_mut().enable();
+        async move {
+            let _waiting = waiting;
+            let _ = tokio::time::timeout(limit, changed).await;
+        }
+    }
+
+    /// Starts a flight for a lease.
+    fn launch(self: &Arc<Self>, engine: &Arc<Inner>, lease: Lease, class: Class) {
+        let flight = self.prepare(lease, class);
+        engine
+            .runtime
+            .spawn(flight::run(Arc::clone(engine), Arc::clone(self), flight));
+    }
+
+    /// Makes what is present durable. Blocking.
+    fn checkpoint(&self) {
+        if let State::Partial(partial) = self.state.read().clone()
+            && let Err(error) = partial.checkpoint()
+        {
+            tracing::warn!(object = %self.id(), %error, "progress could not be made durable");
+        }
+    }
+
+    fn strict(&self) -> bool {
+        self.poisoned.load(Ordering::Relaxed)
+            || self
+                .engine
+                .upgrade()
+                .is_none_or(|e| e.config.verify == VerifyPolicy::Strict)
+    }
+
+    fn engine(&self) -> Result<Arc<Inner>, FetchError> {
+        self.engine
+            .upgrade()
+            .ok_or_else(|| FetchError::cancelled(self))
+    }
+
+    fn read_complete(&self, offset: u64, len: usize) -> Result<Bytes, FetchError> {
+        let mut data = vec![0; len];
+        if self.try_read(offset, &mut data)? {
+            return Ok(data.into());
+        }
+        Err(FetchError::cancelled(self))
+    }
+
+    /// Notes a read of what is present or on its way, and reads ahead of streams.
+    fn note(&self, bytes: &Range<u64>, partial: &Arc<Partial>) {
+        let hint = self.tensor_hint(bytes, partial);
+        let ahead = self.streams.lock().note(bytes, self.size(), hint);
+        if let Some(ahead) = ahead
+            && let (Some(engine), Some(me)) = (self.engine.upgrade(), self.me.upgrade())
+        {
+            engine
+                .queue
+                .read_ahead(&me, partial, chunk::covering(&ahead));
+        }
+    }
+
+    /// Where the tensor ends whose beginning is read here, if it is a safetensors file.
+    fn tensor_hint(&self, bytes: &Range<u64>, partial: &Partial) -> Option<u64> {
+        if !self.name.ends_with(".safetensors") || !partial.present(0) {
+            return None;
+        }
+        let known = self.tensors.lock().clone();
+        let tensors = match known {
+            Some(tensors) => tensors,
+            None => {
+                let parsed = Tensors::read(self.size(), |at, buf| {
+                    let range = at..at + buf.len() as u64;
+                    chunk::covering(&range).all(|c| partial.present(c))
+                        && partial.read_at(buf, at).is_ok()
+                });
+                let tensors = Arc::new(parsed?);
+                *self.tensors.lock() = Some(Arc::clone(&tensors));
+                tensors
+            }
+        };
+        tensors.end_of_start_in(bytes)
+    }
+
+    /// Fills `data` with `bytes`, chunk by chunk, as they arrive.
+    async fn fill(
+        self: &Arc<Self>,
+        partial: &Arc<Partial>,
+        bytes: &Range<u64>,
+        data: &mut [u8],
+    ) -> Result<(), FetchError> {
+        if self
+            .full_since
+            .lock()
+            .is_some_and(|since| since.elapsed() < FULL_DISK)
+        {
+            return Err(FetchError::new(
+                self,
+                FetchErrorKind::NoSpace,
+                &"the disk is full",
+            ));
+        }
+        self.demand(partial, chunk::covering(bytes))?;
+        self.note(bytes, partial);
+        let mut rest = data;
+        for index in chunk::covering(bytes) {
+            let whole = chunk::bytes(index, self.size());
+            let piece = whole.start.max(bytes.start)..whole.end.min(bytes.end);
+            let (now, later) = rest.split_at_mut((piece.end - piece.start) as usize);
+            self.fill_piece(partial, index, piece, now).await?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Fills `out` with `piece` of chunk `index`: from the store, or from the buffer in which the
+    /// chunk is arriving.
+    async fn fill_piece(
+        self: &Arc<Self>,
+        partial: &Arc<Partial>,
+        index: u64,
+        piece: Range<u64>,
+        out: &mut [u8],
+    ) -> Result<(), FetchError> {
+        let within = {
+            let start = chunk::bytes(index, self.size()).start;
+            (piece.start - start) as usize..(piece.end - start) as usize
+        };
+        let _waiting = Waiting::new(&self.waiting);
+        let mut by = None;
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if partial.present(index) {
+                return partial
+                    .read_at(out, piece.start)
+                    .map_err(|e| FetchError::store(self, &e));
+            }
+            if let Some(buf) = self.arriving.lock().get(&index)
+                && let Some(arrived) = buf.filled().get(within.clone())
+            {
+                out.copy_from_slice(arrived);
+                return Ok(());
+            }
+            if let Some(error) = by.as_ref().and_then(|f: &Arc<Flight>| f.failure().cloned()) {
+                return Err(error);
+            }
+            if by.as_ref().is_none_or(|f| !f.brings(index) && f.is_done()) {
+                self.demand(partial, index..index + 1)?;
+                by = self
+                    .flights
+                    .lock()
+                    .iter()
+                    .find(|f| f.brings(index))
+                    .cloned();
+            }
+            if by.is_some() {
+                changed.await;
+            } else if !partial.present(index) {
+                // Claimed, but not in this process.
+                let _ = tokio::time::timeout(OTHER_PROCESS, changed).await;
+            }
+        }
+    }
+
+    /// Sees to it that the missing chunks of `wanted` are on their way at demand priority.
+    fn demand(
+        self: &Arc<Self>,
+        partial: &Arc<Partial>,
+        wanted: Range<u64>,
+    ) -> Result<(), FetchError> {
+        let mut from = wanted.start;
+        while let Some(missing) = (from..wanted.end).find(|&c| !partial.present(c)) {
+            let carrier = self
+                .flights
+                .lock()
+                .iter()
+                .find(|f| f.brings(missing))
+                .cloned();
+            let lease = match carrier {
+                Some(flight) => flight.yield_from(missing),
+                None => partial
+                    .claim(missing..wanted.end)
+                    .map_err(|e| FetchError::store(self, &e))?,
+            };
+            from = missing + 1;
+            if let Some(lease) = lease {
+                from = self.cover(&self.engine()?, lease, wanted.end);
+            }
+        }
+        Ok(())
+    }
+
+    /// Launches the part of `lease` below `end` as demand, and the rest as read-ahead.
+    fn cover(self: &Arc<Self>, engine: &Arc<Inner>, mut lease: Lease, end: u64) -> u64 {
+        let chunks = lease.chunks();
+        if chunks.end > end && end > chunks.start {
+            let rest = lease.split_off(end);
+            self.launch(engine, rest, Class::Readahead);
+        }
+        let covered = lease.chunks().end;
+        self.launch(engine, lease, Class::Demand);
+        covered
+    }
+
+    /// Reads without storing: the disk is full.
+    async fn read_through(&self, bytes: Range<u64>) -> Result<Bytes, FetchError> {
+        if self.strict() {
+            let why =
+                "the disk is full, and nothing may be served before it is stored and verified";
+            return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
+        }
+        let data = self.receive(bytes, Class::Demand).await?;
+        metrics::global()
+            .fetch_streamed_bytes
+            .add(data.len() as u64);
+        Ok(data)
+    }
+
+    /// Receives `bytes` of the object into memory, with retries.
+    async fn receive(&self, bytes: Range<u64>, class: Class) -> Result<Bytes, FetchError> {
+        let engine = self.engine()?;
+        let _demand = (class == Class::Demand).then(|| engine.gate.enter());
+        let Recipe::Raw(location) = &self.object.recipe;
+        let mut data = Vec::with_capacity((bytes.end - bytes.start) as usize);
+        let mut retry = Retry::new(engine.config.patience);
+        while (data.len() as u64) < bytes.end - bytes.start {
+            let before = data.len();
+            let start = bytes.start + before as u64 + location.offset;
+            let end = bytes.end + location.offset;
+            let attempt = async {
+                metrics::global().fetch_requests.add(1);
+                let mut body = self.source.read(location, start..end).await?;
+                while let Some(frame) = body.next().await {
+                    let frame = frame?;
+                    if data.len() + frame.len() > (bytes.end - bytes.start) as usize {
+                        let message = "the body is longer than asked for";
+                        return Err(SourceError::new(
+                            SourceErrorKind::Corrupt,
+                            &self.name,
+                            message,
+                        ));
+                    }
+                    data.extend_from_slice(&frame);
+                }
+                Ok(())
+            };
+            // A small object or one FUSE request: short enough for one time limit.
+            let limit = engine.config.stall_timeout * 2;
+            let failure = match tokio::time::timeout(limit, attempt).await {
+                Ok(Ok(())) if data.len() as u64 == bytes.end - bytes.start => break,
+                Ok(Ok(())) => SourceError::new(
+                    SourceErrorKind::Unavailable,
+                    &self.name,
+                    "the body ended early",
+                ),
+                Ok(Err(error)) => error,
+                Err(_) => SourceError::new(
+                    SourceErrorKind::Unavailable,
+                    &self.name,
+                    "no answer for too long",
+                ),
+            };
+            if data.len() > before {
+                retry.progress();
+            }
+            let Some(pause) = retry.pause(&failure) else {
+                return Err(FetchError::source(self, &failure));
+            };
+            metrics::global().fetch_retries.add(1);
+            tokio::time::sleep(pause).await;
+        }
+        class.received().add(data.len() as u64);
+        Ok(data.into())
+    }
+
+    /// The whole content of a small object; stored, verified and complete on return, unless the
+    /// disk is full.
+    async fn small(self: &Arc<Self>, class: Class) -> Result<Bytes, FetchError> {
+        let _one = self.finishing.lock().await;
+        if self.complete().is_some() {
+            return self.read_complete(0, self.size() as usize);
+        }
+        let engine = self.engine()?;
+        let mut wrong = None;
+        for _ in 0..2 {
+            let _slot = engine.small_slot().await;
+            let data = if self.size() == 0 {
+                Bytes::new()
+            } else {
+                self.receive(0..self.size(), class).await?
+            };
+            match judge_bytes(&self.object, &data) {
+                Verdict::Bad { expected, found } => wrong = Some(self.poison(&expected, &found)),
+                Verdict::Good(_) => {
+                    match engine.small.put(self.object.id, data.clone()).await {
+                        Ok(complete) => *self.state.write() = State::Complete(complete),
+                        Err(e) if e.kind() == StoreErrorKind::NoSpace && !self.strict() => {
+                            tracing::debug!(object = %self.id(), "served without being stored");
+                        }
+                        Err(e) => return Err(FetchError::store(self, &e)),
+                    }
+                    return Ok(data);
+                }
+            }
+        }
+        Err(wrong.unwrap_or_else(|| FetchError::cancelled(self)))
+    }
+
+    /// Verifies an object whose chunks are all present and makes it complete.
+    async fn finish(self: &Arc<Self>, partial: &Arc<Partial>) -> Result<Arc<Complete>, FetchError> {
+        let _one = self.finishing.lock().await;
+        if let Some(complete) = self.complete() {
+            return Ok(complete);
+        }
+        let engine = self.engine()?;
+        let (handle, partial) = (Arc::clone(self), Arc::clone(partial));
+        let finished = engine
+            .runtime
+            .spawn_blocking(move || handle.finish_blocking(&partial));
+        finished.await.map_err(|_| FetchError::cancelled(self))?
+    }
+
+    fn finish_blocking(&self, partial: &Arc<Partial>) -> Result<Arc<Complete>, FetchError> {
+        let failed = |e| FetchError::store(self, &e);
+        let engine = self.engine()?;
+        // Another process may have finished it.
+        if let Some(complete) = engine.store.complete(self.id()).map_err(failed)? {
+            *self.state.write() = State::Complete(Arc::clone(&complete));
+            return Ok(complete);
+        }
+        match self.verifier.judge(&self.object, partial).map_err(failed)? {
+            Verdict::Good(digest) => {
+                let complete = partial.finish(digest).map_err(failed)?;
+                metrics::global().store_objects_completed.add(1);
+                *self.state.write() = State::Complete(Arc::clone(&complete));
+                self.poisoned.store(false, Ordering::Relaxed);
+                self.wake();
+                Ok(complete)
+            }
+            Verdict::Bad { expected, found } => {
+                let error = self.poison(&expected, &found);
+                partial.discard().map_err(failed)?;
+                self.verifier.reset(&self.object);
+                Err(error)
+            }
+        }
+    }
+
+    fn poison(&self, expected: &str, found: &str) -> FetchError {
+        self.poisoned.store(true, Ordering::Relaxed);
+        metrics::global().fetch_corrupt_objects.add(1);
+        let message = format!("the content is wrong: expected {expected}, received {found}");
+        tracing::error!(object = %self.id(), path = %self.name, expected, found, "wrong content");
+        FetchError::new(self, FetchErrorKind::Corrupt, &message)
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if self.since_checkpoint.load(Ordering::Relaxed) > 0 {
+            self.checkpoint();
+        }
+    }
+}
+
+/// Counts those who wait, so that nobody is woken in vain.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}

@@ -1,0 +1,127 @@
+//! What keeps classes out of each other's way: demand first, and a cap on warm bandwidth.
+
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+/// Longest time that background work stands still for demand before it may move a little: long
+/// enough to be out of the way, short enough that no origin drops the connection.
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+
+/// Counts demand under way; background work waits while there is any.
+#[derive(Default)]
+pub(super) struct DemandGate {
+    active: AtomicUsize,
+    idle: Notify,
+}
+
+impl DemandGate {
+    /// Notes a demand fetch until the guard is dropped.
+    pub(super) fn enter(self: &std::sync::Arc<Self>) -> DemandGuard {
+        self.active.fetch_add(1, Ordering::AcqRel);
+        DemandGuard(std::sync::Arc::clone(self))
+    }
+
+    /// Whether demand is under way.
+    pub(super) fn busy(&self) -> bool {
+        self.active.load(Ordering::Acquire) > 0
+    }
+
+    /// Waits until no demand is under way, but not for ever.
+    pub(super) async fn yield_to_demand(&self) {
+        if !self.busy() {
+            return;
+        }
+        let until = tokio::time::Instant::now() + LONGEST_PAUSE;
+        loop {
+            let idle = self.idle.notified();
+            if !self.busy() || tokio::time::timeout_at(until, idle).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// One demand fetch under way.
+pub(super) struct DemandGuard(std::sync::Arc<DemandGate>);
+
+impl Drop for DemandGuard {
+    fn drop(&mut self) {
+        if self.0.active.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.idle.notify_waiters();
+        }
+    }
+}
+
+/// A token bucket of bytes.
+pub(super) struct Bandwidth {
+    per_second: Option<f64>,
+    /// When the bytes handed out so far will have been earned.
+    paid_until: Mutex<Instant>,
+}
+
+/// What may be spent at once after a quiet time.
+const BURST: Duration = Duration::from_millis(100);
+
+impl Bandwidth {
+    /// At most `per_second` bytes a second; unlimited where `None`.
+    pub(super) fn new(per_second: Option<u64>) -> Self {
+        Self {
+            per_second: per_second.map(|b| b.max(1) as f64),
+            paid_until: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Waits until `bytes` may be spent.
+    pub(super) async fn spend(&self, bytes: usize) {
+        let Some(per_second) = self.per_second else {
+            return;
+        };
+        let until = {
+            let mut paid = self.paid_until.lock();
+            let now = Instant::now();
+            let start = (*paid).max(now.checked_sub(BURST).unwrap_or(now));
+            *paid = start + Duration::from_secs_f64(bytes as f64 / per_second);
+            *paid
+        };
+        tokio::time::sleep_until(until.into()).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    #[tokio::test]
+    async fn bandwidth_is_kept() {
+        let bandwidth = Bandwidth::new(Some(10 << 20));
+        let start = Instant::now();
+        for _ in 0..5 {
+            bandwidth.spend(1 << 20).await;
+        }
+        assert!(start.elapsed() >= Duration::from_millis(350));
+        Bandwidth::new(None).spend(usize::MAX).await;
+    }
+
+    #[tokio::test]
+    async fn background_waits_for_demand_but_not_for_ever() {
+        let gate = Arc::new(DemandGate::default());
+        gate.yield_to_demand().await;
+        let guard = gate.enter();
+        let start = tokio::time::Instant::now();
+        gate.yield_to_demand().await;
+        assert!(start.elapsed() >= LONGEST_PAUSE);
+        let waiting = tokio::spawn({
+            let gate = Arc::clone(&gate);
+            async move { gate.yield_to_demand().await }
+        });
+        tokio::task::yield_now().await;
+        drop(guard);
+        waiting.await.unwrap();
+    }
+}

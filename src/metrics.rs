@@ -1,0 +1,89 @@
+//! Every metric of the process, in one table. Imported by any room, imports none.
+//!
+//! Names are `hearth_<room>_<what>_<unit>`; labels are bounded by what stands here. Counters only
+//! go up; gauges are marked so. Rendered in the Prometheus text format (version 0.0.4).
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// One counter or gauge.
+#[derive(Debug, Default)]
+pub struct Metric(AtomicU64);
+
+impl Metric {
+    const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    /// Adds `n`.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Relaxed);
+    }
+
+    /// Takes `n` off a gauge.
+    pub fn sub(&self, n: u64) {
+        self.0.fetch_sub(n, Relaxed);
+    }
+
+    /// The value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+macro_rules! metrics {
+    ($($kind:ident $field:ident $name:literal $help:literal;)*) => {
+        /// The table.
+        #[derive(Debug)]
+        pub struct Metrics { $(#[doc = $help] pub $field: Metric,)* }
+
+        static GLOBAL: Metrics = Metrics { $($field: Metric::new(),)* };
+
+        impl Metrics {
+            /// (name, kind, help, value) of each.
+            pub fn all(&self) -> Vec<(&'static str, &'static str, &'static str, u64)> {
+                vec![$(($name, stringify!($kind), $help, self.$field.get()),)*]
+            }
+        }
+    };
+}
+
+metrics! {
+    counter fetch_demand_bytes "hearth_fetch_demand_bytes_total" "Bytes received from origins because a reader waits for them";
+    counter fetch_readahead_bytes "hearth_fetch_readahead_bytes_total" "Bytes received from origins ahead of a sequential reader";
+    counter fetch_warm_bytes "hearth_fetch_warm_bytes_total" "Bytes received from origins in the background";
+    counter fetch_requests "hearth_fetch_requests_total" "Range requests sent to origins";
+    counter fetch_retries "hearth_fetch_retries_total" "Range requests sent again after an error";
+    counter fetch_hedges "hearth_fetch_hedges_total" "Second requests sent because the first was slow";
+    counter fetch_corrupt_objects "hearth_fetch_corrupt_objects_total" "Objects whose content did not match its digest";
+    counter fetch_streamed_bytes "hearth_fetch_streamed_bytes_total" "Bytes served without being stored, since the disk was full";
+    gauge fetch_buffers "hearth_fetch_buffers_bytes" "Memory held by bytes in flight";
+    gauge fetch_connections "hearth_fetch_connections" "Range requests under way";
+    counter store_written_bytes "hearth_store_written_bytes_total" "Content bytes written to the store";
+    counter store_objects_completed "hearth_store_objects_completed_total" "Objects completed and verified";
+    counter mount_lookups "hearth_mount_lookups_total" "FUSE LOOKUP requests";
+    counter mount_getattrs "hearth_mount_getattrs_total" "FUSE GETATTR requests";
+    counter mount_readdirs "hearth_mount_readdirs_total" "FUSE READDIR and READDIRPLUS requests";
+    counter mount_opens "hearth_mount_opens_total" "FUSE OPEN requests";
+    counter mount_passthrough_opens "hearth_mount_passthrough_opens_total" "Opens answered with kernel passthrough";
+    counter mount_reads "hearth_mount_reads_total" "FUSE READ requests";
+    counter mount_read_bytes "hearth_mount_read_bytes_total" "Bytes answered to FUSE READ requests";
+    counter mount_errors "hearth_mount_errors_total" "FUSE requests answered with EIO, ESTALE or EACCES";
+}
+
+/// The metrics of this process.
+pub fn global() -> &'static Metrics {
+    &GLOBAL
+}
+
+/// The Prometheus text exposition of all metrics.
+pub fn render() -> String {
+    use std::fmt::Write as _;
+    let mut text = String::new();
+    for (name, kind, help, value) in GLOBAL.all() {
+        let _ = writeln!(
+            text,
+            "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}"
+        );
+    }
+    text
+}
