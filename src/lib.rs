@@ -5,10 +5,14 @@
 //! (`tests/it/layers.rs` checks it). See `ARCHITECTURE.md` for the map.
 
 pub mod chunk;
+pub mod cli;
+pub mod config;
 pub mod digest;
 pub mod disk;
 pub mod fetch;
+pub mod fs;
 pub mod metrics;
+pub mod mount;
 pub mod node;
 pub mod reference;
 pub mod source;

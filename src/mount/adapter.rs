@@ -1,0 +1,657 @@
+//! The FUSE protocol: decode, call `fs`, answer.
+
+use std::{
+    cell::RefCell,
+    ffi::OsStr,
+    io,
+    os::unix::ffi::OsStrExt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use fuser::{
+    BackingId, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use tokio::runtime::Handle;
+
+use super::{
+    Config,
+    errno::errno,
+    opens::{Answer, Opens},
+    stats::{Counters, Stats, count},
+};
+use crate::{
+    fetch::FetchErrorKind,
+    fs::{Attr, BLOCK, Body, Change, FileKind, FsError, Opened, Owner, UPPER, View},
+};
+
+/// How long the kernel may keep names and attributes: for ever, since they never change but by its
+/// own hand. (It adds this to its clock, so the largest duration would overflow.)
+const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+const GENERATION: Generation = Generation(0);
+/// Handles carry nothing: all that is known of an open file is known by its inode.
+const HANDLE: FileHandle = FileHandle(0);
+/// Requests the kernel sends ahead of any reader (read-ahead) before it holds back.
+const BACKGROUND: u16 = 128;
+
+thread_local! {
+    /// Where this thread reads what it answers.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What serves one mount; shared by its threads and tasks.
+pub(super) struct Server {
+    view: Arc<View>,
+    runtime: Handle,
+    opens: Opens<BackingId>,
+    counters: Counters,
+    small_file: u64,
+    /// Off once the kernel has refused, for want of privilege or of a suitable store.
+    passthrough: AtomicBool,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").finish_non_exhaustive()
+    }
+}
+
+/// The server as fuser wants it.
+pub(super) struct Adapter(pub(super) Arc<Server>);
+
+impl Server {
+    pub(super) fn new(view: Arc<View>, config: &Config, runtime: Handle) -> Self {
+        Self {
+            view,
+            runtime,
+            opens: Opens::new(),
+            counters: Counters::default(),
+            small_file: config.small_file,
+            passthrough: AtomicBool::new(config.passthrough),
+        }
+    }
+
+    pub(super) fn stats(&self) -> Stats {
+        self.counters.snapshot()
+    }
+
+    /// The errno of an error that is about to be answered; logged here and nowhere else.
+    fn errno(&self, op: &'static str, ino: u64, error: &FsError) -> Errno {
+        if *error != FsError::NotFound {
+            count(&self.counters.errors, 1);
+        }
+        match error {
+            FsError::Content { .. } | FsError::Damaged(_) => {
+                tracing::warn!(op, ino, %error, "answered with an error");
+            }
+            _ => tracing::debug!(op, ino, %error, "answered with an error"),
+        }
+        errno(error)
+    }
+
+    fn answer_open(&self, ino: u64, body: Arc<dyn Body>, reply: ReplyOpen) {
+        let answer = self.opens.open(ino, body, |file| {
+            if !self.passthrough.load(Relaxed) {
+                return None;
+            }
+            reply
+                .open_backing(file)
+                .inspect_err(|error| {
+                    if self.passthrough.swap(false, Relaxed) {
+                        tracing::info!(%error, "no passthrough: files are read through this process");
+                    }
+                })
+                .ok()
+        });
+        match answer {
+            Answer::Passthrough(backing) => {
+                count(&self.counters.passthrough_opens, 1);
+                reply.opened_passthrough(HANDLE, FopenFlags::FOPEN_NOFLUSH, &backing);
+            }
+            // Contents never change: what the kernel holds of a file stays good between opens.
+            Answer::Cached => reply.opened(
+                HANDLE,
+                FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
+            ),
+        }
+    }
+
+    /// Fetches a small file before its open is answered: then it can be passthrough, and an error
+    /// shows where programs expect one.
+    async fn open_small(&self, ino: u64, body: Arc<dyn Body>, reply: ReplyOpen) {
+        count(&self.counters.small_fetches, 1);
+        match body.clone().whole().await {
+            // The disk is full or broken: reads may still be answered from the origin.
+            Ok(_)
+            | Err(FsError::Content {
+                kind: FetchErrorKind::NoSpace | FetchErrorKind::Disk,
+                ..
+            }) => self.answer_open(ino, body, reply),
+            Err(error) => reply.error(self.errno("open", ino, &error)),
+        }
+    }
+
+    fn body(&self, ino: u64) -> Result<Arc<dyn Body>, FsError> {
+        if let Some(body) = self.opens.body(ino) {
+            return Ok(body);
+        }
+        // Opened before this process took the session over, or by passthrough that was lost.
+        match self.view.open(ino, false)? {
+            Opened::Body(body) => Ok(body),
+            Opened::Upper => Err(FsError::Stale),
+        }
+    }
+
+    async fn read_later(&self, ino: u64, body: Arc<dyn Body>, at: (u64, usize), reply: ReplyData) {
+        count(&self.counters.waited_reads, 1);
+        match body.read(at.0, at.1).await {
+            // Fewer bytes would be shown to the reader as zeros.
+            Ok(bytes) if bytes.len() == at.1 => self.answer_read(&bytes, reply),
+            Ok(_) => reply.error(self.errno("read", ino, &FsError::Damaged("a read was short"))),
+            Err(error) => reply.error(self.errno("read", ino, &error)),
+        }
+    }
+
+    fn answer_read(&self, bytes: &[u8], reply: ReplyData) {
+        count(&self.counters.read_bytes, bytes.len() as u64);
+        reply.data(bytes);
+    }
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let mut wanted = InitFlags::FUSE_ASYNC_READ
+            | InitFlags::FUSE_PARALLEL_DIROPS
+            | InitFlags::FUSE_DO_READDIRPLUS
+            | InitFlags::FUSE_READDIRPLUS_AUTO
+            | InitFlags::FUSE_CACHE_SYMLINKS
+            | InitFlags::FUSE_MAX_PAGES
+            | InitFlags::FUSE_HAS_RESEND;
+        if self.0.passthrough.load(Relaxed) {
+            wanted |= InitFlags::FUSE_PASSTHROUGH;
+        }
+        let wanted = wanted & config.capabilities();
+        if wanted.contains(InitFlags::FUSE_PASSTHROUGH) {
+            // 1: the store is no stacked file system, and an overlay may be put on this mount.
+            let _ = config.set_max_stack_depth(1);
+        } else {
+            self.0.passthrough.store(false, Relaxed);
+        }
+        config
+            .add_capabilities(wanted)
+            .map_err(|_| io::Error::from_raw_os_error(libc::EPROTO))?;
+        // The largest read too, which the kernel bounds by fs.fuse.max_pages_limit.
+        let _ = config.set_max_write(max_request());
+        let _ = config.set_max_background(BACKGROUND);
+        let _ = config.set_congestion_threshold(BACKGROUND);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let server = &self.0;
+        count(&server.counters.lookups, 1);
+        match server.view.lookup(parent.0, name.as_bytes()) {
+            Ok(attr) => reply.entry(&FOREVER, &file_attr(&attr), GENERATION),
+            // Inode 0 is "no such file", and may be kept like any other answer.
+            Err(FsError::NotFound) => reply.entry(&FOREVER, &NOTHING, GENERATION),
+            Err(error) => reply.error(server.errno("lookup", parent.0, &error)),
+        }
+    }
+
+    fn forget(&self, _: &Request, _: INodeNo, _: u64) {
+        count(&self.0.counters.forgets, 1);
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        let server = &self.0;
+        count(&server.counters.getattrs, 1);
+        match server.view.attr(ino.0) {
+            Ok(attr) => reply.attr(&FOREVER, &file_attr(&attr)),
+            Err(error) => reply.error(server.errno("getattr", ino.0, &error)),
+        }
+    }
+
+    fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
+        match self.0.view.readlink(ino.0) {
+            Ok(target) => reply.data(target),
+            Err(error) => reply.error(self.0.errno("readlink", ino.0, &error)),
+        }
+    }
+
+    fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let server = &self.0;
+        count(&server.counters.opens, 1);
+        let ino = ino.0;
+        let write = flags.0 & libc::O_ACCMODE != libc::O_RDONLY;
+        match server.view.open(ino, write) {
+            Ok(Opened::Upper) => reply.opened(HANDLE, FopenFlags::FOPEN_KEEP_CACHE),
+            Ok(Opened::Body(body)) => {
+                let small = body.size() <= server.small_file;
+                if small && body.complete().is_none() {
+                    let server = server.clone();
+                    self.0
+                        .runtime
+                        .spawn(async move { server.open_small(ino, body, reply).await });
+                } else {
+                    server.answer_open(ino, body, reply);
+                }
+            }
+            Err(error) => reply.error(server.errno("open", ino, &error)),
+        }
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let server = &self.0;
+        count(&server.counters.reads, 1);
+        let ino = ino.0;
+        if ino >= UPPER {
+            return match server.view.read_upper(ino, offset, size as usize) {
+                Ok(data) => server.answer_read(&data, reply),
+                Err(error) => reply.error(server.errno("read", ino, &error)),
+            };
+        }
+        let body = match server.body(ino) {
+            Ok(body) => body,
+            Err(error) => return reply.error(server.errno("read", ino, &error)),
+        };
+        let left = body.size().saturating_sub(offset);
+        let len = usize::try_from(left).map_or(size as usize, |left| left.min(size as usize));
+        if len == 0 {
+            return reply.data(&[]);
+        }
+        BUFFER.with_borrow_mut(|buffer| {
+            if buffer.len() < len {
+                buffer.resize(len, 0);
+            }
+            match body.try_read(offset, &mut buffer[..len]) {
+                Ok(true) => server.answer_read(&buffer[..len], reply),
+                Ok(false) => {
+                    let server = server.clone();
+                    self.0.runtime.spawn(async move {
+                        server.read_later(ino, body, (offset, len), reply).await;
+                    });
+                }
+                Err(error) => reply.error(server.errno("read", ino, &error)),
+            }
+        });
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        let server = &self.0;
+        count(&server.counters.releases, 1);
+        if ino.0 >= UPPER {
+            server.view.release(ino.0);
+        } else {
+            server.opens.release(ino.0);
+        }
+        reply.ok();
+    }
+
+    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        // Not needed, and the kernel need not ask again; it also caches directories then.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn readdir(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let server = &self.0;
+        count(&server.counters.readdirs, 1);
+        let result = server.view.readdir(ino.0, offset, &mut |entry| {
+            let name = OsStr::from_bytes(entry.name);
+            let kind = file_type(entry.attr.kind);
+            !reply.add(INodeNo(entry.attr.ino), entry.next, kind, name)
+        });
+        match result {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(server.errno("readdir", ino.0, &error)),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let server = &self.0;
+        count(&server.counters.readdirs, 1);
+        let result = server.view.readdir(ino.0, offset, &mut |entry| {
+            let name = OsStr::from_bytes(entry.name);
+            let attr = file_attr(&entry.attr);
+            !reply.add(attr.ino, entry.next, name, &FOREVER, &attr, GENERATION)
+        });
+        match result {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(server.errno("readdirplus", ino.0, &error)),
+        }
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        let s = self.0.view.statfs();
+        reply.statfs(
+            s.blocks,
+            s.free_blocks,
+            s.free_blocks,
+            s.files,
+            s.free_files,
+            BLOCK,
+            crate::tree::MAX_NAME as u32,
+            BLOCK,
+        );
+    }
+
+    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        if !self.0.view.has_xattrs() {
+            // The kernel asks no more.
+            return reply.error(Errno::ENOSYS);
+        }
+        match self.0.view.xattr(ino.0, name.as_bytes()) {
+            Ok(value) => answer_xattr(value, size, reply),
+            // So common (security.capability, ACLs) that it is no error worth counting.
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        if !self.0.view.has_xattrs() {
+            return reply.error(Errno::ENOSYS);
+        }
+        match self.0.view.xattr_names(ino.0) {
+            Ok(names) => answer_xattr(&names, size, reply),
+            Err(error) => reply.error(self.0.errno("listxattr", ino.0, &error)),
+        }
+    }
+
+    // From here on: what the upper of the hub layout takes.
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _: u32,
+        _: i32,
+        reply: ReplyCreate,
+    ) {
+        let server = &self.0;
+        count(&server.counters.opens, 1);
+        match server
+            .view
+            .create(parent.0, name.as_bytes(), mode as u16, owner(request))
+        {
+            Ok(attr) => reply.created(
+                &FOREVER,
+                &file_attr(&attr),
+                GENERATION,
+                HANDLE,
+                FopenFlags::FOPEN_KEEP_CACHE,
+            ),
+            Err(error) => reply.error(server.errno("create", parent.0, &error)),
+        }
+    }
+
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _: u32,
+        reply: ReplyEntry,
+    ) {
+        match self
+            .0
+            .view
+            .mkdir(parent.0, name.as_bytes(), mode as u16, owner(request))
+        {
+            Ok(attr) => reply.entry(&FOREVER, &file_attr(&attr), GENERATION),
+            Err(error) => reply.error(self.0.errno("mkdir", parent.0, &error)),
+        }
+    }
+
+    fn mknod(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        _: &OsStr,
+        _: u32,
+        _: u32,
+        _: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(self.0.errno("mknod", parent.0, &FsError::NotPermitted));
+    }
+
+    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let result = self.0.view.unlink(parent.0, name.as_bytes());
+        self.answer_empty("unlink", parent, result, reply);
+    }
+
+    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let result = self.0.view.rmdir(parent.0, name.as_bytes());
+        self.answer_empty("rmdir", parent, result, reply);
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        to_parent: INodeNo,
+        to_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let keep = flags == RenameFlags::RENAME_NOREPLACE;
+        let result = if keep || flags.is_empty() {
+            let to = (to_parent.0, to_name.as_bytes());
+            self.0.view.rename((parent.0, name.as_bytes()), to, keep)
+        } else {
+            Err(FsError::Invalid)
+        };
+        self.answer_empty("rename", parent, result, reply);
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        match self.0.view.write(ino.0, offset, data) {
+            Ok(()) => reply.written(data.len() as u32),
+            Err(error) => reply.error(self.0.errno("write", ino.0, &error)),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let mtime = mtime.map(|time| match time {
+            TimeOrNow::SpecificTime(time) => time,
+            TimeOrNow::Now => SystemTime::now(),
+        });
+        let change = Change {
+            mode: mode.map(|m| m as u16),
+            uid,
+            gid,
+            size,
+            mtime: mtime.map(|time| {
+                let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+                (since.as_secs() as i64, since.subsec_nanos())
+            }),
+        };
+        match self.0.view.setattr(ino.0, &change) {
+            Ok(attr) => reply.attr(&FOREVER, &file_attr(&attr)),
+            Err(error) => reply.error(self.0.errno("setattr", ino.0, &error)),
+        }
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        // Nothing is kept back, here and in the two below; the kernel asks no more.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+}
+
+impl Adapter {
+    fn answer_empty(
+        &self,
+        op: &'static str,
+        ino: INodeNo,
+        result: Result<(), FsError>,
+        reply: ReplyEmpty,
+    ) {
+        match result {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(self.0.errno(op, ino.0, &error)),
+        }
+    }
+}
+
+/// Bytes of the largest request that this kernel allows (1 MiB unless root has raised it).
+fn max_request() -> u32 {
+    const PAGE: u32 = 4096;
+    let pages = std::fs::read_to_string("/proc/sys/fs/fuse/max_pages_limit")
+        .ok()
+        .and_then(|text| text.trim().parse::<u32>().ok());
+    pages.unwrap_or(256).clamp(32, 4096) * PAGE
+}
+
+fn owner(request: &Request) -> Owner {
+    Owner {
+        uid: request.uid(),
+        gid: request.gid(),
+    }
+}
+
+fn answer_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
+    match (u32::try_from(value.len()), size) {
+        (Ok(len), 0) => reply.size(len),
+        (Ok(len), size) if len <= size => reply.data(value),
+        _ => reply.error(Errno::ERANGE),
+    }
+}
+
+fn file_type(kind: FileKind) -> FileType {
+    match kind {
+        FileKind::Dir => FileType::Directory,
+        FileKind::File => FileType::RegularFile,
+        FileKind::Symlink => FileType::Symlink,
+        FileKind::Char => FileType::CharDevice,
+        FileKind::Block => FileType::BlockDevice,
+        FileKind::Fifo => FileType::NamedPipe,
+        FileKind::Socket => FileType::Socket,
+    }
+}
+
+const NOTHING: FileAttr = FileAttr {
+    ino: INodeNo(0),
+    size: 0,
+    blocks: 0,
+    atime: UNIX_EPOCH,
+    mtime: UNIX_EPOCH,
+    ctime: UNIX_EPOCH,
+    crtime: UNIX_EPOCH,
+    kind: FileType::RegularFile,
+    perm: 0,
+    nlink: 0,
+    uid: 0,
+    gid: 0,
+    rdev: 0,
+    flags: 0,
+    blksize: BLOCK,
+};
+
+fn file_attr(attr: &Attr) -> FileAttr {
+    let (seconds, nanos) = attr.mtime;
+    let whole = Duration::from_secs(seconds.unsigned_abs());
+    let mtime = if seconds >= 0 {
+        UNIX_EPOCH.checked_add(whole)
+    } else {
+        UNIX_EPOCH.checked_sub(whole)
+    };
+    let mtime = mtime
+        .and_then(|t| t.checked_add(Duration::from_nanos(nanos.into())))
+        .unwrap_or(UNIX_EPOCH);
+    let (major, minor) = attr.device;
+    FileAttr {
+        ino: INodeNo(attr.ino),
+        size: attr.size,
+        blocks: attr.size.div_ceil(512),
+        atime: mtime,
+        mtime,
+        ctime: mtime,
+        crtime: mtime,
+        kind: file_type(attr.kind),
+        perm: attr.mode,
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+        // The kernel's new_decode_dev (include/linux/kdev_t.h).
+        rdev: (major & 0xfff) << 8 | minor & 0xff | (minor & 0xf_ff00) << 12,
+        ..NOTHING
+    }
+}

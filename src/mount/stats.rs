@@ -1,0 +1,52 @@
+//! Counters of one mount.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// What a mount has served since it was made.
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+        pub struct Stats { $($(#[$doc])* pub $name: u64),* }
+
+        #[derive(Debug, Default)]
+        pub(super) struct Counters { $(pub(super) $name: AtomicU64),* }
+
+        impl Counters {
+            pub(super) fn snapshot(&self) -> Stats {
+                Stats { $($name: self.$name.load(Relaxed)),* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Lookups of names.
+    lookups,
+    /// Requests for attributes.
+    getattrs,
+    /// Parts of directories read.
+    readdirs,
+    /// Files opened.
+    opens,
+    /// Files opened for the kernel to read by itself.
+    passthrough_opens,
+    /// Opens that fetched a small file whole.
+    small_fetches,
+    /// READ requests.
+    reads,
+    /// Bytes answered to READ requests.
+    read_bytes,
+    /// READ requests that had to wait for content.
+    waited_reads,
+    /// Requests answered with an error other than "no such file".
+    errors,
+    /// Files let go.
+    releases,
+    /// Inodes forgotten by the kernel.
+    forgets,
+}
+
+/// Adds to a counter.
+pub(super) fn count(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Relaxed);
+}
