@@ -135,3 +135,116 @@ async fn demo(config: &Config, args: &Args) -> anyhow::Result<Vec<Row>> {
         row("hearth mount, warm", warm.0, &warm.1),
     ])
 }
+
+/// Downloads every file, one connection each, then loads: what init containers do today.
+async fn eager(url: &str, files: &Path, to: &Path) -> anyhow::Result<(f64, Loaded)> {
+    output::note("1/3  download everything, then load it");
+    std::fs::create_dir_all(to)?;
+    let client = reqwest::Client::builder().no_proxy().build()?;
+    let bar = output::byte_bar("downloading", directory_size(files)?);
+    let started = Instant::now();
+    let mut downloads = tokio::task::JoinSet::new();
+    for entry in std::fs::read_dir(files)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        let (client, bar) = (client.clone(), bar.clone());
+        let (url, path) = (format!("{url}{name}"), to.join(&name));
+        downloads.spawn(async move {
+            let mut answer = client.get(url).send().await?.error_for_status()?;
+            let mut file = tokio::fs::File::create(path).await?;
+            while let Some(data) = answer.chunk().await? {
+                tokio::io::AsyncWriteExt::write_all(&mut file, &data).await?;
+                bar.inc(data.len() as u64);
+            }
+            tokio::io::AsyncWriteExt::flush(&mut file).await?;
+            anyhow::Ok(())
+        });
+    }
+    while let Some(done) = downloads.join_next().await {
+        done??;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    bar.finish_and_clear();
+    Ok((seconds, load_in_child(to).await?))
+}
+
+type Timed = (f64, Loaded);
+
+/// Loads through a mount of an empty store, and again once all is here.
+async fn mounts(
+    config: &Config,
+    home: &Scratch,
+    reference: &Reference,
+) -> anyhow::Result<(Timed, Timed)> {
+    let open_node = || -> anyhow::Result<Node> {
+        let store = Store::open(&home.path().join("store"), &config.store)?;
+        let engine = Engine::new(store, config.fetch.clone());
+        Ok(Node::new(engine, Sources::new(config.source.clone())))
+    };
+    let dir = home.path().join("mount");
+    std::fs::create_dir_all(&dir)?;
+
+    output::note("2/3  mount with hearth while nothing is here, load at once");
+    let progress = Arc::new(Progress::default());
+    let watched = Arc::clone(&progress);
+    let node = open_node()?;
+    let cold = output::show("arriving", &watched, async {
+        let started = Instant::now();
+        let view = super::mount::Mounted::new(&node, reference, &dir, config, progress).await?;
+        let mounted = started.elapsed().as_secs_f64();
+        let loaded = load_in_child(&dir).await?;
+        view.close().await?;
+        anyhow::Ok((mounted, loaded))
+    })
+    .await?;
+    let complete = node.warm(reference, None, &Progress::default()).await?;
+    tracing::debug!(?complete, "verified");
+    drop(node);
+
+    output::note("3/3  mount with hearth on a warm node, load");
+    let node = open_node()?;
+    let started = Instant::now();
+    let view =
+        super::mount::Mounted::new(&node, reference, &dir, config, Arc::default()).await?;
+    let mounted = started.elapsed().as_secs_f64();
+    let loaded = load_in_child(&dir).await?;
+    view.close().await?;
+    Ok((cold, (mounted, loaded)))
+}
+
+/// Loads in a process of its own: the server of a mount never touches it.
+async fn load_in_child(dir: &Path) -> anyhow::Result<Loaded> {
+    let mut command = std::process::Command::new(std::env::current_exe()?);
+    command.arg("demo-load").arg(dir).stderr(std::process::Stdio::inherit());
+    let output = tokio::task::spawn_blocking(move || command.output()).await??;
+    anyhow::ensure!(output.status.success(), "the loader failed: {}", output.status);
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+fn directory_size(dir: &Path) -> std::io::Result<u64> {
+    std::fs::read_dir(dir)?.try_fold(0, |sum, entry| Ok(sum + entry?.metadata()?.len()))
+}
+
+/// A directory that is removed at the end, whatever happens.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> std::io::Result<Self> {
+        let path = std::env::temp_dir().join(format!("hearth-demo-{}", std::process::id()));
+        std::fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+
+    fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // A mount that is left is detached first, so that nothing is removed through it.
+        let _ = crate::mount::unmount(&self.0.join("mount"), true);
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(%error, path = %self.0.display(), "could not be removed");
+        }
+    }
+}

@@ -210,3 +210,11 @@ fn bar(style: &str) -> ProgressBar {
         .progress_chars("=> ");
     ProgressBar::new(0).with_style(style)
 }
+
+/// A bar of bytes on stderr.
+pub(super) fn byte_bar(message: &str, total: u64) -> ProgressBar {
+    let bar = bars().add(bar("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}"));
+    bar.set_length(total);
+    bar.set_message(message.to_owned());
+    bar
+}
