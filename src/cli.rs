@@ -56,11 +56,8 @@ struct Cli {
     command: Command,
 }
 
-/// The version with the commit it was built from.
-const VERSION: &str = match option_env!("HEARTH_COMMIT") {
-    Some(commit) => commit,
-    None => env!("CARGO_PKG_VERSION"),
-};
+/// The version with the commit it was built from (`build.rs`).
+const VERSION: &str = env!("HEARTH_VERSION");
 
 #[derive(Subcommand)]
 enum Command {

@@ -210,22 +210,25 @@ impl Node {
             blocking(move || store.pin(&name, &owner)).await?;
         }
         let before = progress.begin(artifact, self.store());
-        self.bring(resolved, Some(progress)).await?;
+        self.bring(resolved, progress, false).await?;
         Ok(before)
     }
 
-    /// Fetches every object of an artifact in the background order. The caller holds it.
+    /// Fetches every object of an artifact that is being read, in the background. The caller holds
+    /// it.
     ///
     /// # Errors
     /// The first error; what was on its way elsewhere is kept for the next try.
-    pub async fn fill(&self, resolved: &Resolved) -> Result<(), NodeError> {
-        self.bring(resolved, None).await
+    pub async fn fill(&self, resolved: &Resolved, progress: &Progress) -> Result<(), NodeError> {
+        progress.begin(&resolved.artifact, self.store());
+        self.bring(resolved, progress, true).await
     }
 
     async fn bring(
         &self,
         resolved: &Resolved,
-        progress: Option<&Progress>,
+        progress: &Progress,
+        read_meanwhile: bool,
     ) -> Result<(), NodeError> {
         let artifact = &resolved.artifact;
         let failed = |source| NodeError::Fetch { reference: artifact.reference.clone(), source };
@@ -233,11 +236,12 @@ impl Node {
             .map(|index| async move {
                 let object = &artifact.objects[index];
                 let handle = self.engine.open(object, &resolved.source)?;
-                let shown = progress.map(|p| p.watch(index, &handle));
-                handle.ensure(Class::Warm).await?;
-                if let Some(shown) = shown {
-                    shown.finished();
+                if read_meanwhile {
+                    handle.expect_reads();
                 }
+                let shown = progress.watch(index, &handle);
+                handle.ensure(Class::Warm).await?;
+                shown.finished();
                 Ok::<_, FetchError>(())
             })
             .buffer_unordered(OBJECTS_AT_ONCE);

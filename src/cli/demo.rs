@@ -121,7 +121,7 @@ async fn demo(config: &Config, args: &Args) -> anyhow::Result<Vec<Row>> {
     let reference: Reference = url.parse()?;
     let (cold, warm) = mounts(config, &home, &reference).await?;
     anyhow::ensure!(
-        eager.1.checksum == cold.checksum && cold.checksum == warm.checksum,
+        eager.1.checksum == cold.1.checksum && cold.1.checksum == warm.1.checksum,
         "the three ways read different bytes"
     );
     let row = |way: &str, before: f64, loaded: &Loaded| Row {
