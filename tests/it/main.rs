@@ -1,3 +1,5 @@
 //! Tests that need nothing but a temporary directory.
 
+mod fetch;
 mod layers;
+mod scripted_source;
