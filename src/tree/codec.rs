@@ -126,7 +126,9 @@ fn connect(inodes: &mut [Inode], objects: usize) -> Result<(), TreeError> {
                 return Err(TreeError::Damaged("a path is longer than 4096 bytes"));
             }
             let Some(child) = inodes.get(entry.inode as usize) else {
-                return Err(TreeError::Damaged("an entry names an inode that is not there"));
+                return Err(TreeError::Damaged(
+                    "an entry names an inode that is not there",
+                ));
             };
             let first = parents[entry.inode as usize] == UNSEEN;
             if first {
@@ -146,7 +148,9 @@ fn connect(inodes: &mut [Inode], objects: usize) -> Result<(), TreeError> {
         }
     }
     if seen != inodes.len() {
-        return Err(TreeError::Damaged("an inode is not reachable from its root"));
+        return Err(TreeError::Damaged(
+            "an inode is not reachable from its root",
+        ));
     }
     for (inode, above) in inodes.iter_mut().zip(parents) {
         if let Kind::Dir { parent, .. } = &mut inode.kind {
