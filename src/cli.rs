@@ -162,7 +162,12 @@ impl Context {
             .or_else(|| config.root.clone())
             .or_else(Config::default_root)
             .context("no place for the store: HOME is not set; say --store DIR")?;
-        Ok(Self { root: std::path::absolute(root)?, config, config_path, verbose })
+        Ok(Self {
+            root: std::path::absolute(root)?,
+            config,
+            config_path,
+            verbose,
+        })
     }
 
     fn store(&self) -> anyhow::Result<Arc<Store>> {
@@ -216,5 +221,6 @@ async fn interrupted() -> anyhow::Result<ExitCode> {
 
 /// Parses a reference of the command line.
 fn parse_reference(text: &str) -> Result<Reference, String> {
-    text.parse().map_err(|e: crate::reference::ParseReferenceError| e.to_string())
+    text.parse()
+        .map_err(|e: crate::reference::ParseReferenceError| e.to_string())
 }

@@ -26,7 +26,10 @@ pub struct Config {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("cannot read the configuration {path}")]
-    Read { path: PathBuf, source: std::io::Error },
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("the configuration {path} is longer than 1 MiB")]
     TooLong { path: PathBuf },
     #[error("the configuration {path} is not valid:\n{message}")]
@@ -40,9 +43,14 @@ impl Config {
     /// What cannot be read, is no TOML, or has unknown or wrong settings; the message points at
     /// the line.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+        let failed = |source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        };
         if std::fs::metadata(path).map_err(failed)?.len() > MAX_FILE {
-            return Err(ConfigError::TooLong { path: path.to_owned() });
+            return Err(ConfigError::TooLong {
+                path: path.to_owned(),
+            });
         }
         let text = std::fs::read_to_string(path).map_err(failed)?;
         Self::parse(&text).map_err(|message| ConfigError::Invalid {
@@ -95,8 +103,16 @@ mod tests {
         assert_eq!(Config::parse(&text), Ok(Config::default()));
         assert_eq!(Config::parse(""), Ok(Config::default()));
         let error = Config::parse("[fetch]\nmax_conections = 3\n").unwrap_err();
-        assert!(error.contains("max_conections") && error.contains("line 2"), "{error}");
-        for wrong in ["[fetch]\npatience_seconds = -1\n", "[fetch]\nverify = \"no\"\n", "x", "["] {
+        assert!(
+            error.contains("max_conections") && error.contains("line 2"),
+            "{error}"
+        );
+        for wrong in [
+            "[fetch]\npatience_seconds = -1\n",
+            "[fetch]\nverify = \"no\"\n",
+            "x",
+            "[",
+        ] {
             assert!(Config::parse(wrong).is_err(), "{wrong}");
         }
     }

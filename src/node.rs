@@ -32,9 +32,15 @@ const OBJECTS_AT_ONCE: usize = 64;
 #[non_exhaustive]
 pub enum NodeError {
     #[error("cannot resolve {reference}")]
-    Resolve { reference: String, source: SourceError },
+    Resolve {
+        reference: String,
+        source: SourceError,
+    },
     #[error("cannot fetch {reference}")]
-    Fetch { reference: String, source: FetchError },
+    Fetch {
+        reference: String,
+        source: FetchError,
+    },
     #[error("cannot use the store")]
     Store(#[from] StoreError),
     #[error("{0} is not in the store")]
@@ -119,7 +125,10 @@ impl Node {
     /// # Errors
     /// What the source says.
     pub async fn inspect(&self, reference: &Reference) -> Result<Artifact, NodeError> {
-        let failed = |source| NodeError::Resolve { reference: reference.to_string(), source };
+        let failed = |source| NodeError::Resolve {
+            reference: reference.to_string(),
+            source,
+        };
         let source = self.sources.open(reference).map_err(failed)?;
         source.resolve(reference).await.map_err(failed)
     }
@@ -131,24 +140,39 @@ impl Node {
     /// What the source or the store says.
     pub async fn resolve(&self, reference: &Reference) -> Result<Resolved, NodeError> {
         let name = reference.to_string();
-        let failed = |source| NodeError::Resolve { reference: name.clone(), source };
+        let failed = |source| NodeError::Resolve {
+            reference: name.clone(),
+            source,
+        };
         let source = self.sources.open(reference).map_err(failed)?;
         let recorded = self.recorded(&name).await?;
         if let Some(artifact) = &recorded
             && is_immutable(&reference.locator)
         {
-            return Ok(Resolved { artifact: Arc::clone(artifact), source, fresh: false });
+            return Ok(Resolved {
+                artifact: Arc::clone(artifact),
+                source,
+                fresh: false,
+            });
         }
         match source.resolve(reference).await {
             Ok(artifact) => {
                 let artifact = Arc::new(artifact);
                 self.record(&artifact).await?;
-                Ok(Resolved { artifact, source, fresh: true })
+                Ok(Resolved {
+                    artifact,
+                    source,
+                    fresh: true,
+                })
             }
             Err(error) => match (error.kind(), recorded) {
                 (SourceErrorKind::Unavailable | SourceErrorKind::Throttled, Some(artifact)) => {
                     tracing::warn!(%error, "the origin cannot be reached: using what is recorded");
-                    Ok(Resolved { artifact, source, fresh: false })
+                    Ok(Resolved {
+                        artifact,
+                        source,
+                        fresh: false,
+                    })
                 }
                 _ => Err(failed(error)),
             },
@@ -231,7 +255,10 @@ impl Node {
         read_meanwhile: bool,
     ) -> Result<(), NodeError> {
         let artifact = &resolved.artifact;
-        let failed = |source| NodeError::Fetch { reference: artifact.reference.clone(), source };
+        let failed = |source| NodeError::Fetch {
+            reference: artifact.reference.clone(),
+            source,
+        };
         let mut under_way = stream::iter(order(artifact))
             .map(|index| async move {
                 let object = &artifact.objects[index];
@@ -264,10 +291,7 @@ impl Node {
     ///
     /// # Errors
     /// Does not fit: the arithmetic is in the error.
-    pub async fn admit(
-        &self,
-        artifact: &Arc<Artifact>,
-    ) -> Result<Reservation, NodeError> {
+    pub async fn admit(&self, artifact: &Arc<Artifact>) -> Result<Reservation, NodeError> {
         let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
         Ok(blocking(move || store.admit(&artifact)).await?)
     }
@@ -293,7 +317,11 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, StoreError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
-        Err(_) => Err(StoreError::closed()),
+        Err(failed) => match failed.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is going down, and so is whoever waits here.
+            Err(_) => std::future::pending().await,
+        },
     }
 }
 

@@ -66,8 +66,15 @@ struct SocketPath {
 impl SocketPath {
     fn new(dir: &Path, mountpoint: &Path) -> std::io::Result<Self> {
         let dir = File::open(dir)?;
-        let path = format!("/proc/self/fd/{}/{}.sock", dir.as_raw_fd(), name(mountpoint));
-        Ok(Self { path: path.into(), _dir: dir })
+        let path = format!(
+            "/proc/self/fd/{}/{}.sock",
+            dir.as_raw_fd(),
+            name(mountpoint)
+        );
+        Ok(Self {
+            path: path.into(),
+            _dir: dir,
+        })
     }
 }
 
@@ -93,7 +100,9 @@ impl ControlServer {
         let listener = tokio::net::UnixListener::bind(&socket.path)?;
         let task = tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
-                let Ok(text) = serde_json::to_vec(&status()) else { continue };
+                let Ok(text) = serde_json::to_vec(&status()) else {
+                    continue;
+                };
                 let write = tokio::io::AsyncWriteExt::write_all(&mut stream, &text);
                 // Whoever does not read is not waited for.
                 let _ = tokio::time::timeout(Duration::from_secs(2), write).await;
@@ -132,5 +141,7 @@ pub(super) fn ask(root: &Path, mountpoint: &Path) -> std::io::Result<Option<Moun
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     let mut text = Vec::new();
     stream.by_ref().take(MAX_ANSWER).read_to_end(&mut text)?;
-    serde_json::from_slice(&text).map(Some).map_err(std::io::Error::other)
+    serde_json::from_slice(&text)
+        .map(Some)
+        .map_err(std::io::Error::other)
 }

@@ -81,7 +81,9 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         }
     });
     runtime.shutdown_timeout(Duration::from_secs(2));
-    let Some(rows) = done? else { return Ok(ExitCode::from(130)) };
+    let Some(rows) = done? else {
+        return Ok(ExitCode::from(130));
+    };
     if args.json {
         output::json(&rows)?;
         return Ok(ExitCode::SUCCESS);
@@ -90,7 +92,11 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         "\n{} MiB model over {} Mbit/s, {} ms to answer; seconds from asking to",
         args.size, args.mbit, args.latency
     ))?;
-    let mut table = vec![vec![String::new(), "FIRST TENSOR".into(), "WHOLE MODEL".into()]];
+    let mut table = vec![vec![
+        String::new(),
+        "FIRST TENSOR".into(),
+        "WHOLE MODEL".into(),
+    ]];
     for row in &rows {
         table.push(vec![
             row.way.clone(),
@@ -203,8 +209,7 @@ async fn mounts(
     output::note("3/3  mount with hearth on a warm node, load");
     let node = open_node()?;
     let started = Instant::now();
-    let view =
-        super::mount::Mounted::new(&node, reference, &dir, config, Arc::default()).await?;
+    let view = super::mount::Mounted::new(&node, reference, &dir, config, Arc::default()).await?;
     let mounted = started.elapsed().as_secs_f64();
     let loaded = load_in_child(&dir).await?;
     view.close().await?;
@@ -214,9 +219,16 @@ async fn mounts(
 /// Loads in a process of its own: the server of a mount never touches it.
 async fn load_in_child(dir: &Path) -> anyhow::Result<Loaded> {
     let mut command = std::process::Command::new(std::env::current_exe()?);
-    command.arg("demo-load").arg(dir).stderr(std::process::Stdio::inherit());
+    command
+        .arg("demo-load")
+        .arg(dir)
+        .stderr(std::process::Stdio::inherit());
     let output = tokio::task::spawn_blocking(move || command.output()).await??;
-    anyhow::ensure!(output.status.success(), "the loader failed: {}", output.status);
+    anyhow::ensure!(
+        output.status.success(),
+        "the loader failed: {}",
+        output.status
+    );
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 

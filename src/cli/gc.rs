@@ -27,14 +27,20 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     let options = CollectOptions {
         target_bytes: args.target_bytes.map(|b| b.0),
         dry_run: args.dry_run,
-        ..CollectOptions::default()
     };
-    let report = context.store()?.collect(&options).map_err(NodeError::from)?;
+    let report = context
+        .store()?
+        .collect(&options)
+        .map_err(NodeError::from)?;
     if args.json {
         output::json(&report)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let what = if args.dry_run { "would evict" } else { "evicted" };
+    let what = if args.dry_run {
+        "would evict"
+    } else {
+        "evicted"
+    };
     for reference in &report.evicted {
         output::line(format!("{what}: {reference}"))?;
     }

@@ -46,7 +46,11 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         if !report.revision.is_empty() {
             output::line(format!("revision {}", report.revision))?;
         }
-        output::line(format!("{} files, {}", report.files.len(), output::size(report.bytes)))?;
+        output::line(format!(
+            "{} files, {}",
+            report.files.len(),
+            output::size(report.bytes)
+        ))?;
         let mut rows = vec![vec!["SIZE".into(), "DIGEST".into(), "PATH".into()]];
         for file in report.files {
             let digest = file.digest.unwrap_or_else(|| "-".into());
@@ -64,7 +68,9 @@ fn report(reference: &Reference, artifact: &Artifact) -> Report {
         .into_iter()
         .map(|(path, _, object)| {
             let object = &artifact.objects[object as usize];
-            let git = object.git_sha1.map(|h| format!("git:{}", crate::digest::to_hex(&h)));
+            let git = object
+                .git_sha1
+                .map(|h| format!("git:{}", crate::digest::to_hex(&h)));
             File {
                 path,
                 bytes: object.size,

@@ -22,13 +22,21 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         for artifact in all {
             let here = match artifact.complete {
                 true => "warm".into(),
-                false => format!("{} %", output::percent(artifact.present_bytes, artifact.bytes)),
+                false => format!(
+                    "{} %",
+                    output::percent(artifact.present_bytes, artifact.bytes)
+                ),
             };
             rows.push(vec![
                 here,
                 output::size(artifact.bytes),
                 artifact.files.to_string(),
-                if artifact.pins.is_empty() { "no" } else { "yes" }.into(),
+                if artifact.pins.is_empty() {
+                    "no"
+                } else {
+                    "yes"
+                }
+                .into(),
                 artifact.reference,
             ]);
         }

@@ -114,7 +114,13 @@ fn start(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
     for _ in 0..context.verbose {
         command.arg("--verbose");
     }
-    command.args(["mount", "--foreground", "--tell-parent", "--layout", args.layout.name()]);
+    command.args([
+        "mount",
+        "--foreground",
+        "--tell-parent",
+        "--layout",
+        args.layout.name(),
+    ]);
     if args.no_fill {
         command.arg("--no-fill");
     }
@@ -143,7 +149,10 @@ fn start(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
         Err(_) => {
             let status = child.wait()?;
             let log = std::fs::read_to_string(&log_path).unwrap_or_default();
-            anyhow::bail!("the process that serves the mount ended with {status}\n{}", log.trim())
+            anyhow::bail!(
+                "the process that serves the mount ended with {status}\n{}",
+                log.trim()
+            )
         }
     }
 }
@@ -168,20 +177,33 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
     let runtime = context.runtime()?;
     let done = runtime.block_on(async {
         let node = context.node()?;
-        let options = Options { fill: !args.no_fill, hub_layout };
-        let mounting =
-            Mounted::with_options(&node, &reference, &args.dir, &context.config, Arc::default(), options);
+        let options = Options {
+            fill: !args.no_fill,
+            hub_layout,
+        };
+        let mounting = Mounted::with_options(
+            &node,
+            &reference,
+            &args.dir,
+            &context.config,
+            Arc::default(),
+            options,
+        );
         let mounted = tokio::select! {
             mounted = mounting => mounted?,
             code = super::interrupted() => return code,
         };
         let status = mounted.status.clone();
-        let _control = ControlServer::start(&context.root, mounted.mount.dir(), move || status.get())
-            .context("cannot make the control socket")?;
+        let _control =
+            ControlServer::start(&context.root, mounted.mount.dir(), move || status.get())
+                .context("cannot make the control socket")?;
         if args.tell_parent {
             tell(&Word::Mounted);
         } else {
-            output::note(&format!("mounted {reference} on {}", mounted.mount.dir().display()));
+            output::note(&format!(
+                "mounted {reference} on {}",
+                mounted.mount.dir().display()
+            ));
         }
         tokio::select! {
             () = mounted.mount.ended() => {}
@@ -229,7 +251,10 @@ impl Mounted {
         config: &Config,
         progress: Arc<Progress>,
     ) -> anyhow::Result<Self> {
-        let options = Options { fill: true, hub_layout: false };
+        let options = Options {
+            fill: true,
+            hub_layout: false,
+        };
         Self::with_options(node, reference, dir, config, progress, options).await
     }
 
@@ -250,7 +275,11 @@ impl Mounted {
             false => None,
         };
         let contents = |artifact| {
-            Arc::new(Fetched::new(node.engine().clone(), Arc::clone(&resolved.source), artifact))
+            Arc::new(Fetched::new(
+                node.engine().clone(),
+                Arc::clone(&resolved.source),
+                artifact,
+            ))
         };
         let view = match &reference.locator {
             Locator::Hub(repo) if options.hub_layout => {
@@ -281,7 +310,13 @@ impl Mounted {
             error,
             resolved,
         };
-        Ok(Self { mount, status, fill, _hold: hold, _room: room })
+        Ok(Self {
+            mount,
+            status,
+            fill,
+            _hold: hold,
+            _room: room,
+        })
     }
 
     /// Unmounts, if that is not done, and waits for the session's threads.
@@ -332,7 +367,10 @@ impl Status {
         };
         let mount = self.mount.upgrade();
         MountStatus {
-            mountpoint: mount.as_ref().map(|m| m.dir().to_owned()).unwrap_or_default(),
+            mountpoint: mount
+                .as_ref()
+                .map(|m| m.dir().to_owned())
+                .unwrap_or_default(),
             reference: artifact.reference.clone(),
             revision: artifact.revision.clone(),
             layout: if self.hub_layout { "hub" } else { "tree" }.into(),

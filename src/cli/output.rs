@@ -76,7 +76,9 @@ pub(super) fn describe(error: &anyhow::Error) -> String {
     for cause in error.chain().skip(1) {
         text.push_str(&format!("\n  caused by: {cause}"));
     }
-    let hint = error.chain().find_map(|e| e.downcast_ref::<NodeError>()?.hint());
+    let hint = error
+        .chain()
+        .find_map(|e| e.downcast_ref::<NodeError>()?.hint());
     if let Some(hint) = hint {
         text.push_str(&format!("\nhint: {hint}"));
     }
@@ -100,7 +102,13 @@ pub(super) fn percent(part: u64, whole: u64) -> u64 {
 pub(super) fn table(rows: &[Vec<String>]) -> io::Result<()> {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns)
-        .map(|c| rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0))
+        .map(|c| {
+            rows.iter()
+                .filter_map(|r| r.get(c))
+                .map(|s| s.chars().count())
+                .max()
+                .unwrap_or(0)
+        })
         .collect();
     for row in rows {
         let mut text = String::new();
@@ -150,8 +158,12 @@ impl Shown {
     }
 
     fn update(&mut self, progress: &Progress) {
-        let Some(now) = progress.snapshot() else { return };
-        let (since, base) = *self.first_present.get_or_insert((Instant::now(), now.present_bytes));
+        let Some(now) = progress.snapshot() else {
+            return;
+        };
+        let (since, base) = *self
+            .first_present
+            .get_or_insert((Instant::now(), now.present_bytes));
         if !self.terminal {
             if self.last_plain.elapsed() >= PLAIN_EVERY {
                 self.last_plain = Instant::now();
@@ -181,10 +193,14 @@ impl Shown {
         });
         total.set_length(now.total_bytes);
         total.set_position(now.present_bytes);
-        total.set_message(format!("{} {}/{} files", self.name, now.done_files, now.total_files));
+        total.set_message(format!(
+            "{} {}/{} files",
+            self.name, now.done_files, now.total_files
+        ));
         let rows = now.active.len().min(MAX_BARS);
         while self.files.len() < rows {
-            self.files.push(bars().add(bar("  {wide_msg} {bar:24} {bytes:>10}/{total_bytes:10}")));
+            self.files
+                .push(bars().add(bar("  {wide_msg} {bar:24} {bytes:>10}/{total_bytes:10}")));
         }
         for gone in self.files.drain(rows..) {
             bars().remove(&gone);
@@ -213,7 +229,9 @@ fn bar(style: &str) -> ProgressBar {
 
 /// A bar of bytes on stderr.
 pub(super) fn byte_bar(message: &str, total: u64) -> ProgressBar {
-    let bar = bars().add(bar("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}"));
+    let bar = bars().add(bar(
+        "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}",
+    ));
     bar.set_length(total);
     bar.set_message(message.to_owned());
     bar

@@ -40,7 +40,10 @@ pub(super) fn unpin(context: &Context, args: UnpinArgs) -> anyhow::Result<ExitCo
     for reference in args.references {
         let name = reference.to_string();
         let was = store.unpin(&name, OWNER).map_err(NodeError::from)?;
-        output::line(format!("{}: {name}", if was { "unpinned" } else { "was not pinned" }))?;
+        output::line(format!(
+            "{}: {name}",
+            if was { "unpinned" } else { "was not pinned" }
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -52,8 +52,8 @@ fn store(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
     let usage = store.usage().map_err(crate::node::NodeError::from)?;
     let status = StoreStatus {
         root: store.root().display().to_string(),
-        used_bytes: usage.used,
-        free_bytes: usage.free,
+        used_bytes: usage.bytes(),
+        free_bytes: store.free_bytes().map_err(crate::node::NodeError::from)?,
         artifacts: store.records().map_err(crate::node::NodeError::from)?.len(),
         mounts: crate::mount::mounted()?
             .into_iter()
@@ -91,17 +91,31 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
             output::size(artifact.present_bytes),
             output::size(artifact.bytes),
             output::percent(artifact.present_bytes, artifact.bytes),
-            if artifact.complete { "complete and verified" } else { "not complete" },
+            if artifact.complete {
+                "complete and verified"
+            } else {
+                "not complete"
+            },
         ))?;
-        output::line(format!("artifact {} revision {}", artifact.digest, artifact.revision))?;
+        output::line(format!(
+            "artifact {} revision {}",
+            artifact.digest, artifact.revision
+        ))?;
         if !artifact.pins.is_empty() {
             output::line(format!("pinned by {}", artifact.pins.join(", ")))?;
         }
-        let mut rows = vec![["HERE", "SIZE", "OBJECT", "PATH"].map(String::from).to_vec()];
+        let mut rows = vec![
+            ["HERE", "SIZE", "OBJECT", "PATH"]
+                .map(String::from)
+                .to_vec(),
+        ];
         for file in files {
             let here = match file.complete {
                 true => "yes".into(),
-                false => format!("{} %", output::percent(file.present_bytes, file.bytes).min(99)),
+                false => format!(
+                    "{} %",
+                    output::percent(file.present_bytes, file.bytes).min(99)
+                ),
             };
             rows.push(vec![here, output::size(file.bytes), file.object, file.path]);
         }
@@ -113,7 +127,9 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
 fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
     let path = std::path::absolute(dir)?;
     let Some(status) = control::ask(&context.root, &path)? else {
-        let mounted = crate::mount::mounted()?.into_iter().any(|m| m.mountpoint == path);
+        let mounted = crate::mount::mounted()?
+            .into_iter()
+            .any(|m| m.mountpoint == path);
         if mounted {
             anyhow::bail!(
                 "{dir} is mounted, but no process of the store {} serves it",
@@ -138,7 +154,11 @@ fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
         output::size(status.present_bytes),
         output::size(status.total_bytes),
         output::percent(status.present_bytes, status.total_bytes),
-        if status.complete { "complete and verified" } else { "not complete" },
+        if status.complete {
+            "complete and verified"
+        } else {
+            "not complete"
+        },
     ))?;
     output::line(format!(
         "{} opens, {} of them without FUSE on the read path; {} reads answered ({})",

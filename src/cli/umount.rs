@@ -20,7 +20,9 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     crate::mount::unmount(&dir, args.lazy)?;
     // What comes next may count on the store being left alone.
     let started = std::time::Instant::now();
-    while started.elapsed() < PATIENCE && control::ask(&context.root, &dir).is_ok_and(|s| s.is_some()) {
+    while started.elapsed() < PATIENCE
+        && control::ask(&context.root, &dir).is_ok_and(|s| s.is_some())
+    {
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(ExitCode::SUCCESS)

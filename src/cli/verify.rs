@@ -29,25 +29,35 @@ pub(super) struct Args {
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     context.with_node(|node| async move {
         let names: Vec<String> = args.references.iter().map(ToString::to_string).collect();
-        let scope = if args.all { VerifyScope::All } else { VerifyScope::References(names) };
         let store = Arc::clone(node.store());
         let bar = output::byte_bar("verifying", 0);
         let shown = bar.clone();
         let repair = args.repair;
         let report = tokio::task::spawn_blocking(move || {
-            store.verify(&scope, repair, &|done, total| {
-                shown.set_length(total);
-                shown.set_position(done);
+            let scope = match args.all {
+                true => VerifyScope::All,
+                false => VerifyScope::References(&names),
+            };
+            store.verify(scope, repair, |progress| {
+                shown.set_length(progress.total);
+                shown.set_position(progress.bytes);
+                true
             })
         })
         .await?
         .map_err(NodeError::from)?;
         bar.finish_and_clear();
-        let mut good = report.damaged.is_empty();
+        let mut good = report.damaged.is_empty() && report.missing.is_empty();
         if repair && !good {
             // What was damaged is gone now: fetch it as any other missing content.
             good = true;
-            for reference in report.references() {
+            let references: std::collections::BTreeSet<_> = report
+                .damaged
+                .iter()
+                .flat_map(|d| &d.references)
+                .chain(&report.missing)
+                .collect();
+            for reference in references {
                 let reference: Reference = reference.parse()?;
                 let progress = Progress::default();
                 let name = reference.to_string();
@@ -62,16 +72,34 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
             output::json(&report)?;
         } else {
             for damage in &report.damaged {
-                output::line(format!("damaged: {damage}"))?;
+                output::line(format!(
+                    "damaged: {} ({})",
+                    damage.path.display(),
+                    damage.what
+                ))?;
+                for reference in &damage.references {
+                    output::line(format!("  part of {reference}"))?;
+                }
+            }
+            for reference in &report.missing {
+                output::line(format!("not all here: {reference}"))?;
             }
             output::line(format!(
                 "{} objects, {} read; {} damaged{}",
                 report.objects,
                 output::size(report.bytes),
                 report.damaged.len(),
-                if repair && good && !report.damaged.is_empty() { ", repaired" } else { "" },
+                if repair && good && !report.damaged.is_empty() {
+                    ", repaired"
+                } else {
+                    ""
+                },
             ))?;
         }
-        Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(1) })
+        Ok(if good {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::from(1)
+        })
     })
 }

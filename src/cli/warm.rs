@@ -67,7 +67,11 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         if args.json {
             output::json(&reports)?;
         }
-        Ok(if failed { ExitCode::from(1) } else { ExitCode::SUCCESS })
+        Ok(if failed {
+            ExitCode::from(1)
+        } else {
+            ExitCode::SUCCESS
+        })
     })
 }
 
@@ -109,7 +113,10 @@ fn read_list(file: &Path) -> anyhow::Result<Vec<Reference>> {
         .take(MAX_LIST + 1)
         .read_to_string(&mut text)
         .with_context(|| format!("cannot read {name}"))?;
-    anyhow::ensure!(text.len() as u64 <= MAX_LIST, "{name} is longer than 16 MiB");
+    anyhow::ensure!(
+        text.len() as u64 <= MAX_LIST,
+        "{name} is longer than 16 MiB"
+    );
     let mut references = Vec::new();
     for (number, line) in text.lines().enumerate() {
         let line = line.trim();

@@ -74,6 +74,8 @@ enum State {
     Partial(Arc<Partial>),
     /// At most one chunk: fetched whole, stored in batches.
     Small,
+    /// The store could not make a place for it: every read goes to the origin.
+    Streamed,
 }
 
 impl std::fmt::Debug for Handle {
@@ -96,12 +98,11 @@ impl Handle {
         let state = match engine.store.complete(&object.id).map_err(failed)? {
             Some(complete) => State::Complete(complete),
             None if object.size <= CHUNK_SIZE => State::Small,
-            None => State::Partial(
-                engine
-                    .store
-                    .partial(&object.id, object.size)
-                    .map_err(failed)?,
-            ),
+            None => match engine.store.partial(&object.id, object.size) {
+                Ok(partial) => State::Partial(partial),
+                Err(e) if cannot_keep(e.kind()) => State::Streamed,
+                Err(e) => return Err(failed(e)),
+            },
         };
         Ok(Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
@@ -145,7 +146,7 @@ impl Handle {
         match &*self.state.read() {
             State::Complete(_) => self.size(),
             State::Partial(partial) => partial.present_bytes(),
-            State::Small => 0,
+            State::Small | State::Streamed => 0,
         }
     }
 
@@ -193,7 +194,7 @@ impl Handle {
                     .map_err(|e| FetchError::store(self, &e))?;
                 Ok(true)
             }
-            State::Small => Ok(false),
+            State::Small | State::Streamed => Ok(false),
         }
     }
 
@@ -218,6 +219,7 @@ impl Handle {
                 let data = self.small(Class::Demand).await?;
                 return Ok(data.slice(offset as usize..offset as usize + len));
             }
+            State::Streamed => return self.read_through(offset..offset + len as u64).await,
             State::Partial(partial) => partial,
         };
         if self.strict() {
@@ -254,6 +256,10 @@ impl Handle {
                         &"the store could not keep it",
                     )
                 });
+            }
+            State::Streamed => {
+                let why = "the store could not make a place for it";
+                return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
             }
             State::Partial(partial) => partial,
         };
@@ -639,10 +645,11 @@ impl Handle {
                 Verdict::Good(_) => {
                     match engine.small.put(self.object.id, data.clone()).await {
                         Ok(complete) => *self.state.write() = State::Complete(complete),
-                        Err(e) if e.kind() == StoreErrorKind::NoSpace && !self.strict() => {
+                        Err(Some(e)) if cannot_keep(e.kind()) && !self.strict() => {
                             tracing::debug!(object = %self.id(), "served without being stored");
                         }
-                        Err(e) => return Err(FetchError::store(self, &e)),
+                        Err(Some(e)) => return Err(FetchError::store(self, &e)),
+                        Err(None) => return Err(FetchError::cancelled(self)),
                     }
                     return Ok(data);
                 }
@@ -706,6 +713,11 @@ impl Drop for Handle {
             self.checkpoint();
         }
     }
+}
+
+/// Whether content can still be served, just not kept.
+fn cannot_keep(kind: StoreErrorKind) -> bool {
+    matches!(kind, StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly)
 }
 
 /// Counts those who wait, so that nobody is woken in vain.

@@ -35,7 +35,11 @@ pub(super) struct Options {
 pub(super) fn available() -> Result<(), MountError> {
     let device = Path::new(DEVICE);
     if !device.exists() {
-        return Err(MountError::new(MountErrorKind::NoFuse, device, "is not there"));
+        return Err(MountError::new(
+            MountErrorKind::NoFuse,
+            device,
+            "is not there",
+        ));
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     let helper = || {

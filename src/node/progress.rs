@@ -59,14 +59,24 @@ impl Progress {
         }
         self.done_bytes.store(0, Relaxed);
         self.done_files.store(0, Relaxed);
-        *self.state.lock() =
-            State { artifact: Some(Arc::clone(artifact)), names, active: BTreeMap::new() };
-        artifact.objects.iter().map(|o| store.present_bytes(&o.id, o.size)).sum()
+        *self.state.lock() = State {
+            artifact: Some(Arc::clone(artifact)),
+            names,
+            active: BTreeMap::new(),
+        };
+        artifact
+            .objects
+            .iter()
+            .map(|o| store.present_bytes(&o.id, o.size))
+            .sum()
     }
 
     /// Shows an object as under way until the guard is dropped.
     pub(super) fn watch(&self, object: usize, handle: &Arc<Handle>) -> Watched<'_> {
-        self.state.lock().active.insert(object, Arc::downgrade(handle));
+        self.state
+            .lock()
+            .active
+            .insert(object, Arc::downgrade(handle));
         Watched(self, object)
     }
 
@@ -82,7 +92,9 @@ impl Progress {
             active: Vec::new(),
         };
         for (&object, handle) in &state.active {
-            let Some(handle) = handle.upgrade() else { continue };
+            let Some(handle) = handle.upgrade() else {
+                continue;
+            };
             let present = handle.present_bytes();
             snapshot.present_bytes += present;
             if present > 0 {

@@ -97,7 +97,8 @@ fn artifact_status(
             present_bytes += store.present_bytes(&object.id, object.size);
         }
     }
-    let seconds = |t: std::time::SystemTime| t.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let seconds =
+        |t: std::time::SystemTime| t.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     Ok(ArtifactStatus {
         reference: record.reference,
         digest: record.digest.to_string(),

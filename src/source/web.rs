@@ -12,7 +12,6 @@ mod routes;
 
 use std::{error::Error as _, ops::Range, time::Duration};
 
-use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use reqwest::{
     Method, Response, StatusCode,

@@ -39,11 +39,17 @@ impl Bed {
     fn with(source: Scripted, config: Config) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let engine = Engine::new(open(dir.path()), config);
-        Self { dir, engine, source: Arc::new(source) }
+        Self {
+            dir,
+            engine,
+            source: Arc::new(source),
+        }
     }
 
     fn handle(&self) -> Arc<Handle> {
-        self.engine.open(&self.source.object(), &self.source.source()).unwrap()
+        self.engine
+            .open(&self.source.object(), &self.source.source())
+            .unwrap()
     }
 
     fn asked(&self) -> u64 {
@@ -55,18 +61,31 @@ impl Bed {
         assert_eq!(complete.digest, Digest::of(&self.source.data));
         let mut content = Vec::new();
         std::io::Read::read_to_end(&mut complete.file(), &mut content).unwrap();
-        assert!(content == self.source.data, "the stored bytes are the origin's");
+        assert!(
+            content == self.source.data,
+            "the stored bytes are the origin's"
+        );
     }
 }
 
 fn open(dir: &std::path::Path) -> Arc<Store> {
-    Store::open(dir, &store::Config { min_free: store::ByteSize(0), ..Default::default() }).unwrap()
+    Store::open(
+        dir,
+        &store::Config {
+            min_free: store::ByteSize(0),
+            ..Default::default()
+        },
+    )
+    .unwrap()
 }
 
 async fn check_read(handle: &Arc<Handle>, source: &Scripted, range: Range<usize>) {
     let data = handle.read(range.start as u64, range.len()).await.unwrap();
     let end = range.end.min(source.data.len());
-    assert!(data == source.data.slice(range.start.min(end)..end), "bytes {range:?}");
+    assert!(
+        data == source.data.slice(range.start.min(end)..end),
+        "bytes {range:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -77,7 +96,9 @@ async fn a_whole_object_is_fetched_once_and_verified() {
         assert_eq!(bed.asked(), size as u64, "nothing twice");
         // Complete for every later engine, without a request.
         let engine = Engine::new(open(bed.dir.path()), config());
-        let handle = engine.open(&bed.source.object(), &bed.source.source()).unwrap();
+        let handle = engine
+            .open(&bed.source.object(), &bed.source.source())
+            .unwrap();
         assert!(handle.complete().is_some());
         check_read(&handle, &bed.source, 0..size.min(3 * MIB)).await;
         assert_eq!(bed.asked(), size as u64);
@@ -88,11 +109,20 @@ async fn a_whole_object_is_fetched_once_and_verified() {
 async fn an_unknown_digest_is_found_out() {
     let bed = Bed::new(Scripted::new(3 * MIB));
     let id = ObjectId::located("x", "1", 3 * MIB as u64);
-    let handle = bed.engine.open(&bed.source.object_as(id), &bed.source.source()).unwrap();
+    let handle = bed
+        .engine
+        .open(&bed.source.object_as(id), &bed.source.source())
+        .unwrap();
     let complete = handle.ensure(Class::Warm).await.unwrap();
     assert_eq!(complete.digest, Digest::of(&bed.source.data));
     // Equal content under another name is there already.
-    assert!(bed.engine.store().complete(&bed.source.object().id).unwrap().is_some());
+    assert!(
+        bed.engine
+            .store()
+            .complete(&bed.source.object().id)
+            .unwrap()
+            .is_some()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -107,7 +137,12 @@ async fn many_readers_of_one_chunk_make_one_request() {
     while let Some(done) = readers.join_next().await {
         done.unwrap();
     }
-    let of_first: Vec<_> = bed.source.requests().into_iter().filter(|r| r.start == 0).collect();
+    let of_first: Vec<_> = bed
+        .source
+        .requests()
+        .into_iter()
+        .filter(|r| r.start == 0)
+        .collect();
     assert_eq!(of_first.len(), 1);
 }
 
@@ -117,7 +152,11 @@ async fn bytes_are_served_as_they_arrive() {
     let bed = Bed::new(Scripted::new(4 * MIB).paced(64 << 10, Duration::from_millis(50)));
     let started = Instant::now();
     check_read(&bed.handle(), &bed.source, 100..5000).await;
-    assert!(started.elapsed() < Duration::from_millis(600), "{:?}", started.elapsed());
+    assert!(
+        started.elapsed() < Duration::from_millis(600),
+        "{:?}",
+        started.elapsed()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -142,7 +181,10 @@ async fn a_broken_body_goes_on_from_its_last_byte() {
     let bed = Bed::new(Scripted::new(3 * MIB).script([Some(Fault::Break(1_500_000))]));
     bed.check_whole().await;
     let requests = bed.source.requests();
-    assert!(requests.iter().any(|r| r.start == 1_500_000), "{requests:?}");
+    assert!(
+        requests.iter().any(|r| r.start == 1_500_000),
+        "{requests:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -159,7 +201,10 @@ async fn final_errors_are_final() {
             assert_eq!(handle.read(0, 100).await.unwrap_err().kind(), expected);
             let before = bed.source.requests().len();
             assert!(before <= 3, "{fault:?}: no retries, {before} requests");
-            assert_eq!(handle.ensure(Class::Warm).await.unwrap_err().kind(), expected);
+            assert_eq!(
+                handle.ensure(Class::Warm).await.unwrap_err().kind(),
+                expected
+            );
             // It is not remembered for ever: once the origin is well again, so are reads.
             let bed = Bed::new(Scripted::new(size).script([Some(Fault::Refuse(fault))]));
             let handle = bed.handle();
@@ -171,7 +216,10 @@ async fn final_errors_are_final() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_origin_that_is_down_is_given_up_after_the_patience() {
-    let config = Config { patience: Duration::from_millis(500), ..config() };
+    let config = Config {
+        patience: Duration::from_millis(500),
+        ..config()
+    };
     let down = vec![Some(Fault::Refuse(SourceErrorKind::Unavailable)); 1000];
     let bed = Bed::with(Scripted::new(3 * MIB).script(down), config);
     let started = Instant::now();
@@ -190,8 +238,17 @@ async fn wrong_content_never_becomes_complete() {
         let error = handle.ensure(Class::Warm).await.unwrap_err();
         assert_eq!(error.kind(), FetchErrorKind::Corrupt);
         assert!(error.to_string().contains("sha256:"), "{error}");
-        assert!(bed.engine.store().complete(&bed.source.object().id).unwrap().is_none());
-        assert_eq!(handle.read(0, 10).await.unwrap_err().kind(), FetchErrorKind::Corrupt);
+        assert!(
+            bed.engine
+                .store()
+                .complete(&bed.source.object().id)
+                .unwrap()
+                .is_none()
+        );
+        assert_eq!(
+            handle.read(0, 10).await.unwrap_err().kind(),
+            FetchErrorKind::Corrupt
+        );
         // The origin is repaired.
         bed.source.serve_wrong_bytes(false);
         bed.check_whole().await;
@@ -208,11 +265,17 @@ async fn content_that_is_wrong_once_is_fetched_again() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn strict_serves_nothing_unverified() {
-    let config = Config { verify: VerifyPolicy::Strict, ..config() };
+    let config = Config {
+        verify: VerifyPolicy::Strict,
+        ..config()
+    };
     let bed = Bed::with(Scripted::new(3 * MIB), config);
     bed.source.serve_wrong_bytes(true);
     let handle = bed.handle();
-    assert_eq!(handle.read(2 * MIB as u64, 10).await.unwrap_err().kind(), FetchErrorKind::Corrupt);
+    assert_eq!(
+        handle.read(2 * MIB as u64, 10).await.unwrap_err().kind(),
+        FetchErrorKind::Corrupt
+    );
     bed.source.serve_wrong_bytes(false);
     check_read(&handle, &bed.source, 2 * MIB..2 * MIB + 10).await;
     assert!(handle.complete().is_some());
@@ -224,7 +287,10 @@ async fn a_git_blob_is_verified() {
     let mut object = bed.source.object_as(ObjectId::located("x", "1", 6));
     object.git_sha1 = Some([7; 20]);
     let handle = bed.engine.open(&object, &bed.source.source()).unwrap();
-    assert_eq!(handle.ensure(Class::Warm).await.unwrap_err().kind(), FetchErrorKind::Corrupt);
+    assert_eq!(
+        handle.ensure(Class::Warm).await.unwrap_err().kind(),
+        FetchErrorKind::Corrupt
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -234,12 +300,18 @@ async fn a_random_reader_fetches_little() {
     let mut touched = std::collections::BTreeSet::new();
     let mut x = 77u64;
     for _ in 0..40 {
-        x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        x = x
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
         let at = ((x >> 33) as usize % (64 * MIB - 4096)) & !4095;
         check_read(&handle, &bed.source, at..at + 4096).await;
         touched.insert(at / MIB);
     }
-    assert!(bed.asked() <= 2 * (touched.len() * MIB) as u64, "{} asked", bed.asked());
+    assert!(
+        bed.asked() <= 2 * (touched.len() * MIB) as u64,
+        "{} asked",
+        bed.asked()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -267,7 +339,11 @@ async fn demand_does_not_wait_for_background_work() {
     for chunk in [60, 3, 31] {
         let started = Instant::now();
         check_read(&handle, &bed.source, chunk * MIB..chunk * MIB + 1000).await;
-        assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
+        assert!(
+            started.elapsed() < Duration::from_millis(500),
+            "{:?}",
+            started.elapsed()
+        );
     }
     background.abort();
 }
@@ -279,7 +355,11 @@ async fn an_interrupted_warm_goes_on_where_it_stopped() {
     {
         let handle = bed.handle();
         let ensure = handle.ensure(Class::Warm);
-        assert!(tokio::time::timeout(Duration::from_millis(200), ensure).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(200), ensure)
+                .await
+                .is_err()
+        );
     }
     tokio::time::sleep(Duration::from_millis(500)).await;
     let store = open(bed.dir.path());
@@ -294,7 +374,10 @@ async fn an_interrupted_warm_goes_on_where_it_stopped() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_stays_within_the_budget() {
-    let config = Config { memory: store::ByteSize(16 << 20), ..config() };
+    let config = Config {
+        memory: store::ByteSize(16 << 20),
+        ..config()
+    };
     let bed = Bed::with(Scripted::new(64 * MIB), config);
     let watch = tokio::spawn(async {
         let mut most = 0;
@@ -319,7 +402,9 @@ async fn two_engines_on_one_store_share_the_work() {
     let bed = Bed::new(Scripted::new(32 * MIB).paced(64 << 10, Duration::from_micros(500)));
     let other = Engine::new(open(bed.dir.path()), config());
     let mine = bed.handle();
-    let theirs = other.open(&bed.source.object(), &bed.source.source()).unwrap();
+    let theirs = other
+        .open(&bed.source.object(), &bed.source.source())
+        .unwrap();
     let (a, b) = tokio::join!(mine.ensure(Class::Warm), theirs.ensure(Class::Warm));
     assert_eq!(a.unwrap().digest, b.unwrap().digest);
     assert!(bed.asked() <= 36 * MIB as u64, "{} asked", bed.asked());

@@ -24,7 +24,9 @@ fn layer(room: &str) -> Option<usize> {
 fn imports(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     let name = |rest: &str| -> String {
-        rest.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect()
+        rest.chars()
+            .take_while(|c| c.is_ascii_alphanumeric() || *c == '_')
+            .collect()
     };
     for (at, _) in text.match_indices("crate::") {
         let rest = &text[at + "crate::".len()..];
@@ -74,7 +76,10 @@ fn source_files(dir: &Path, found: &mut Vec<(String, String)>) {
 #[test]
 fn rooms_import_only_rooms_below() {
     let mut files = Vec::new();
-    source_files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);
+    source_files(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("src"),
+        &mut files,
+    );
     assert!(files.len() > 30, "the sources were found");
     let mut wrong = Vec::new();
     for (file, text) in &files {
@@ -109,17 +114,24 @@ fn rooms_import_only_rooms_below() {
 #[test]
 fn files_stay_small() {
     let mut files = Vec::new();
-    source_files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);
+    source_files(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("src"),
+        &mut files,
+    );
     for (file, text) in files {
         let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
         let lines = code.lines().count();
-        assert!(lines <= 700, "{file} has {lines} lines: is it still one thing?");
+        assert!(
+            lines <= 700,
+            "{file} has {lines} lines: is it still one thing?"
+        );
     }
 }
 
 #[test]
 fn the_parser_of_this_test_works() {
-    let text = "use crate::{\n    a::{x, y},\n    b::Z,\n    c,\n};\nuse crate::d::E; crate::f::g()";
+    let text =
+        "use crate::{\n    a::{x, y},\n    b::Z,\n    c,\n};\nuse crate::d::E; crate::f::g()";
     let mut found = imports(text);
     found.sort();
     assert_eq!(found, ["a", "b", "c", "d", "f"]);

@@ -3,3 +3,4 @@
 mod fetch;
 mod layers;
 mod scripted_source;
+mod store;

@@ -121,7 +121,11 @@ pub fn content(size: usize) -> Bytes {
 #[async_trait::async_trait]
 impl Source for Scripted {
     async fn resolve(&self, reference: &Reference) -> Result<Artifact, SourceError> {
-        Err(SourceError::new(SourceErrorKind::NotFound, reference.to_string(), "not scripted"))
+        Err(SourceError::new(
+            SourceErrorKind::NotFound,
+            reference.to_string(),
+            "not scripted",
+        ))
     }
 
     async fn read(
@@ -133,7 +137,10 @@ impl Source for Scripted {
         self.log.lock().unwrap().push(range.clone());
         let fault = self.faults.lock().unwrap().pop_front().flatten();
         let what = format!("{} at scripted", location.path);
-        let mut body = self.data.slice(range.start as usize..range.end as usize).to_vec();
+        let mut body = self
+            .data
+            .slice(range.start as usize..range.end as usize)
+            .to_vec();
         let mut broken = false;
         match fault {
             None => {}
@@ -151,9 +158,17 @@ impl Source for Scripted {
             body[0] ^= 1;
         }
         let pace = self.pace;
-        let frames: Vec<_> = body.chunks(self.frame).map(Bytes::copy_from_slice).map(Ok).collect();
+        let frames: Vec<_> = body
+            .chunks(self.frame)
+            .map(Bytes::copy_from_slice)
+            .map(Ok)
+            .collect();
         let end = broken.then(|| {
-            Err(SourceError::new(SourceErrorKind::Unavailable, what, "the connection was reset"))
+            Err(SourceError::new(
+                SourceErrorKind::Unavailable,
+                what,
+                "the connection was reset",
+            ))
         });
         let frames = stream::iter(frames.into_iter().chain(end)).then(move |frame| async move {
             if !pace.is_zero() {

@@ -20,7 +20,11 @@ pub(super) fn load(dir: &Path) -> anyhow::Result<Loaded> {
         .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
         .collect();
     files.sort();
-    anyhow::ensure!(!files.is_empty(), "{} has no safetensors files", dir.display());
+    anyhow::ensure!(
+        !files.is_empty(),
+        "{} has no safetensors files",
+        dir.display()
+    );
     let mut first = None;
     let (mut bytes, mut checksum) = (0, 0u64);
     for path in files {
@@ -28,7 +32,9 @@ pub(super) fn load(dir: &Path) -> anyhow::Result<Loaded> {
         // SAFETY: the file is immutable: a download of this demo, or a read-only mount.
         let map = unsafe { memmap2::Mmap::map(&file)? };
         for tensor in tensors(&map).with_context(|| format!("{} is damaged", path.display()))? {
-            let data = map.get(tensor).context("a tensor lies outside of the file")?;
+            let data = map
+                .get(tensor)
+                .context("a tensor lies outside of the file")?;
             for word in data.chunks_exact(8) {
                 let word = u64::from_le_bytes(word.try_into()?);
                 checksum = checksum.rotate_left(1) ^ word;
@@ -55,8 +61,15 @@ fn tensors(file: &[u8]) -> anyhow::Result<Vec<std::ops::Range<usize>>> {
     let header: serde_json::Map<String, Value> = serde_json::from_slice(header)?;
     let mut ranges = Vec::new();
     for tensor in header.values() {
-        if let Some([begin, end]) = tensor.get("data_offsets").and_then(Value::as_array).map(Vec::as_slice) {
-            let offset = |v: &Value| v.as_u64().and_then(|v| usize::try_from(v).ok()?.checked_add(base));
+        if let Some([begin, end]) = tensor
+            .get("data_offsets")
+            .and_then(Value::as_array)
+            .map(Vec::as_slice)
+        {
+            let offset = |v: &Value| {
+                v.as_u64()
+                    .and_then(|v| usize::try_from(v).ok()?.checked_add(base))
+            };
             ranges.push(offset(begin).context("bad offset")?..offset(end).context("bad offset")?);
         }
     }

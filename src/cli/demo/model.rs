@@ -28,7 +28,8 @@ pub(super) fn write(dir: &Path, size: u64) -> std::io::Result<()> {
             let begin = tensor * rows * 4096;
             let key = format!("model.layers.{layer:03}.weight");
             let end = begin + rows * 4096;
-            let entry = json!({"dtype": "F32", "shape": [rows, 1024], "data_offsets": [begin, end]});
+            let entry =
+                json!({"dtype": "F32", "shape": [rows, 1024], "data_offsets": [begin, end]});
             header.insert(key.clone(), entry);
             weights.insert(key, json!(name));
         }
@@ -50,7 +51,10 @@ pub(super) fn write(dir: &Path, size: u64) -> std::io::Result<()> {
     }
     let total = SHARDS * TENSORS * rows * 4096;
     let index = json!({"metadata": {"total_size": total}, "weight_map": weights});
-    std::fs::write(dir.join("model.safetensors.index.json"), serde_json::to_vec(&index)?)?;
+    std::fs::write(
+        dir.join("model.safetensors.index.json"),
+        serde_json::to_vec(&index)?,
+    )?;
     let config = json!({"model_type": "demo", "num_hidden_layers": SHARDS * TENSORS});
     std::fs::write(dir.join("config.json"), serde_json::to_vec_pretty(&config)?)
 }

@@ -62,7 +62,9 @@ impl Origin {
                     let service = service_fn(move |request| answer(Arc::clone(&link), request));
                     let io = hyper_util::rt::TokioIo::new(stream);
                     // A client that goes away is no error here.
-                    let _ = hyper::server::conn::http1::Builder::new().serve_connection(io, service).await;
+                    let _ = hyper::server::conn::http1::Builder::new()
+                        .serve_connection(io, service)
+                        .await;
                 });
                 while connections.try_join_next().is_some() {}
             }
@@ -94,7 +96,10 @@ async fn answer(link: Arc<Link>, request: Request<Incoming>) -> Result<Response<
 fn respond(link: &Arc<Link>, request: &Request<Incoming>) -> std::io::Result<Response<Body>> {
     let name = request.uri().path().trim_start_matches('/');
     let relative = Path::new(name);
-    if !relative.components().all(|c| matches!(c, Component::Normal(_))) {
+    if !relative
+        .components()
+        .all(|c| matches!(c, Component::Normal(_)))
+    {
         return Err(std::io::ErrorKind::InvalidInput.into());
     }
     let path = link.root.join(relative);
@@ -114,7 +119,10 @@ fn respond(link: &Arc<Link>, request: &Request<Incoming>) -> std::io::Result<Res
         return Err(std::io::ErrorKind::InvalidInput.into());
     }
     let size = meta.len();
-    let asked = request.headers().get(header::RANGE).and_then(|r| parse_range(r.to_str().ok()?, size));
+    let asked = request
+        .headers()
+        .get(header::RANGE)
+        .and_then(|r| parse_range(r.to_str().ok()?, size));
     let range = asked.clone().unwrap_or(0..size);
     let body = if request.method() == Method::HEAD {
         empty()
@@ -127,7 +135,11 @@ fn respond(link: &Arc<Link>, request: &Request<Incoming>) -> std::io::Result<Res
         let text = format!("bytes {}-{}/{size}", range.start, range.end - 1);
         set(&mut response, header::CONTENT_RANGE, &text);
     }
-    set(&mut response, header::CONTENT_LENGTH, &(range.end - range.start).to_string());
+    set(
+        &mut response,
+        header::CONTENT_LENGTH,
+        &(range.end - range.start).to_string(),
+    );
     set(&mut response, header::ACCEPT_RANGES, "bytes");
     set(&mut response, header::ETAG, &format!("\"{size:x}\""));
     Ok(response)
