@@ -380,16 +380,8 @@ async fn memory_stays_within_the_budget() {
     };
     let bed = Bed::with(Scripted::new(64 * MIB), config);
     let watch = tokio::spawn(async {
-        let mut most = 0;
-        loop {
-            most = most.max(hearth::metrics::global().fetch_buffers.get());
-            if tokio::time::timeout(Duration::from_millis(1), std::future::pending::<()>())
-                .await
-                .is_err()
-                && most > 16 << 20
-            {
-                return most;
-            }
+        while hearth::metrics::global().fetch_buffers.get() <= 16 << 20 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
     });
     bed.check_whole().await;
