@@ -360,7 +360,17 @@ impl Source for ObjectSource {
         );
         let result = match answer.await {
             Ok(Ok(result)) => result,
-            Ok(Err(error)) => return Err(failure::explain(self.what(key), &error, &probe, false)),
+            Ok(Err(error)) => {
+                let error = failure::explain(self.what(key), &error, &probe, false);
+                // Azure says "condition not met" of a blob that is gone, too.
+                if error.kind() == SourceErrorKind::Changed
+                    && let Err(gone) = self.head(key).await
+                    && gone.kind() == SourceErrorKind::NotFound
+                {
+                    return Err(gone);
+                }
+                return Err(error);
+            }
             Err(_) => return Err(failure::slow(self.what(key), self.config.request_timeout())),
         };
         if pinned.is_some_and(|pinned| !pinned.is(&result.meta)) {
