@@ -114,6 +114,49 @@ pub(crate) fn moto(checks_credentials: bool) -> Server {
     })
 }
 
+/// An S3 server that speaks TLS as `localhost`, by an authority whose certificate is in `ca.pem`.
+pub(crate) fn moto_with_tls() -> Server {
+    const MAKE: &str = r#"
+import datetime, sys
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+now = datetime.datetime.now(datetime.timezone.utc)
+def make(name, issuer, issuer_key, is_ca):
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    cert = (x509.CertificateBuilder().subject_name(name).issuer_name(issuer or name)
+        .public_key(key.public_key()).serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=30))
+        .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(issuer_key or key, hashes.SHA256()))
+    return name, key, cert
+ca_name, ca_key, ca = make("test authority", None, None, True)
+_, key, cert = make("localhost", ca_name, ca_key, False)
+pem = serialization.Encoding.PEM
+open(sys.argv[1] + "/ca.pem", "wb").write(ca.public_bytes(pem))
+open(sys.argv[1] + "/cert.pem", "wb").write(cert.public_bytes(pem))
+open(sys.argv[1] + "/key.pem", "wb").write(key.private_bytes(
+    pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+"#;
+    Server::start("moto_server", |port, dir| {
+        let made = Command::new(bed().join("venv/bin/python"))
+            .args(["-c", MAKE])
+            .arg(dir)
+            .status();
+        assert!(made.unwrap().success());
+        let mut command = Command::new(bed().join("venv/bin/moto_server"));
+        command.args(["-H", "127.0.0.1", "-p", &port.to_string(), "-c"]);
+        command
+            .arg(dir.join("cert.pem"))
+            .arg("-k")
+            .arg(dir.join("key.pem"));
+        command
+    })
+}
+
 /// An Azure Blob Storage server; it checks the keys of the account `devstoreaccount1`.
 pub(crate) fn azurite() -> Server {
     Server::start("azurite-blob", |port, dir| {

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{Read, Write},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     ops::Range,
     path::PathBuf,
     sync::Arc,
@@ -537,6 +537,102 @@ fn a_server_that_is_not_there_is_unavailable() {
             .unwrap_err();
         assert_eq!(error.kind(), SourceErrorKind::Unavailable);
         assert!(error.to_string().contains("Connection refused"), "{error}");
+    });
+}
+
+/// An S3 server behind TLS, with an object, and the certificate of its authority.
+fn s3_with_tls() -> (Server, PathBuf) {
+    let server = servers::moto_with_tls();
+    let authority = server.dir.path().join("ca.pem");
+    set_env(&[
+        (
+            "AWS_ENDPOINT_URL",
+            format!("https://localhost:{}", server.port).as_str(),
+        ),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "secret-of-the-test"),
+    ]);
+    (server, authority)
+}
+
+/// The bucket is not there: the server has answered, so it was trusted.
+async fn reaches_the_server() {
+    let error = resolve(&Sources::new(Config::default()), "s3://none/x/")
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), SourceErrorKind::NotFound, "{error}");
+    assert!(error.to_string().contains("NoSuchBucket"), "{error}");
+}
+
+#[test]
+fn a_server_with_an_unknown_certificate_is_not_trusted() {
+    let (_server, _) = s3_with_tls();
+    run(async {
+        let error = resolve(&Sources::new(Config::default()), "s3://none/x/")
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind(), SourceErrorKind::Unavailable);
+        assert!(error.to_string().contains("UnknownIssuer"), "{error}");
+        assert!(error.hint().unwrap().contains("SSL_CERT_FILE"));
+    });
+}
+
+#[test]
+fn aws_ca_bundle_is_trusted() {
+    let (_server, authority) = s3_with_tls();
+    set_env(&[("AWS_CA_BUNDLE", authority.to_str().unwrap())]);
+    run(reaches_the_server());
+}
+
+#[test]
+fn ssl_cert_file_is_trusted() {
+    let (_server, authority) = s3_with_tls();
+    set_env(&[("SSL_CERT_FILE", authority.to_str().unwrap())]);
+    run(reaches_the_server());
+}
+
+#[test]
+fn proxies_of_the_environment_are_used() {
+    let server = servers::moto(false);
+    let proxy = TcpListener::bind("127.0.0.1:0").unwrap();
+    set_env(&[
+        (
+            "http_proxy",
+            format!("http://user:SECRET@{}", proxy.local_addr().unwrap()).as_str(),
+        ),
+        ("NO_PROXY", "127.0.0.1"),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "secret-of-the-test"),
+        ("AWS_ENDPOINT_URL", "http://s3.example.test"),
+    ]);
+    let through = Sources::new(Config::default());
+    let reference = "s3://none/x/".parse().unwrap();
+    let proxied = through.open(&reference).unwrap();
+    set_env(&[("AWS_ENDPOINT_URL", server.url())]);
+    let direct = Sources::new(Config::default()).open(&reference).unwrap();
+    let asked = std::thread::spawn(move || {
+        let (mut stream, _) = proxy.accept().unwrap();
+        let mut head = [0; 4096];
+        let length = stream.read(&mut head).unwrap();
+        let answer = "HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+        stream.write_all(answer.as_bytes()).unwrap();
+        String::from_utf8_lossy(&head[..length]).into_owned()
+    });
+    run(async {
+        let error = proxied.resolve(&reference).await.unwrap_err();
+        assert_eq!(error.kind(), SourceErrorKind::Unavailable);
+        assert!(!format!("{error:?}").contains("SECRET"));
+        let head = asked.join().unwrap();
+        assert!(
+            head.starts_with("GET http://s3.example.test/none?"),
+            "{head}"
+        );
+        assert!(
+            head.to_ascii_lowercase().contains("proxy-authorization"),
+            "{head}"
+        );
+        let error = direct.resolve(&reference).await.unwrap_err();
+        assert_eq!(error.kind(), SourceErrorKind::NotFound, "{error}");
     });
 }
 

@@ -270,7 +270,10 @@ fn connector(what: &str) -> Result<Connector, SourceError> {
         let pem = fs::read(&bundle).map_err(|e| refuse().because(e))?;
         roots = Certificate::from_pem_bundle(&pem).map_err(|_| refuse())?;
     }
-    Ok(Connector { roots })
+    Ok(Connector {
+        roots,
+        as_stored: what.starts_with("gs:"),
+    })
 }
 
 fn check_endpoint(what: &str, endpoint: &str) -> Result<(), SourceError> {

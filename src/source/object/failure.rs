@@ -20,6 +20,8 @@ use super::{
 const REGION: &str = "set AWS_REGION to the region of the bucket";
 const CREDENTIALS: &str = "set credentials for it in the environment; for public content set \
                            AWS_SKIP_SIGNATURE, GOOGLE_SKIP_SIGNATURE or AZURE_SKIP_SIGNATURE=true";
+const CERTIFICATES: &str =
+    "name the certificate authority of this server in SSL_CERT_FILE or, for S3, AWS_CA_BUNDLE";
 const ARCHIVED: &str = "restore the object from its archive tier first";
 
 /// What `error` means for `what`. `resolving`: it is asked by a person or a plan, so that missing
@@ -42,10 +44,12 @@ pub(super) fn explain(what: String, error: &Error, probe: &Probe, resolving: boo
                 HttpErrorKind::Timeout => "no answer in time",
                 _ => "the request failed",
             };
+            let cause = innermost(http);
+            let hint = cause.contains("certificate").then_some(CERTIFICATES);
             (
                 SourceErrorKind::Unavailable,
-                format!("{message}: {}", innermost(http)),
-                None,
+                format!("{message}: {cause}"),
+                hint,
             )
         }
         (None, http) => {

@@ -51,7 +51,10 @@ fn origin(answer: impl Fn(&str) -> String + Send + 'static) -> ObjectSource {
             max_retries: 0,
             ..RetryConfig::default()
         })
-        .with_http_connector(Connector { roots: Vec::new() })
+        .with_http_connector(Connector {
+            roots: Vec::new(),
+            as_stored: false,
+        })
         .build()
         .unwrap();
     ObjectSource::over(store, "s3://b".into(), host, &config)
