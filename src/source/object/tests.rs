@@ -151,6 +151,14 @@ async fn bad_answers_are_told_apart() {
                 "012",
             ),
         ),
+        (
+            Kind::Corrupt,
+            response(
+                part,
+                "Content-Range: bytes 0-18446744073709551615/10\r\nETag: \"e1\"\r\n",
+                "0123",
+            ),
+        ),
         (Kind::Corrupt, response(part, range, "012")),
         (Kind::Corrupt, response(part, range, "01234")),
         // Announced, but not sent.
@@ -221,6 +229,32 @@ async fn a_server_that_hangs_is_unavailable() {
     });
     let error = read(&source, 0..4).await.unwrap_err();
     assert_eq!(error.kind(), SourceErrorKind::Unavailable, "{error}");
+}
+
+#[tokio::test]
+async fn objects_without_etags_are_pinned_by_their_time() {
+    let source = origin(|head| {
+        if head.contains("list-type") {
+            page(&[("p/a", 4)], None).replace("<ETag>\"e\"</ETag>", "<Note>222</Note>")
+        } else {
+            let day = if head.contains("bytes=0-") { 1 } else { 2 };
+            let (range, body) = if day == 1 {
+                ("0-3", "0123")
+            } else {
+                ("1-3", "123")
+            };
+            let headers = format!(
+                "Content-Range: bytes {range}/4\r\nLast-Modified: 0{day} Jan 2026 00:00:00 GMT\r\n"
+            );
+            response("206 Partial Content", &headers, body)
+        }
+    });
+    let artifact = resolve(&source).await.unwrap();
+    let crate::tree::Recipe::Raw(location) = &artifact.objects[0].recipe;
+    assert_eq!(location.generation.as_deref(), Some("modified:1767225600"));
+    assert!(source.read(location, 0..4).await.is_ok());
+    let error = source.read(location, 1..4).await.err().unwrap();
+    assert_eq!(error.kind(), SourceErrorKind::Changed, "{error}");
 }
 
 fn page(keys: &[(&str, u64)], token: Option<&str>) -> String {

@@ -1,7 +1,7 @@
 //! The HTTP side of `object_store`: what its errors do not tell, bounds on what it collects, and
 //! further root certificates.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use http_body_util::{BodyExt, Limited};
 use object_store::{
@@ -14,7 +14,7 @@ use object_store::{
 use parking_lot::Mutex;
 use reqwest::{
     StatusCode,
-    header::{ACCEPT_ENCODING, HeaderValue, RANGE, RETRY_AFTER},
+    header::{ACCEPT_ENCODING, CONTENT_RANGE, HeaderValue, RANGE, RETRY_AFTER},
 };
 
 /// Longest page of a listing that is read, in bytes. S3 sends 1000 keys of at most 1 KiB, Azure
@@ -95,6 +95,12 @@ impl HttpService for Watched {
         }
         let response = self.inner.execute(request).await?;
         let status = response.status();
+        let ends_nowhere = is_range
+            && response
+                .headers()
+                .get(CONTENT_RANGE)
+                .and_then(|value| value.to_str().ok())
+                .is_some_and(|value| value.contains(&u64::MAX.to_string()));
         if let Some(probe) = &probe {
             let mut answer = probe.0.lock();
             answer.status = Some(status);
@@ -103,6 +109,11 @@ impl HttpService for Watched {
                 .get(RETRY_AFTER)
                 .and_then(|value| value.to_str().ok())
                 .and_then(wait);
+        }
+        if ends_nowhere {
+            // `object_store` would add one to the end of the range.
+            let error = io::Error::other("a range that ends nowhere");
+            return Err(HttpError::new(HttpErrorKind::Decode, error));
         }
         // Bodies of ranges are streamed to whoever asked; all others are collected.
         let limit = match status.is_success() {
