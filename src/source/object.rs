@@ -160,6 +160,7 @@ impl ObjectSource {
         let mut directories = HashSet::new();
         let mut token: Option<String> = None;
         let mut empty_pages = 0;
+        let mut seen = 0;
         loop {
             let page = self.page(prefix, token.clone()).await?;
             if page.result.objects.is_empty() {
@@ -167,20 +168,30 @@ impl ObjectSource {
             } else {
                 empty_pages = 0;
             }
+            seen += page.result.objects.len();
+            if seen > self.config.max_entries.get() {
+                return Err(found.listing.too_many());
+            }
             for meta in page.result.objects {
-                // A marker for the prefix itself has lost its slash, and is no file below it.
-                let Some(path) = meta.location.as_ref().strip_prefix(prefix) else {
-                    continue;
+                let key = meta.location.as_ref();
+                let Some(path) = key.strip_prefix(prefix) else {
+                    // A marker for the prefix itself has lost its slash.
+                    if prefix.strip_suffix('/') == Some(key) {
+                        continue;
+                    }
+                    let message = format!("lists {:?}, which is not below it", short(key));
+                    return Err(self.error(SourceErrorKind::Corrupt, prefix, message));
                 };
-                if let Some((directory, _)) = path.rsplit_once('/')
+                let mut above = path;
+                while let Some((directory, _)) = above.rsplit_once('/')
                     && !directories.contains(directory)
                 {
                     directories.insert(directory.to_owned());
+                    above = directory;
                 }
                 if meta.size > 0 {
                     found.add(self, path, &meta)?;
                 } else if found.listing.wants(path) {
-                    found.reserve(empty.len())?;
                     empty.push(meta);
                 }
             }
@@ -198,13 +209,7 @@ impl ObjectSource {
         }
         empty.dedup_by(|a, b| a.location == b.location);
         let below = |meta: &ObjectMeta| meta.location.as_ref()[prefix.len()..].to_owned();
-        let has_files = |path: &str| {
-            directories.contains(path)
-                || directories
-                    .iter()
-                    .any(|d| d.strip_prefix(path).is_some_and(|d| d.starts_with('/')))
-        };
-        empty.retain(|meta| !has_files(&below(meta)));
+        empty.retain(|meta| !directories.contains(&below(meta)));
         let mut checked = stream::iter(empty)
             .map(
                 |meta| async move { Ok((self.is_empty_file(meta.location.as_ref()).await?, meta)) },
@@ -246,26 +251,15 @@ impl ObjectSource {
 struct Found {
     listing: Listing,
     revision: Sha256,
-    max: usize,
 }
 
 impl Found {
     fn new(reference: &Reference, config: &Config) -> Result<Self, SourceError> {
-        let max = config.max_entries.get();
+        let listing = Listing::new(reference, String::new())?;
         Ok(Self {
-            listing: Listing::new(reference, String::new())?.with_max_entries(max),
+            listing: listing.with_max_entries(config.max_entries.get()),
             revision: Sha256::new(),
-            max,
         })
-    }
-
-    /// Refuses to keep more than the bound aside.
-    fn reserve(&mut self, kept: usize) -> Result<(), SourceError> {
-        if kept < self.max {
-            Ok(())
-        } else {
-            Err(self.listing.too_many())
-        }
     }
 
     fn add(
@@ -360,7 +354,17 @@ impl Source for ObjectSource {
         );
         let result = match answer.await {
             Ok(Ok(result)) => result,
-            Ok(Err(error)) => return Err(failure::explain(self.what(key), &error, &probe, false)),
+            Ok(Err(error)) => {
+                let error = failure::explain(self.what(key), &error, &probe, false);
+                // Azure says "condition not met" of a blob that is gone, too.
+                if error.kind() == SourceErrorKind::Changed
+                    && let Err(gone) = self.head(key).await
+                    && gone.kind() == SourceErrorKind::NotFound
+                {
+                    return Err(gone);
+                }
+                return Err(error);
+            }
             Err(_) => return Err(failure::slow(self.what(key), self.config.request_timeout())),
         };
         if pinned.is_some_and(|pinned| !pinned.is(&result.meta)) {
@@ -476,3 +480,6 @@ impl<'a> Generation<'a> {
 fn bare(etag: &str) -> &str {
     etag.trim_start_matches("W/").trim_matches('"')
 }
+
+#[cfg(test)]
+mod tests;

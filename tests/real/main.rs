@@ -1,1 +1,5 @@
 //! Tests against real servers and mounts; a missing component fails.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
+mod servers;
+mod sources;

@@ -270,7 +270,10 @@ fn connector(what: &str) -> Result<Connector, SourceError> {
         let pem = fs::read(&bundle).map_err(|e| refuse().because(e))?;
         roots = Certificate::from_pem_bundle(&pem).map_err(|_| refuse())?;
     }
-    Ok(Connector { roots })
+    Ok(Connector {
+        roots,
+        as_stored: what.starts_with("gs:"),
+    })
 }
 
 fn check_endpoint(what: &str, endpoint: &str) -> Result<(), SourceError> {
@@ -319,4 +322,53 @@ fn unusable(what: &str, error: &object_store::Error) -> SourceError {
         "check that AWS_*, GOOGLE_* or AZURE_* variables are complete and that the files they name \
          can be read",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connection_strings_are_taken_apart() {
+        let get = |text: &str| -> Vec<String> {
+            let parts = connection_string(text);
+            parts
+                .into_iter()
+                .map(|(key, value)| format!("{key:?}={value}"))
+                .collect()
+        };
+        assert_eq!(
+            get(
+                "DefaultEndpointsProtocol=https;AccountName=acc;AccountKey=a+b/c==;EndpointSuffix=core.windows.net"
+            ),
+            [
+                "AccountName=acc",
+                "AccessKey=a+b/c==",
+                "Endpoint=https://acc.blob.core.windows.net"
+            ]
+        );
+        assert_eq!(
+            get("blobendpoint=https://x/y;SharedAccessSignature=sv=1&sig=2"),
+            ["SasKey=sv=1&sig=2", "Endpoint=https://x/y"]
+        );
+        assert_eq!(get("UseDevelopmentStorage=true"), ["UseEmulator=true"]);
+        assert!(get(";;=;nonsense").is_empty());
+    }
+
+    #[test]
+    fn endpoints_are_checked_and_secrets_not_shown() {
+        assert!(check_endpoint("s3://b", "http://127.0.0.1:9000/path").is_ok());
+        for bad in [
+            "",
+            "host:9000",
+            "ftp://h",
+            "http://",
+            "http://user:SECRET@h",
+        ] {
+            let error = check_endpoint("s3://b", bad).unwrap_err();
+            assert_eq!(error.kind(), SourceErrorKind::Invalid);
+            assert!(!format!("{error:?}").contains("SECRET"));
+        }
+        assert_eq!(without_scheme("https://h:1/a/?x=SECRET"), "h:1/a");
+    }
 }

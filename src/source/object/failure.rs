@@ -20,6 +20,8 @@ use super::{
 const REGION: &str = "set AWS_REGION to the region of the bucket";
 const CREDENTIALS: &str = "set credentials for it in the environment; for public content set \
                            AWS_SKIP_SIGNATURE, GOOGLE_SKIP_SIGNATURE or AZURE_SKIP_SIGNATURE=true";
+const CERTIFICATES: &str =
+    "name the certificate authority of this server in SSL_CERT_FILE or, for S3, AWS_CA_BUNDLE";
 const ARCHIVED: &str = "restore the object from its archive tier first";
 
 /// What `error` means for `what`. `resolving`: it is asked by a person or a plan, so that missing
@@ -35,17 +37,19 @@ pub(super) fn explain(what: String, error: &Error, probe: &Probe, resolving: boo
             format!("the answer broke off: {}", innermost(http)),
             None,
         ),
-        (Some(_), _) => answer_cannot_be_used(error),
+        (Some(_), _) => answer_cannot_be_used(error, !resolving),
         (None, Some(http)) if answer.sent => {
             let message = match http.kind() {
                 HttpErrorKind::Connect => "cannot connect",
                 HttpErrorKind::Timeout => "no answer in time",
                 _ => "the request failed",
             };
+            let cause = innermost(http);
+            let hint = cause.contains("certificate").then_some(CERTIFICATES);
             (
                 SourceErrorKind::Unavailable,
-                format!("{message}: {}", innermost(http)),
-                None,
+                format!("{message}: {cause}"),
+                hint,
             )
         }
         (None, http) => {
@@ -111,7 +115,7 @@ fn status_means(status: StatusCode, error: &Error, answer: &Answer) -> Meaning {
 }
 
 /// A good status, but not a good answer: names of keys, ranges, XML.
-fn answer_cannot_be_used(error: &Error) -> Meaning {
+fn answer_cannot_be_used(error: &Error, is_range: bool) -> Meaning {
     if let Error::InvalidPath { source } = error {
         let source: String = source.to_string().chars().take(300).collect();
         return (
@@ -120,13 +124,13 @@ fn answer_cannot_be_used(error: &Error) -> Meaning {
             Some("name a smaller part of the bucket, without that key"),
         );
     }
-    // These come from what the client itself found in headers and XML, not from the body.
-    let why: String = innermost(error).chars().take(200).collect();
-    (
-        SourceErrorKind::Corrupt,
-        format!("the answer cannot be used: {why}"),
-        None,
-    )
+    let mut message = "the answer breaks the protocol".to_owned();
+    // What is said about a range comes from its headers; about a listing, it would quote the body.
+    if is_range {
+        let why: String = innermost(error).chars().take(200).collect();
+        message = format!("{message}: {why}");
+    }
+    (SourceErrorKind::Corrupt, message, None)
 }
 
 /// The provider's error code from the XML that `error` quotes.

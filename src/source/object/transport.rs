@@ -1,7 +1,7 @@
 //! The HTTP side of `object_store`: what its errors do not tell, bounds on what it collects, and
 //! further root certificates.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use http_body_util::{BodyExt, Limited};
 use object_store::{
@@ -12,7 +12,10 @@ use object_store::{
     },
 };
 use parking_lot::Mutex;
-use reqwest::{StatusCode, header::RETRY_AFTER};
+use reqwest::{
+    StatusCode,
+    header::{ACCEPT_ENCODING, CONTENT_RANGE, HeaderValue, RANGE, RETRY_AFTER},
+};
 
 /// Longest page of a listing that is read, in bytes. S3 sends 1000 keys of at most 1 KiB, Azure
 /// 5000.
@@ -54,6 +57,9 @@ impl Probe {
 #[derive(Debug)]
 pub(super) struct Connector {
     pub(super) roots: Vec<Certificate>,
+    /// Whether ranges are asked for as they are stored: unasked, Google Cloud Storage unpacks
+    /// objects stored with gzip, and then knows no ranges.
+    pub(super) as_stored: bool,
 }
 
 impl HttpConnector for Connector {
@@ -62,25 +68,39 @@ impl HttpConnector for Connector {
         for root in &self.roots {
             options = options.with_root_certificate(root.clone());
         }
-        Ok(HttpClient::new(Watched(
-            ReqwestConnector::default().connect(&options)?,
-        )))
+        Ok(HttpClient::new(Watched {
+            inner: ReqwestConnector::default().connect(&options)?,
+            as_stored: self.as_stored,
+        }))
     }
 }
 
 #[derive(Debug)]
-struct Watched(HttpClient);
+struct Watched {
+    inner: HttpClient,
+    as_stored: bool,
+}
 
 #[async_trait::async_trait]
 impl HttpService for Watched {
-    async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+    async fn call(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let probe = request.extensions().get::<Probe>().cloned();
-        let is_range = request.headers().contains_key(reqwest::header::RANGE);
+        let is_range = request.headers().contains_key(RANGE);
+        if is_range && self.as_stored {
+            let gzip = HeaderValue::from_static("gzip");
+            request.headers_mut().insert(ACCEPT_ENCODING, gzip);
+        }
         if let Some(probe) = &probe {
             probe.0.lock().sent = true;
         }
-        let response = self.0.execute(request).await?;
+        let response = self.inner.execute(request).await?;
         let status = response.status();
+        let ends_nowhere = is_range
+            && response
+                .headers()
+                .get(CONTENT_RANGE)
+                .and_then(|value| value.to_str().ok())
+                .is_some_and(|value| value.contains(&u64::MAX.to_string()));
         if let Some(probe) = &probe {
             let mut answer = probe.0.lock();
             answer.status = Some(status);
@@ -89,6 +109,11 @@ impl HttpService for Watched {
                 .get(RETRY_AFTER)
                 .and_then(|value| value.to_str().ok())
                 .and_then(wait);
+        }
+        if ends_nowhere {
+            // `object_store` would add one to the end of the range.
+            let error = io::Error::other("a range that ends nowhere");
+            return Err(HttpError::new(HttpErrorKind::Decode, error));
         }
         // Bodies of ranges are streamed to whoever asked; all others are collected.
         let limit = match status.is_success() {
