@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     digest::{Digest, ObjectId},
-    reference::{HttpUrl, Locator, Reference},
+    reference::{HttpUrl, Locator, Reference, Secret},
     tree::{Artifact, Location},
 };
 
@@ -49,8 +49,8 @@ pub(super) struct HttpSource {
     web: Web,
     /// The URL it was made for, without secrets.
     base: Url,
-    /// The same with its query as given.
-    full: Url,
+    /// Its query as given, where that holds a secret.
+    query: Option<Secret>,
     auth: Option<Auth>,
     max_entries: usize,
 }
@@ -92,7 +92,7 @@ impl HttpSource {
             web: Web::new(config)?,
             base: url.public.clone(),
             auth: Auth::take_from(&mut full),
-            full,
+            query: full.query().filter(|_| full != url.public).map(Secret::new),
             max_entries: config.max_entries.get(),
         })
     }
@@ -107,8 +107,8 @@ impl HttpSource {
         let base = self.base.path();
         let ours = url.path() == base || (base.ends_with('/') && url.path().starts_with(base));
         let mut asked = url.clone();
-        if ours && self.full != self.base {
-            asked.set_query(self.full.query());
+        if let Some(query) = self.query.as_ref().filter(|_| ours) {
+            asked.set_query(Some(query.expose()));
         }
         Ok(Ask {
             what,

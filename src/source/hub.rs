@@ -188,7 +188,7 @@ impl HubSource {
                 Ok((value, Some(next)))
             }
             _ => {
-                let message = format!("the next page that {host} names is not there");
+                let message = format!("the next page that {host} names is elsewhere, or the same");
                 Err(SourceError::new(Kind::Invalid, what, message))
             }
         }
@@ -239,8 +239,9 @@ impl HubSource {
             for entry in entries {
                 if entry.kind != "file" {
                     directories += 1;
-                    if directories > self.config.max_entries.get() {
-                        let message = format!("has more than {directories} directories");
+                    let most = self.config.max_entries.get();
+                    if directories > most {
+                        let message = format!("has more than {most} directories");
                         return Err(SourceError::new(Kind::Invalid, what, message));
                     }
                     continue;

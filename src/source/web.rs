@@ -45,8 +45,8 @@ pub(crate) struct Web {
     routes: Routes,
 }
 
-/// What is asked of whom.
-#[derive(Debug, Clone)]
+/// What is asked of whom. Not `Debug`: the URL may hold a secret, as may those below.
+#[derive(Clone)]
 pub(crate) struct Ask<'a> {
     /// The object and the host, for errors.
     pub(crate) what: &'a str,
@@ -93,7 +93,6 @@ pub(crate) fn accept(_: StatusCode, _: &HeaderMap) -> Result<Option<u64>, Source
 }
 
 /// An answer, its status not yet judged.
-#[derive(Debug)]
 struct Answer {
     response: Response,
     /// Where it came from after redirects.
@@ -114,7 +113,6 @@ pub(crate) struct Probe {
 }
 
 /// A small document.
-#[derive(Debug)]
 pub(crate) struct Document {
     /// Where it came from after redirects.
     pub(crate) url: Url,

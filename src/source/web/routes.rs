@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    fmt,
     hash::{BuildHasher as _, RandomState},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -20,8 +21,8 @@ const DEFAULT_LIFE: Duration = Duration::from_secs(5 * 60);
 /// Longest use of a redirect.
 const MAX_LIFE: Duration = Duration::from_secs(3600);
 
-/// Where an object really is.
-#[derive(Debug, Clone)]
+/// Where an object really is. Not `Debug`: the URL is signed.
+#[derive(Clone)]
 pub(super) struct Route {
     pub(super) url: Url,
     /// The size of the whole object, where the origin said it.
@@ -38,11 +39,16 @@ impl Route {
 }
 
 /// The routes by URL asked for.
-#[derive(Debug)]
 pub(super) struct Routes {
     known: Mutex<HashMap<String, Route>>,
     turnstiles: Vec<Turnstile<()>>,
     hasher: RandomState,
+}
+
+impl fmt::Debug for Routes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Routes({})", self.known.lock().len())
+    }
 }
 
 impl Default for Routes {
