@@ -1,6 +1,8 @@
 //! Plain HTTP and the Hub against servers that fail, lie or change: every answer gets the right
 //! bytes or an error of the right kind, and no error shows a secret.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 use std::{
     ops::Range,
     sync::{

@@ -1,6 +1,8 @@
 //! A scripted HTTP/1.1 server on loopback: answers whatever a closure says, byte by byte, and
 //! remembers what it was asked.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex},
