@@ -179,6 +179,7 @@ impl Scripted {
     }
 
     async fn serve(&self, mut stream: TcpStream) {
+        stream.set_nodelay(true).unwrap();
         let mut buffer = Vec::new();
         while let Some(seen) = request(&mut stream, &mut buffer).await {
             let script = Arc::clone(&self.script.lock().unwrap());

@@ -1,6 +1,6 @@
 //! Plain HTTP against nginx and Python's `http.server`.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path};
 
 use hearth::source::{Config, Sources};
 
@@ -130,28 +130,15 @@ fn nginx_over_tls() {
     let root = tempfile::tempdir().unwrap();
     let path = |name: &str| root.path().join(name).display().to_string();
     fs::write(path("x.bin"), bytes(1, 5000)).unwrap();
-    let made = Command::new("openssl")
-        .args([
-            "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-        ])
-        .args([
-            "-subj",
-            "/CN=localhost",
-            "-addext",
-            "subjectAltName=IP:127.0.0.1",
-        ])
-        .args(["-keyout", &path("key"), "-out", &path("cert")])
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{made:?}");
+    servers::make_certificates(root.path());
     let port = free_port();
     let server = servers::nginx(
         root.path(),
         &format!(
             "listen 127.0.0.1:{port} ssl; ssl_certificate {}; ssl_certificate_key {};
              location = /plain {{ return 302 http://127.0.0.1/x.bin; }}",
-            path("cert"),
-            path("key")
+            path("cert.pem"),
+            path("key.pem")
         ),
     );
     let run = |reference: String| {
@@ -163,16 +150,16 @@ fn nginx_over_tls() {
             read(&source, &place, 0..size).await
         })
     };
-    let reference = format!("https://127.0.0.1:{port}/x.bin");
+    let reference = format!("https://localhost:{port}/x.bin");
     let error = run(reference.clone()).unwrap_err();
     assert!(error.to_string().contains("certificate"), "{error}");
     for name in ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"] {
-        set_env(&[(name, path("cert"))]);
+        set_env(&[(name, path("ca.pem"))]);
         assert_eq!(run(reference.clone()).unwrap(), bytes(1, 5000), "{name}");
         set_env(&[(name, "")]);
     }
-    set_env(&[("REQUESTS_CA_BUNDLE", path("cert"))]);
-    let error = run(format!("https://127.0.0.1:{port}/plain")).unwrap_err();
+    set_env(&[("REQUESTS_CA_BUNDLE", path("ca.pem"))]);
+    let error = run(format!("https://localhost:{port}/plain")).unwrap_err();
     assert!(error.to_string().contains("from https to http"), "{error}");
     set_env(&[("REQUESTS_CA_BUNDLE", path("x.bin"))]);
     let error = run(reference).unwrap_err();
