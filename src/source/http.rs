@@ -266,6 +266,11 @@ impl HttpSource {
         generation: String,
     ) -> Result<(), SourceError> {
         let url = found.url.as_str();
+        if probe.url.path().ends_with('/') {
+            let message = "is a directory, though its url does not end in /";
+            return Err(SourceError::new(Kind::Invalid, url, message)
+                .with_hint("write the url of a directory with a / at its end"));
+        }
         if let Some(size) = found.size.filter(|&size| size != probe.size) {
             let message = format!("has {} bytes, but {INDEX} says {size}", probe.size);
             return Err(SourceError::new(Kind::Invalid, url, message));

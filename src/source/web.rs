@@ -96,8 +96,9 @@ pub(crate) fn accept(_: StatusCode, _: &HeaderMap) -> Result<Option<u64>, Source
 }
 
 /// What an object is, without its content.
-#[derive(Debug, Clone)]
 pub(crate) struct Probe {
+    /// Where the answer came from after redirects.
+    pub(crate) url: Url,
     /// Bytes of the whole.
     pub(crate) size: u64,
     /// The headers of the answer.
@@ -255,8 +256,8 @@ impl Web {
                 // Not `content_length()`: that is of the body, and the body of HEAD is empty.
                 let length = text(headers, header::CONTENT_LENGTH).and_then(|t| t.parse().ok());
                 if let Some(size) = length {
-                    let headers = headers.clone();
-                    return Ok(Probe { size, headers });
+                    let (url, headers) = (answer.url, headers.clone());
+                    return Ok(Probe { url, size, headers });
                 }
             }
             200 | 400 | 403 | 405 | 501 => {}
@@ -274,7 +275,11 @@ impl Web {
             return Err(encoded_error(ask.what, &headers));
         }
         match size {
-            Some(size) => Ok(Probe { size, headers }),
+            Some(size) => Ok(Probe {
+                url: answer.url,
+                size,
+                headers,
+            }),
             None => Err(SourceError::new(
                 Kind::Invalid,
                 ask.what,

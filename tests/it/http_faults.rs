@@ -698,6 +698,14 @@ async fn hostile_directories_are_refused() {
         error.to_string().contains("more than 100 entries"),
         "{error}"
     );
+    // A directory that is taken for a file.
+    let page = "<a href=\"x\">x</a>".to_owned();
+    server.now(move |seen| match seen.path() {
+        "/m" => Reply::new("301 Moved Permanently\nlocation: /m/", ""),
+        _ => Reply::new("200 OK\ncontent-type: text/html", page.as_str()),
+    });
+    let error = resolve(&server.url("/m")).await.unwrap_err();
+    assert!(error.to_string().contains("is a directory"), "{error}");
     // Names that are none; no name at all.
     for (page, says) in [
         (r#"<a href="a%2fb">x</a>"#, "cannot be a file name"),
