@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     digest::{Digest, ObjectId},
-    reference::{HttpUrl, Locator, Reference},
+    reference::{HttpUrl, Locator, Reference, Secret},
     tree::{Artifact, Location},
 };
 
@@ -40,6 +40,8 @@ const MAX_PAGE: u64 = 64 << 20;
 const MAX_DIRECTORIES: usize = 20_000;
 /// Deepest directory: a link that leads back up shows itself by its depth.
 const MAX_DEPTH: usize = 32;
+/// What the generation begins with where the origin tells the size only.
+const SIZE: &str = "size:";
 /// Most requests at a time while resolving.
 const PARALLEL: usize = 16;
 
@@ -49,8 +51,8 @@ pub(super) struct HttpSource {
     web: Web,
     /// The URL it was made for, without secrets.
     base: Url,
-    /// The same with its query as given.
-    full: Url,
+    /// Its query as given, where that holds a secret.
+    query: Option<Secret>,
     auth: Option<Auth>,
     max_entries: usize,
 }
@@ -92,7 +94,7 @@ impl HttpSource {
             web: Web::new(config)?,
             base: url.public.clone(),
             auth: Auth::take_from(&mut full),
-            full,
+            query: full.query().filter(|_| full != url.public).map(Secret::new),
             max_entries: config.max_entries.get(),
         })
     }
@@ -107,8 +109,8 @@ impl HttpSource {
         let base = self.base.path();
         let ours = url.path() == base || (base.ends_with('/') && url.path().starts_with(base));
         let mut asked = url.clone();
-        if ours && self.full != self.base {
-            asked.set_query(self.full.query());
+        if let Some(query) = self.query.as_ref().filter(|_| ours) {
+            asked.set_query(Some(query.expose()));
         }
         Ok(Ask {
             what,
@@ -118,7 +120,7 @@ impl HttpSource {
     }
 
     /// The files of the directory at `dir`, by its index or its listing pages.
-    async fn walk(&self, dir: &Url, listing: &Listing) -> Result<Vec<Found>, SourceError> {
+    async fn walk(&self, dir: &Url, listing: &mut Listing) -> Result<Vec<Found>, SourceError> {
         if let Some(found) = self.index(dir, listing).await? {
             return Ok(found);
         }
@@ -164,6 +166,8 @@ impl HttpSource {
                             size: None,
                             sha256: None,
                         });
+                    } else {
+                        listing.skip();
                     }
                 }
             }
@@ -173,7 +177,11 @@ impl HttpSource {
     }
 
     /// The files that the index of `dir` names; `None` where there is no index.
-    async fn index(&self, dir: &Url, listing: &Listing) -> Result<Option<Vec<Found>>, SourceError> {
+    async fn index(
+        &self,
+        dir: &Url,
+        listing: &mut Listing,
+    ) -> Result<Option<Vec<Found>>, SourceError> {
         let url = below(dir, INDEX, false);
         let what = url.to_string();
         let document = match self
@@ -215,6 +223,7 @@ impl HttpSource {
                 )?),
             };
             if !listing.wants(&file.path) {
+                listing.skip();
                 continue;
             }
             let mut url = dir.clone();
@@ -249,14 +258,23 @@ impl HttpSource {
         children.map_err(|error| SourceError::new(Kind::Invalid, url.as_str(), error.to_string()))
     }
 
-    /// Asks for size and generation of `found` and adds it.
-    fn add(listing: &mut Listing, found: &Found, probe: &Probe) -> Result<(), SourceError> {
+    /// Adds `found` as `probe` found it to be.
+    fn add(
+        listing: &mut Listing,
+        found: &Found,
+        probe: &Probe,
+        generation: String,
+    ) -> Result<(), SourceError> {
         let url = found.url.as_str();
+        if probe.url.path().ends_with('/') {
+            let message = "is a directory, though its url does not end in /";
+            return Err(SourceError::new(Kind::Invalid, url, message)
+                .with_hint("write the url of a directory with a / at its end"));
+        }
         if let Some(size) = found.size.filter(|&size| size != probe.size) {
             let message = format!("has {} bytes, but {INDEX} says {size}", probe.size);
             return Err(SourceError::new(Kind::Invalid, url, message));
         }
-        let generation = generation(url, probe);
         let id = match found.sha256 {
             Some(digest) => ObjectId::Sha256(digest),
             None => ObjectId::located(url, &generation, probe.size),
@@ -289,19 +307,17 @@ impl Source for HttpSource {
         };
         let mut listing =
             Listing::new(reference, String::new())?.with_max_entries(self.max_entries);
-        if !url.path().ends_with('/') {
-            let found = Found {
+        let found = match url.path().ends_with('/') {
+            true => self.walk(url, &mut listing).await?,
+            false => vec![Found {
                 path: file_name(url)?,
                 url: url.clone(),
                 size: None,
                 sha256: None,
-            };
-            let probe = self.web.probe(&self.ask(url.as_str(), url)?).await?;
-            listing.set_revision(generation(url.as_str(), &probe));
-            Self::add(&mut listing, &found, &probe)?;
-            return listing.finish();
-        }
-        let found = self.walk(url, &listing).await?;
+            }],
+        };
+        let is_file = !url.path().ends_with('/');
+        let mut unpinned = 0usize;
         let mut probes = stream::iter(found)
             .map(async |found: Found| {
                 let ask = self.ask(found.url.as_str(), &found.url)?;
@@ -310,9 +326,19 @@ impl Source for HttpSource {
             })
             .buffered(PARALLEL);
         while let Some((found, probe)) = probes.try_next().await? {
-            Self::add(&mut listing, &found, &probe)?;
+            let generation = generation(&probe);
+            unpinned += usize::from(generation.starts_with(SIZE));
+            if is_file {
+                listing.set_revision(generation.clone());
+            }
+            Self::add(&mut listing, &found, &probe, generation)?;
         }
         drop(probes);
+        if unpinned > 0 {
+            tracing::warn!(
+                "{unpinned} files of {url} have no etag and no date: only a change of size is noticed"
+            );
+        }
         listing.finish().map_err(|error| match error.hint() {
             Some(_) => error,
             None => error.with_hint(
@@ -332,7 +358,7 @@ impl Source for HttpSource {
         let pin = match location.generation.as_deref() {
             None => Pin::Free,
             Some(tag) if tag.starts_with('"') || tag.starts_with("W/\"") => Pin::Etag(tag),
-            Some(other) => match other.strip_prefix("size:") {
+            Some(other) => match other.strip_prefix(SIZE) {
                 Some(size) => Pin::Size(
                     size.parse()
                         .map_err(|_| invalid("pinned to nothing known"))?,
@@ -346,7 +372,7 @@ impl Source for HttpSource {
 }
 
 /// What the origin calls this generation.
-fn generation(url: &str, probe: &Probe) -> String {
+fn generation(probe: &Probe) -> String {
     let tag = text(&probe.headers, header::ETAG);
     let strong = tag.filter(|tag| tag.len() > 2 && tag.starts_with('"') && tag.ends_with('"'));
     let weak = tag.filter(|tag| tag.len() > 4 && tag.starts_with("W/\"") && tag.ends_with('"'));
@@ -354,10 +380,7 @@ fn generation(url: &str, probe: &Probe) -> String {
         .filter(|date| httpdate::parse_http_date(date).is_ok());
     match strong.or(date).or(weak) {
         Some(generation) => generation.to_owned(),
-        None => {
-            tracing::warn!("{url} has no etag and no date: only a change of its size is noticed");
-            format!("size:{}", probe.size)
-        }
+        None => format!("{SIZE}{}", probe.size),
     }
 }
 

@@ -69,8 +69,7 @@ struct Entry {
     /// The git blob id (SHA-1); of an LFS file that of its pointer.
     #[serde(default)]
     oid: String,
-    #[serde(default)]
-    size: u64,
+    size: Option<u64>,
     lfs: Option<Lfs>,
 }
 
@@ -188,7 +187,7 @@ impl HubSource {
                 Ok((value, Some(next)))
             }
             _ => {
-                let message = format!("the next page that {host} names is not there");
+                let message = format!("the next page that {host} names is elsewhere, or the same");
                 Err(SourceError::new(Kind::Invalid, what, message))
             }
         }
@@ -239,8 +238,9 @@ impl HubSource {
             for entry in entries {
                 if entry.kind != "file" {
                     directories += 1;
-                    if directories > self.config.max_entries.get() {
-                        let message = format!("has more than {directories} directories");
+                    let most = self.config.max_entries.get();
+                    if directories > most {
+                        let message = format!("has more than {most} directories");
                         return Err(SourceError::new(Kind::Invalid, what, message));
                     }
                     continue;
@@ -277,16 +277,16 @@ impl HubSource {
                 (etag, size) = (hex, lfs.size);
             }
             None => {
-                let Some(sha1) = from_hex(&entry.oid) else {
+                let (Some(sha1), Some(bytes)) = (from_hex(&entry.oid), entry.size) else {
                     let name = short(&entry.path);
-                    let message = format!("its tree has no git blob id for {name:?}");
+                    let message = format!("its tree has no git blob id or size for {name:?}");
                     return Err(SourceError::new(Kind::Invalid, what, message));
                 };
                 let place = format!("{}{}/{}", self.kind_prefix(), self.id, entry.path);
                 let url = self.url(&place);
-                id = ObjectId::located(url.as_str(), &entry.oid, entry.size);
+                id = ObjectId::located(url.as_str(), &entry.oid, bytes);
                 git_sha1 = Some(sha1);
-                (etag, size) = (&entry.oid, entry.size);
+                (etag, size) = (&entry.oid, bytes);
             }
         }
         listing.add(Listed {
@@ -543,7 +543,7 @@ mod tests {
         #[test]
         fn no_entry_panics(
             path in ".{0,40}", oid in "[0-9a-f]{0,3}|[0-9a-f]{40}",
-            size in any::<u64>(), lfs in proptest::option::of(("[0-9a-fsh:]{0,5}|[0-9a-f]{64}", any::<u64>())),
+            size in any::<Option<u64>>(), lfs in proptest::option::of(("[0-9a-fsh:]{0,5}|[0-9a-f]{64}", any::<u64>())),
         ) {
             let reference: Reference = "hf://o/n".parse().unwrap();
             let Locator::Hub(repo) = &reference.locator else { unreachable!() };

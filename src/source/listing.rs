@@ -87,6 +87,11 @@ impl Listing {
         self.matcher.matches(path)
     }
 
+    /// Counts a file that the filter removes, where the source need not learn more about it.
+    pub(crate) fn skip(&mut self) {
+        self.filtered += 1;
+    }
+
     /// Adds a file, unless the filter removes it.
     ///
     /// # Errors

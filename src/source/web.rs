@@ -7,14 +7,14 @@
 //! remembered redirect that no longer works is asked for again once. Called by
 //! [`super::http`] and [`super::hub`]; keeps nothing on disk.
 
+mod answer;
 mod headers;
 mod routes;
 
-use std::{error::Error as _, ops::Range, time::Duration};
+use std::{ops::Range, time::Duration};
 
-use futures_util::{StreamExt as _, stream};
 use reqwest::{
-    Method, Response, StatusCode,
+    Method, StatusCode,
     header::{self, HeaderMap, HeaderValue},
 };
 use tokio::time::timeout;
@@ -22,7 +22,10 @@ use url::Url;
 
 pub(crate) use self::headers::{last_modified, link_next, text, total_of};
 use self::{
-    headers::{content_range, retry_after},
+    answer::{
+        Answer, encoded_error, is_encoded, is_stale, ranged, redirect, refusal, root_cause,
+        transport,
+    },
     routes::{Route, Routes},
 };
 use super::{ByteStream, Config, SourceError, SourceErrorKind as Kind};
@@ -45,8 +48,8 @@ pub(crate) struct Web {
     routes: Routes,
 }
 
-/// What is asked of whom.
-#[derive(Debug, Clone)]
+/// What is asked of whom. Not `Debug`: the URL may hold a secret, as may those below.
+#[derive(Clone)]
 pub(crate) struct Ask<'a> {
     /// The object and the host, for errors.
     pub(crate) what: &'a str,
@@ -92,21 +95,10 @@ pub(crate) fn accept(_: StatusCode, _: &HeaderMap) -> Result<Option<u64>, Source
     Ok(None)
 }
 
-/// An answer, its status not yet judged.
-#[derive(Debug)]
-struct Answer {
-    response: Response,
-    /// Where it came from after redirects.
-    url: Url,
-    /// Whether every hop stayed at the origin first asked.
-    at_origin: bool,
-    /// The size of the whole object, as `inspect` found it.
-    size: Option<u64>,
-}
-
 /// What an object is, without its content.
-#[derive(Debug, Clone)]
 pub(crate) struct Probe {
+    /// Where the answer came from after redirects.
+    pub(crate) url: Url,
     /// Bytes of the whole.
     pub(crate) size: u64,
     /// The headers of the answer.
@@ -114,7 +106,6 @@ pub(crate) struct Probe {
 }
 
 /// A small document.
-#[derive(Debug)]
 pub(crate) struct Document {
     /// Where it came from after redirects.
     pub(crate) url: Url,
@@ -205,47 +196,50 @@ impl Web {
     ) -> Result<ByteStream, SourceError> {
         let key = ask.url.as_str();
         let headers = range_headers(ask.what, pin, &range)?;
-        let mut turn = None;
-        if one_at_a_time && self.routes.get(key).is_none() {
-            turn = Some(self.routes.turn(key).await);
-        }
-        if let Some(route) = self.routes.get(key) {
-            drop(turn.take());
-            let direct = Ask {
-                what: ask.what,
-                url: route.url.clone(),
-                auth: None,
-            };
-            let answer = self
-                .send(Method::GET, &direct, &headers, &accept)
-                .await
-                .and_then(|answer| self.ranged(ask.what, answer, pin, &range, route.size));
-            match answer {
-                Err(error) if is_stale(error.kind()) => self.routes.forget(key, &route.url),
-                answer => return answer,
+        let mut renewed = false;
+        loop {
+            let mut turn = None;
+            if one_at_a_time && self.routes.get(key).is_none() {
+                turn = self.routes.turn(key).await;
             }
-            // One of the readers that find the route expired renews it for all.
-            if one_at_a_time {
-                turn = Some(self.routes.turn(key).await);
+            let route = self.routes.get(key);
+            if route.is_some() {
+                turn = None;
             }
-            if let Some(renewed) = self.routes.get(key) {
-                drop(turn.take());
+            if let Some((url, size)) = route.and_then(|route| Some((route.url?, route.size))) {
                 let direct = Ask {
-                    url: renewed.url,
-                    ..direct
+                    what: ask.what,
+                    url: url.clone(),
+                    auth: None,
                 };
-                let answer = self.send(Method::GET, &direct, &headers, &accept).await?;
-                return self.ranged(ask.what, answer, pin, &range, renewed.size);
+                let answer = self.send(Method::GET, &direct, &headers, &accept).await;
+                match answer
+                    .and_then(|answer| ranged(ask.what, answer, pin, &range, size, self.stall))
+                {
+                    // It may only have expired. One of its readers renews it for all, once.
+                    Err(error) if is_stale(error.kind()) && !renewed => {
+                        self.routes.forget(key, &url);
+                        renewed = true;
+                        continue;
+                    }
+                    answer => return answer,
+                }
             }
+            let answer = self.send(Method::GET, ask, &headers, inspect).await?;
+            if answer.response.status().is_success() {
+                match answer.at_origin {
+                    false => {
+                        let route = Route::new(answer.url.clone(), answer.size);
+                        self.routes.put(key.to_owned(), route);
+                    }
+                    true if one_at_a_time => self.routes.put(key.to_owned(), Route::none()),
+                    true => {}
+                }
+            }
+            drop(turn);
+            let size = answer.size;
+            return ranged(ask.what, answer, pin, &range, size, self.stall);
         }
-        let answer = self.send(Method::GET, ask, &headers, inspect).await?;
-        if !answer.at_origin && answer.response.status().is_success() {
-            let route = Route::new(answer.url.clone(), answer.size);
-            self.routes.put(key.to_owned(), route);
-        }
-        drop(turn);
-        let size = answer.size;
-        self.ranged(ask.what, answer, pin, &range, size)
     }
 
     /// Finds size and headers of the object at `ask.url`: by HEAD, or where that is refused or
@@ -262,8 +256,8 @@ impl Web {
                 // Not `content_length()`: that is of the body, and the body of HEAD is empty.
                 let length = text(headers, header::CONTENT_LENGTH).and_then(|t| t.parse().ok());
                 if let Some(size) = length {
-                    let headers = headers.clone();
-                    return Ok(Probe { size, headers });
+                    let (url, headers) = (answer.url, headers.clone());
+                    return Ok(Probe { url, size, headers });
                 }
             }
             200 | 400 | 403 | 405 | 501 => {}
@@ -281,7 +275,11 @@ impl Web {
             return Err(encoded_error(ask.what, &headers));
         }
         match size {
-            Some(size) => Ok(Probe { size, headers }),
+            Some(size) => Ok(Probe {
+                url: answer.url,
+                size,
+                headers,
+            }),
             None => Err(SourceError::new(
                 Kind::Invalid,
                 ask.what,
@@ -433,227 +431,6 @@ impl Web {
             size,
         })
     }
-
-    /// The body of an answer to a range request, if it is what was asked for.
-    fn ranged(
-        &self,
-        what: &str,
-        answer: Answer,
-        pin: Pin<'_>,
-        range: &Range<u64>,
-        size: Option<u64>,
-    ) -> Result<ByteStream, SourceError> {
-        let host = host_of(&answer.url);
-        let fail = |kind, message: String| Err(SourceError::new(kind, what, message));
-        let length = range.end - range.start;
-        let headers = answer.response.headers();
-        let total = match answer.response.status() {
-            StatusCode::PARTIAL_CONTENT => match content_range(headers) {
-                Some((found, total)) if found == *range => total,
-                found => {
-                    let found = match found {
-                        Some((found, _)) => format!("{}-{}", found.start, found.end - 1),
-                        None => "no usable content-range".to_owned(),
-                    };
-                    let asked = format!("bytes {}-{}", range.start, range.end - 1);
-                    // A shorter object is another object.
-                    let kind = match total_of(headers) {
-                        Some(total) if total < range.end => Kind::Changed,
-                        _ => Kind::Corrupt,
-                    };
-                    return fail(kind, format!("{host} answered {asked} with {found}"));
-                }
-            },
-            StatusCode::OK => answer.response.content_length(),
-            _ => return Err(refusal(what, &answer)),
-        };
-        check_pin(what, &host, headers, pin, total)?;
-        if let (Some(size), Some(total)) = (size, total)
-            && size != total
-        {
-            let message = format!("{host} holds {total} bytes now, not {size}");
-            return fail(Kind::Changed, message);
-        }
-        if is_encoded(headers) {
-            return Err(encoded_error(what, headers));
-        }
-        let whole = range.start == 0 && total == Some(length);
-        if answer.response.status() == StatusCode::OK && !whole {
-            let message = format!("{host} does not support byte ranges (200 instead of 206)");
-            return fail(Kind::Corrupt, message);
-        }
-        match answer.response.content_length() {
-            Some(found) if found != length => fail(
-                Kind::Corrupt,
-                format!("{host} sends {found} bytes for a range of {length}"),
-            ),
-            _ => Ok(body(what, &host, answer.response, length, self.stall)),
-        }
-    }
-}
-
-/// The body as a stream that ends without error only after exactly `length` bytes.
-fn body(what: &str, host: &str, response: Response, length: u64, stall: Duration) -> ByteStream {
-    struct State {
-        response: Response,
-        what: String,
-        host: String,
-        done: u64,
-    }
-    let state = State {
-        response,
-        what: what.to_owned(),
-        host: host.to_owned(),
-        done: 0,
-    };
-    let step = move |mut state: State| async move {
-        let chunk = loop {
-            match timeout(stall, state.response.chunk()).await {
-                Ok(Ok(Some(chunk))) if chunk.is_empty() => {}
-                other => break other,
-            }
-        };
-        let (host, done) = (&state.host, state.done);
-        let fail = |kind, message: String| Err(SourceError::new(kind, &*state.what, message));
-        let ended = || format!("body from {host} ended after {done} of {length} bytes");
-        match chunk {
-            Ok(Ok(Some(chunk))) if chunk.len() as u64 > length - done => fail(
-                Kind::Corrupt,
-                format!("body from {host} is longer than {length} bytes"),
-            ),
-            Ok(Ok(Some(chunk))) => {
-                state.done += chunk.len() as u64;
-                Ok(Some((chunk, state)))
-            }
-            Ok(Ok(None)) if done == length => Ok(None),
-            Ok(Ok(None)) => fail(Kind::Unavailable, ended()),
-            Ok(Err(error)) => {
-                let why = root_cause(&error.without_url());
-                fail(Kind::Unavailable, format!("{}: {why}", ended()))
-            }
-            Err(_) => fail(
-                Kind::Unavailable,
-                format!("{host} stalled: no byte for {stall:?} after {done} of {length} bytes"),
-            ),
-        }
-    };
-    stream::try_unfold(state, step).boxed()
-}
-
-/// Whether the generation that answered is the one pinned.
-fn check_pin(
-    what: &str,
-    host: &str,
-    headers: &HeaderMap,
-    pin: Pin<'_>,
-    total: Option<u64>,
-) -> Result<(), SourceError> {
-    let compare = |name: &str, pinned: &str, found: Option<&str>| match found {
-        Some(found) if found == pinned => Ok(()),
-        Some(found) => {
-            let found: String = found.chars().take(80).collect();
-            let message =
-                format!("{host} holds another generation now: {name} {found}, not {pinned}");
-            Err(SourceError::new(Kind::Changed, what, message))
-        }
-        None => {
-            let message = format!("{host} answered without the {name} it had before");
-            Err(SourceError::new(Kind::Corrupt, what, message))
-        }
-    };
-    match pin {
-        Pin::Etag(pinned) => compare("etag", pinned, text(headers, header::ETAG)),
-        Pin::Modified(pinned) => compare(
-            "last-modified",
-            pinned,
-            text(headers, header::LAST_MODIFIED),
-        ),
-        Pin::Size(size) if total.is_some_and(|total| total != size) => {
-            let message = format!("{host} holds {} bytes now, not {size}", total.unwrap_or(0));
-            Err(SourceError::new(Kind::Changed, what, message))
-        }
-        Pin::Size(_) | Pin::Free => Ok(()),
-    }
-}
-
-/// Where the answer redirects to, if it does.
-fn redirect(what: &str, answer: &Answer) -> Result<Option<Url>, SourceError> {
-    if !matches!(
-        answer.response.status().as_u16(),
-        301 | 302 | 303 | 307 | 308
-    ) {
-        return Ok(None);
-    }
-    let host = host_of(&answer.url);
-    let target = text(answer.response.headers(), header::LOCATION);
-    let Some(mut next) = target.and_then(|target| answer.url.join(target).ok()) else {
-        let message = format!("{host} redirects to no usable location");
-        return Err(SourceError::new(Kind::Corrupt, what, message));
-    };
-    if !matches!(next.scheme(), "http" | "https") || next.host_str().is_none() {
-        let message = format!("{host} redirects to a {} url", next.scheme());
-        return Err(SourceError::new(Kind::Invalid, what, message));
-    }
-    if answer.url.scheme() == "https" && next.scheme() != "https" {
-        let message = format!("{host} redirects from https to http, which is not followed");
-        return Err(SourceError::new(Kind::Invalid, what, message));
-    }
-    strip_user_info(&mut next);
-    next.set_fragment(None);
-    Ok(Some(next))
-}
-
-/// The error for a status that is not the one hoped for.
-fn refusal(what: &str, answer: &Answer) -> SourceError {
-    let status = answer.response.status();
-    let wait = retry_after(status, answer.response.headers());
-    let host = host_of(&answer.url);
-    let (kind, why) = match status.as_u16() {
-        401 | 403 => (Kind::Denied, ""),
-        407 => (Kind::Denied, " (the proxy wants credentials)"),
-        404 | 410 => (Kind::NotFound, ""),
-        412 => (Kind::Changed, " (it holds another generation now)"),
-        416 => (Kind::Changed, " (it is shorter now)"),
-        429 => (Kind::Throttled, ""),
-        503 if wait.is_some() => (Kind::Throttled, ""),
-        408 | 425 | 500..=599 => (Kind::Unavailable, ""),
-        400..=499 => (Kind::Invalid, ""),
-        _ => (Kind::Corrupt, ", which was not asked for"),
-    };
-    SourceError::new(kind, what, format!("{host} answered {status}{why}")).with_retry_after(wait)
-}
-
-/// The error for a request without an answer.
-fn transport(what: &str, host: &str, error: reqwest::Error) -> SourceError {
-    let error = error.without_url();
-    let why = root_cause(&error);
-    let message = match () {
-        () if error.is_connect() && error.is_timeout() => {
-            format!("cannot connect to {host}: timed out")
-        }
-        () if error.is_connect() => format!("cannot connect to {host}: {why}"),
-        () => format!("connection to {host} broke: {why}"),
-    };
-    SourceError::new(Kind::Unavailable, what, message)
-}
-
-/// The innermost error, which says what happened; the outer ones say where in the client.
-fn root_cause(error: &reqwest::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(inner) = next {
-        text = inner.to_string();
-        next = inner.source();
-    }
-    text
-}
-
-/// Whether an error from a remembered redirect may only mean that it has expired.
-const fn is_stale(kind: Kind) -> bool {
-    matches!(
-        kind,
-        Kind::Denied | Kind::NotFound | Kind::Changed | Kind::Invalid
-    )
 }
 
 fn plain_headers() -> HeaderMap {
@@ -685,22 +462,6 @@ fn range_headers(what: &str, pin: Pin<'_>, range: &Range<u64>) -> Result<HeaderM
         Pin::Etag(_) | Pin::Size(_) | Pin::Free => {}
     }
     Ok(headers)
-}
-
-fn is_encoded(headers: &HeaderMap) -> bool {
-    headers
-        .get(header::CONTENT_ENCODING)
-        .is_some_and(|value| !value.as_bytes().eq_ignore_ascii_case(b"identity"))
-}
-
-fn encoded_error(what: &str, headers: &HeaderMap) -> SourceError {
-    let how: String = text(headers, header::CONTENT_ENCODING)
-        .unwrap_or("an unknown encoding")
-        .chars()
-        .take(40)
-        .collect();
-    let message = format!("the origin sends it encoded ({how}), though asked not to");
-    SourceError::new(Kind::Corrupt, what, message)
 }
 
 /// `host` or `host:port`, for errors.

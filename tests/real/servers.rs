@@ -114,8 +114,9 @@ pub(crate) fn moto(checks_credentials: bool) -> Server {
     })
 }
 
-/// An S3 server that speaks TLS as `localhost`, by an authority whose certificate is in `ca.pem`.
-pub(crate) fn moto_with_tls() -> Server {
+/// Puts `cert.pem` and `key.pem` of `localhost` into `dir`, and `ca.pem`, the certificate of the
+/// authority that vouches for it.
+pub(crate) fn make_certificates(dir: &Path) {
     const MAKE: &str = r#"
 import datetime, sys
 from cryptography import x509
@@ -141,12 +142,17 @@ open(sys.argv[1] + "/cert.pem", "wb").write(cert.public_bytes(pem))
 open(sys.argv[1] + "/key.pem", "wb").write(key.private_bytes(
     pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
 "#;
+    let made = Command::new(bed().join("venv/bin/python"))
+        .args(["-c", MAKE])
+        .arg(dir)
+        .status();
+    assert!(made.unwrap().success());
+}
+
+/// An S3 server that speaks TLS as `localhost`, by an authority whose certificate is in `ca.pem`.
+pub(crate) fn moto_with_tls() -> Server {
     Server::start("moto_server", |port, dir| {
-        let made = Command::new(bed().join("venv/bin/python"))
-            .args(["-c", MAKE])
-            .arg(dir)
-            .status();
-        assert!(made.unwrap().success());
+        make_certificates(dir);
         let mut command = Command::new(bed().join("venv/bin/moto_server"));
         command.args(["-H", "127.0.0.1", "-p", &port.to_string(), "-c"]);
         command

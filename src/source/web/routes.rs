@@ -3,27 +3,34 @@
 
 use std::{
     collections::HashMap,
+    fmt,
     hash::{BuildHasher as _, RandomState},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use parking_lot::Mutex;
-use tokio::sync::{Mutex as Turnstile, MutexGuard as Turn};
+use tokio::{
+    sync::{Mutex as Turnstile, MutexGuard as Turn},
+    time::timeout,
+};
 use url::Url;
 
 /// Most redirects remembered.
 const MAX_ROUTES: usize = 4096;
 /// Objects whose first readers may ask for their redirect at the same time.
 const TURNSTILES: usize = 64;
+/// Longest wait for another reader's question.
+const MAX_TURN: Duration = Duration::from_secs(2);
 /// How long a redirect is used that does not say when it expires.
 const DEFAULT_LIFE: Duration = Duration::from_secs(5 * 60);
 /// Longest use of a redirect.
 const MAX_LIFE: Duration = Duration::from_secs(3600);
 
-/// Where an object really is.
-#[derive(Debug, Clone)]
+/// Where an object really is. Not `Debug`: the URL is signed.
+#[derive(Clone)]
 pub(super) struct Route {
-    pub(super) url: Url,
+    /// `None`: the origin serves it itself.
+    pub(super) url: Option<Url>,
     /// The size of the whole object, where the origin said it.
     pub(super) size: Option<u64>,
     until: Instant,
@@ -33,16 +40,31 @@ impl Route {
     /// A route that lives as long as the query of `url` says.
     pub(super) fn new(url: Url, size: Option<u64>) -> Self {
         let until = Instant::now() + life_of(&url, SystemTime::now());
+        let url = Some(url);
         Self { url, size, until }
+    }
+
+    /// That the origin serves the object itself.
+    pub(super) fn none() -> Self {
+        Self {
+            url: None,
+            size: None,
+            until: Instant::now() + DEFAULT_LIFE,
+        }
     }
 }
 
 /// The routes by URL asked for.
-#[derive(Debug)]
 pub(super) struct Routes {
     known: Mutex<HashMap<String, Route>>,
     turnstiles: Vec<Turnstile<()>>,
     hasher: RandomState,
+}
+
+impl fmt::Debug for Routes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Routes({})", self.known.lock().len())
+    }
 }
 
 impl Default for Routes {
@@ -81,15 +103,19 @@ impl Routes {
     /// Forgets the route, unless it leads elsewhere by now.
     pub(super) fn forget(&self, key: &str, url: &Url) {
         let mut known = self.known.lock();
-        if known.get(key).is_some_and(|route| route.url == *url) {
+        if known
+            .get(key)
+            .is_some_and(|route| route.url.as_ref() == Some(url))
+        {
             known.remove(key);
         }
     }
 
-    /// Waits until nobody else asks for the route of `key` (or one of a few others).
-    pub(super) async fn turn(&self, key: &str) -> Turn<'_, ()> {
+    /// Waits until nobody else asks for the route of `key` (or one of a few others); `None` where
+    /// that takes so long that everyone had better ask.
+    pub(super) async fn turn(&self, key: &str) -> Option<Turn<'_, ()>> {
         let at = self.hasher.hash_one(key) as usize % TURNSTILES;
-        self.turnstiles[at].lock().await
+        timeout(MAX_TURN, self.turnstiles[at].lock()).await.ok()
     }
 }
 
