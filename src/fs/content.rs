@@ -58,14 +58,14 @@ pub trait Whole: Send + Sync {
 
 /// Content from the fetch engine.
 pub struct Fetched {
-    engine: Arc<Engine>,
+    engine: Engine,
     source: Arc<dyn Source>,
     artifact: Arc<Artifact>,
 }
 
 impl Fetched {
     /// The objects of `artifact`, fetched from `source` by `engine`.
-    pub fn new(engine: Arc<Engine>, source: Arc<dyn Source>, artifact: Arc<Artifact>) -> Self {
+    pub fn new(engine: Engine, source: Arc<dyn Source>, artifact: Arc<Artifact>) -> Self {
         Self {
             engine,
             source,
@@ -82,6 +82,7 @@ impl Contents for Fetched {
             .get(object as usize)
             .ok_or(FsError::Damaged("a file names no object"))?;
         let handle: Arc<Handle> = self.engine.open(object, &self.source)?;
+        handle.expect_reads();
         Ok(handle)
     }
 }

@@ -24,7 +24,7 @@ use super::{
     Config,
     errno::errno,
     opens::{Answer, Opens},
-    stats::{Counters, Stats, count},
+    stats::{Counters, Stats},
 };
 use crate::{
     fetch::FetchErrorKind,
@@ -71,7 +71,7 @@ impl Server {
             view,
             runtime,
             opens: Opens::new(),
-            counters: Counters::default(),
+            counters: Counters::new(),
             small_file: config.small_file,
             passthrough: AtomicBool::new(config.passthrough),
         }
@@ -83,11 +83,9 @@ impl Server {
 
     /// The errno of an error that is about to be answered; logged here and nowhere else.
     fn errno(&self, op: &'static str, ino: u64, error: &FsError) -> Errno {
-        if *error != FsError::NotFound {
-            count(&self.counters.errors, 1);
-        }
         match error {
-            FsError::Content { .. } | FsError::Damaged(_) => {
+            FsError::Content { .. } | FsError::Damaged(_) | FsError::Stale => {
+                self.counters.errors.add(1);
                 tracing::warn!(op, ino, %error, "answered with an error");
             }
             _ => tracing::debug!(op, ino, %error, "answered with an error"),
@@ -111,7 +109,7 @@ impl Server {
         });
         match answer {
             Answer::Passthrough(backing) => {
-                count(&self.counters.passthrough_opens, 1);
+                self.counters.passthrough_opens.add(1);
                 reply.opened_passthrough(HANDLE, FopenFlags::FOPEN_NOFLUSH, &backing);
             }
             // Contents never change: what the kernel holds of a file stays good between opens.
@@ -125,7 +123,7 @@ impl Server {
     /// Fetches a small file before its open is answered: then it can be passthrough, and an error
     /// shows where programs expect one.
     async fn open_small(&self, ino: u64, body: Arc<dyn Body>, reply: ReplyOpen) {
-        count(&self.counters.small_fetches, 1);
+        self.counters.small_fetches.add(1);
         match body.clone().whole().await {
             // The disk is full or broken: reads may still be answered from the origin.
             Ok(_)
@@ -149,7 +147,7 @@ impl Server {
     }
 
     async fn read_later(&self, ino: u64, body: Arc<dyn Body>, at: (u64, usize), reply: ReplyData) {
-        count(&self.counters.waited_reads, 1);
+        self.counters.waited_reads.add(1);
         match body.read(at.0, at.1).await {
             // Fewer bytes would be shown to the reader as zeros.
             Ok(bytes) if bytes.len() == at.1 => self.answer_read(&bytes, reply),
@@ -159,7 +157,7 @@ impl Server {
     }
 
     fn answer_read(&self, bytes: &[u8], reply: ReplyData) {
-        count(&self.counters.read_bytes, bytes.len() as u64);
+        self.counters.read_bytes.add(bytes.len() as u64);
         reply.data(bytes);
     }
 }
@@ -195,7 +193,7 @@ impl Filesystem for Adapter {
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let server = &self.0;
-        count(&server.counters.lookups, 1);
+        server.counters.lookups.add(1);
         match server.view.lookup(parent.0, name.as_bytes()) {
             Ok(attr) => reply.entry(&FOREVER, &file_attr(&attr), GENERATION),
             // Inode 0 is "no such file", and may be kept like any other answer.
@@ -205,12 +203,12 @@ impl Filesystem for Adapter {
     }
 
     fn forget(&self, _: &Request, _: INodeNo, _: u64) {
-        count(&self.0.counters.forgets, 1);
+        self.0.counters.forgets.add(1);
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         let server = &self.0;
-        count(&server.counters.getattrs, 1);
+        server.counters.getattrs.add(1);
         match server.view.attr(ino.0) {
             Ok(attr) => reply.attr(&FOREVER, &file_attr(&attr)),
             Err(error) => reply.error(server.errno("getattr", ino.0, &error)),
@@ -226,7 +224,7 @@ impl Filesystem for Adapter {
 
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let server = &self.0;
-        count(&server.counters.opens, 1);
+        server.counters.opens.add(1);
         let ino = ino.0;
         let write = flags.0 & libc::O_ACCMODE != libc::O_RDONLY;
         match server.view.open(ino, write) {
@@ -258,7 +256,7 @@ impl Filesystem for Adapter {
         reply: ReplyData,
     ) {
         let server = &self.0;
-        count(&server.counters.reads, 1);
+        server.counters.reads.add(1);
         let ino = ino.0;
         if ino >= UPPER {
             return match server.view.read_upper(ino, offset, size as usize) {
@@ -303,7 +301,7 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         let server = &self.0;
-        count(&server.counters.releases, 1);
+        server.counters.releases.add(1);
         if ino.0 >= UPPER {
             server.view.release(ino.0);
         } else {
@@ -326,7 +324,7 @@ impl Filesystem for Adapter {
         mut reply: ReplyDirectory,
     ) {
         let server = &self.0;
-        count(&server.counters.readdirs, 1);
+        server.counters.readdirs.add(1);
         let result = server.view.readdir(ino.0, offset, &mut |entry| {
             let name = OsStr::from_bytes(entry.name);
             let kind = file_type(entry.attr.kind);
@@ -347,7 +345,7 @@ impl Filesystem for Adapter {
         mut reply: ReplyDirectoryPlus,
     ) {
         let server = &self.0;
-        count(&server.counters.readdirs, 1);
+        server.counters.readdirs.add(1);
         let result = server.view.readdir(ino.0, offset, &mut |entry| {
             let name = OsStr::from_bytes(entry.name);
             let attr = file_attr(&entry.attr);
@@ -408,7 +406,7 @@ impl Filesystem for Adapter {
         reply: ReplyCreate,
     ) {
         let server = &self.0;
-        count(&server.counters.opens, 1);
+        server.counters.opens.add(1);
         match server
             .view
             .create(parent.0, name.as_bytes(), mode as u16, owner(request))

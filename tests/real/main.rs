@@ -1,1 +1,3 @@
 //! Tests against real servers and mounts; a missing component fails.
+
+mod mount;
