@@ -244,7 +244,7 @@ pub enum FetchErrorKind {
     Corrupt,
     /// The origin could not be reached within the configured patience.
     Unavailable,
-    /// The disk is full.
+    /// The disk is full, or cannot be written.
     NoSpace,
     /// The disk or the store failed.
     Disk,
@@ -299,7 +299,7 @@ impl FetchError {
 
     fn store_named(name: &str, error: &StoreError) -> Self {
         let kind = match error.kind() {
-            StoreErrorKind::NoSpace => FetchErrorKind::NoSpace,
+            StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly => FetchErrorKind::NoSpace,
             StoreErrorKind::Damaged => FetchErrorKind::Corrupt,
             _ => FetchErrorKind::Disk,
         };

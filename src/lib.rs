@@ -5,12 +5,15 @@
 //! (`tests/it/layers.rs` checks it). See `ARCHITECTURE.md` for the map.
 
 pub mod chunk;
+pub mod cli;
+pub mod config;
 pub mod digest;
 pub mod disk;
 pub mod fetch;
 pub mod fs;
 pub mod metrics;
 pub mod mount;
+pub mod node;
 pub mod reference;
 pub mod source;
 pub mod store;

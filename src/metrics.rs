@@ -60,14 +60,6 @@ metrics! {
     gauge fetch_connections "hearth_fetch_connections" "Range requests under way";
     counter store_written_bytes "hearth_store_written_bytes_total" "Content bytes written to the store";
     counter store_objects_completed "hearth_store_objects_completed_total" "Objects completed and verified";
-    counter mount_lookups "hearth_mount_lookups_total" "FUSE LOOKUP requests";
-    counter mount_getattrs "hearth_mount_getattrs_total" "FUSE GETATTR requests";
-    counter mount_readdirs "hearth_mount_readdirs_total" "FUSE READDIR and READDIRPLUS requests";
-    counter mount_opens "hearth_mount_opens_total" "FUSE OPEN requests";
-    counter mount_passthrough_opens "hearth_mount_passthrough_opens_total" "Opens answered with kernel passthrough";
-    counter mount_reads "hearth_mount_reads_total" "FUSE READ requests";
-    counter mount_read_bytes "hearth_mount_read_bytes_total" "Bytes answered to FUSE READ requests";
-    counter mount_errors "hearth_mount_errors_total" "FUSE requests answered with EIO, ESTALE or EACCES";
 }
 
 /// The metrics of this process.

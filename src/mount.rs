@@ -277,6 +277,14 @@ impl Drop for Mount {
     }
 }
 
+/// Checks that this machine and this user can mount at all.
+///
+/// # Errors
+/// [`MountErrorKind::NoFuse`], [`MountErrorKind::NoHelper`].
+pub fn available() -> Result<(), MountError> {
+    device::available()
+}
+
 /// Unmounts what hearth mounted on `dir`, in whichever process. `lazy` detaches it even if busy.
 ///
 /// # Errors

@@ -95,6 +95,48 @@ pub struct Filter {
 #[derive(Clone)]
 pub struct Secret(String);
 
+impl Locator {
+    /// What kind of place it is, in a word.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::S3(_) => "s3",
+            Self::Gcs(_) => "gcs",
+            Self::Azure(_) => "azure",
+            Self::Http(_) => "http",
+            Self::File(_) => "file",
+            Self::Hub(repo) => match repo.kind {
+                HubKind::Model => "hub model",
+                HubKind::Dataset => "hub dataset",
+                HubKind::Space => "hub space",
+            },
+        }
+    }
+}
+
+impl Reference {
+    /// The URL as it was given, where it holds a secret that `Display` leaves out.
+    pub fn secret(&self) -> Option<&str> {
+        match &self.locator {
+            Locator::Http(HttpUrl { secret, .. }) => Some(secret.as_ref()?.expose()),
+            _ => None,
+        }
+    }
+
+    /// The same reference with the secret of a URL that is equal but for it.
+    ///
+    /// # Errors
+    /// A URL that is none, or that means something else.
+    pub fn with_secret(mut self, url: &str) -> Result<Self, ParseReferenceError> {
+        let other: Self = url.parse()?;
+        if let (Locator::Http(mine), Locator::Http(theirs)) = (&mut self.locator, other.locator)
+            && mine == &theirs
+        {
+            mine.secret = theirs.secret;
+        }
+        Ok(self)
+    }
+}
+
 impl Secret {
     /// Wraps `text`.
     pub fn new(text: impl Into<String>) -> Self {

@@ -11,12 +11,14 @@ mod http;
 mod hub;
 mod listing;
 mod object;
+mod web;
 
 use std::{
     collections::HashMap,
     fmt,
     num::{NonZeroU64, NonZeroUsize},
     ops::Range,
+    path::PathBuf,
     sync::{Arc, Once, Weak},
     time::Duration,
 };
@@ -155,6 +157,10 @@ pub struct Config {
     pub idle_connections: usize,
     /// Most files of one reference; a listing with more is refused.
     pub max_entries: NonZeroUsize,
+    /// Where the Hub is; else `HF_ENDPOINT`, else <https://huggingface.co>.
+    pub hub_endpoint: Option<String>,
+    /// The file with the token for the Hub; else `HF_TOKEN`, else where `hf auth login` puts it.
+    pub hub_token_file: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -168,6 +174,8 @@ impl Default for Config {
             stall_timeout_seconds: seconds(20),
             idle_connections: 64,
             max_entries: NonZeroUsize::MIN.saturating_add(MAX_INODES - 1),
+            hub_endpoint: None,
+            hub_token_file: None,
         }
     }
 }

@@ -1,191 +1,204 @@
 //! The store: objects, trees and artifact records on disk. Knows no network.
+//!
+//! ```text
+//! <root>/hearth.json                     format version and store id
+//! <root>/objects/sha256/ab/<hex>         complete: verified, immutable, mode 0444, without holes
+//! <root>/objects/tmp/                    files being written, renamed when they are durable
+//! <root>/located/ab/<hex>                "sha256:<hex> <size>": the content of a located id
+//! <root>/partial/<kind>-<hex>.data       sparse data of an object on its way
+//! <root>/partial/<kind>-<hex>.map        its chunks that are durable: bitmap with a checksum
+//! <root>/partial/<kind>-<hex>.live       its chunks that are here: words mapped by all processes
+//! <root>/trees/<hex>                     artifacts by digest: zstd of their encoding
+//! <root>/artifacts/<sha256 of reference>.json   reference -> artifact; mtime = last use
+//! <root>/artifacts/<sha256 of reference>.lock   flock: shared while held, exclusive to evict
+//! <root>/pins/<sha256 of reference>/<owner>     what keeps it from eviction
+//! <root>/gc.lock                         flock: shared to record, exclusive to collect
+//! ```
+//!
+//! Invariants
+//! - A file below `objects/sha256` holds exactly the bytes its name promises; it gets the name by a
+//!   rename, after its data was synced and its digest verified.
+//! - A chunk is in `.map` only if its data was synced before the map was written. `.live` may say
+//!   more, but counts only within one boot of the kernel, whose page cache outlives any process.
+//!   What is torn, missing or mismatching counts as absent.
+//! - An absent chunk is written only under a [`Lease`], whose file lock dies with its process. So an
+//!   object whose chunks are all present has no writer left.
+//! - Record before you look: an artifact is recorded before its objects are looked for, and a
+//!   collection keeps what is recorded, held or open. So no process loses what it has seen.
+//! - Opening a store lists no directory; an object is complete if its file is there.
+//!
+//! Called by `fetch` (objects) and `node` (artifacts, space), from any number of processes at once.
+//! All calls block on the disk. After kill -9 nothing is lost; after a power failure what came
+//! since the last [`Partial::checkpoint`].
+
+mod collect;
+mod config;
+mod error;
+mod layout;
+mod lease;
+mod objects;
+mod partial;
+mod presence;
+mod records;
+mod space;
+mod verify;
+
+pub use crate::disk::AlignedBuf;
+pub use collect::{CollectOptions, CollectReport};
+pub use config::{ByteSize, Config};
+pub use error::{StoreError, StoreErrorKind};
+pub use lease::{Lease, WriteMode};
+pub use objects::{Complete, hash_file};
+pub use partial::{MAX_OBJECT, Partial};
+pub use records::{Hold, Record};
+pub use space::{Reservation, Usage};
+pub use verify::{Damage, VerifyProgress, VerifyReport, VerifyScope};
 
 use std::{
-    collections::BTreeMap,
-    fs::File,
-    ops::Range,
+    collections::HashMap,
     path::{Path, PathBuf},
-    sync::Arc,
-    time::SystemTime,
+    sync::{Arc, Weak, atomic::AtomicU64},
 };
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     digest::{Digest, ObjectId},
-    tree::Artifact,
+    disk::{Disk, RealDisk},
 };
 
-pub struct Store;
-pub struct Config {}
-#[derive(Debug, thiserror::Error)]
-#[error("store")]
-pub struct StoreError;
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct ByteSize(pub u64);
-impl StoreError {
-    pub fn closed() -> Self {
-        StoreError
-    }
-    pub fn kind(&self) -> StoreErrorKind {
-        unimplemented!()
-    }
-}
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum StoreErrorKind {
-    NoSpace,
-    ReadOnly,
-    NewerFormat,
-    Io,
-    Damaged,
-    NotFound,
-    InUse,
-    Invalid,
+/// The format that this version writes and reads.
+const FORMAT: u32 = 1;
+
+pub(crate) type Result<T> = std::result::Result<T, StoreError>;
+
+/// A store on one file system.
+#[derive(Debug)]
+pub struct Store {
+    root: PathBuf,
+    config: Config,
+    disk: Arc<dyn Disk>,
+    writable: bool,
+    boot: [u8; 16],
+    id: String,
+    partials: Mutex<HashMap<ObjectId, Weak<Partial>>>,
+    reservations: Mutex<Vec<Weak<space::Wanted>>>,
+    /// Makes the names of temporary files differ, within and between processes.
+    temp_salt: String,
+    temps: AtomicU64,
 }
 
-/// A complete, verified object: immutable. Holding it keeps it from eviction (shared flock).
-pub struct Complete {
-    pub digest: Digest,
-    pub size: u64,
-    file: File,
-}
-impl Complete {
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-}
-
-/// How `Lease::commit` writes: past the page cache (nobody reads it now) or through it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WriteMode {
-    Direct,
-    Cached,
+/// `hearth.json`. Fields that a newer format adds must not hide its number.
+#[derive(Debug, Serialize, Deserialize)]
+struct Identity {
+    format: u32,
+    id: String,
 }
 
 impl Store {
-    pub fn open(_root: &Path, _config: &Config) -> Result<Arc<Store>, StoreError> {
-        unimplemented!()
+    /// Opens the store at `root`, making it where there is none. Where it cannot be written, an
+    /// existing store is opened to read.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::NewerFormat`], [`StoreErrorKind::ReadOnly`] where it is not there and cannot be made,
+    /// [`StoreErrorKind::Damaged`] where `hearth.json` cannot be read, and what the disk says.
+    pub fn open(root: &Path, config: &Config) -> Result<Arc<Store>> {
+        Self::open_on(Arc::new(RealDisk), root, config)
     }
+
+    /// Opens a store on any [`Disk`].
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_on(disk: Arc<dyn Disk>, root: &Path, config: &Config) -> Result<Arc<Store>> {
+        config.check()?;
+        let boot = disk.boot_id()?;
+        let mut store = Store {
+            root: root.to_owned(),
+            config: config.clone(),
+            disk,
+            writable: true,
+            boot,
+            id: String::new(),
+            partials: Mutex::default(),
+            reservations: Mutex::default(),
+            temp_salt: layout::temp_salt(),
+            temps: AtomicU64::new(0),
+        };
+        let identity = match store.identity()? {
+            Some(identity) => identity,
+            None => store.make()?,
+        };
+        store.writable = store.disk.writable(root);
+        store.id = identity.id;
+        Ok(Arc::new(store))
+    }
+
+    /// Where it is.
     pub fn root(&self) -> &Path {
-        unimplemented!()
+        &self.root
     }
-    /// The complete object with this id; follows located -> sha256.
-    pub fn complete(&self, _id: &ObjectId) -> Result<Option<Arc<Complete>>, StoreError> {
-        unimplemented!()
-    }
-    /// The partial object, made if absent; one per id in a process.
-    pub fn partial(
-        self: &Arc<Self>,
-        _id: &ObjectId,
-        _size: u64,
-    ) -> Result<Arc<Partial>, StoreError> {
-        unimplemented!()
-    }
-    /// Durably stores small objects: one syncfs for all. Content of `Sha256` ids is checked.
-    pub fn put(
-        &self,
-        _objects: &[(ObjectId, bytes::Bytes)],
-    ) -> Result<Vec<Arc<Complete>>, StoreError> {
-        unimplemented!()
-    }
-    /// Refuses what cannot fit, evicting first where that helps; the guard holds the reservation.
-    pub fn admit(self: &Arc<Self>, _artifact: &Artifact) -> Result<Reservation, StoreError> {
-        unimplemented!()
-    }
-}
-pub struct Reservation;
 
-/// An object that is not complete yet: sparse data, and a map of present chunks.
-pub struct Partial;
-impl Partial {
-    pub fn id(&self) -> &ObjectId {
-        unimplemented!()
+    /// Its id, made once with the store.
+    pub fn id(&self) -> &str {
+        &self.id
     }
-    pub fn size(&self) -> u64 {
-        unimplemented!()
-    }
-    pub fn present(&self, _chunk: u64) -> bool {
-        unimplemented!()
-    }
-    pub fn all_present(&self) -> bool {
-        unimplemented!()
-    }
-    /// Bytes in present chunks.
-    pub fn present_bytes(&self) -> u64 {
-        unimplemented!()
-    }
-    /// Claims the first run of absent and unclaimed chunks within `want`, up to its first present or claimed chunk.
-    pub fn claim(self: &Arc<Self>, _want: Range<u64>) -> Result<Option<Lease>, StoreError> {
-        unimplemented!()
-    }
-    /// pread from present chunks; the caller has checked `present`.
-    pub fn read_at(&self, _buf: &mut [u8], _offset: u64) -> Result<(), StoreError> {
-        unimplemented!()
-    }
-    /// Reserves disk space for the whole object (fallocate).
-    pub fn allocate(&self) -> Result<(), StoreError> {
-        unimplemented!()
-    }
-    /// Makes all present chunks durable: data sync, then map by temp + rename.
-    pub fn checkpoint(&self) -> Result<(), StoreError> {
-        unimplemented!()
-    }
-    /// All chunks present and content verified to be `digest` by the caller: becomes complete. Idempotent across processes.
-    pub fn finish(&self, _digest: Digest) -> Result<Arc<Complete>, StoreError> {
-        unimplemented!()
-    }
-    /// Content turned out wrong: all chunks absent again.
-    pub fn discard(&self) -> Result<(), StoreError> {
-        unimplemented!()
-    }
-}
 
-/// The right to fill a run of chunks; dropped = given back.
-pub struct Lease;
-impl Lease {
-    pub fn split_off(&mut self, _at: u64) -> Lease {
-        unimplemented!()
+    /// Whether it can be written.
+    pub const fn writable(&self) -> bool {
+        self.writable
     }
-    /// Chunks not committed yet.
-    pub fn chunks(&self) -> Range<u64> {
-        unimplemented!()
-    }
-    /// Writes whole chunks at the front of the lease (`data` ends at a chunk boundary or at the object's end) and marks them present.
-    pub fn commit(&self, _index: u64, _data: &[u8], _mode: WriteMode) -> Result<(), StoreError> {
-        unimplemented!()
-    }
-}
 
-/// What the store knows of a reference.
-pub struct Record {
-    pub reference: String,
-    pub digest: Digest,
-    pub revision: String,
-    pub resolved: SystemTime,
-    pub used: SystemTime,
-    pub pins: Vec<String>,
+    fn identity(&self) -> Result<Option<Identity>> {
+        let path = self.root.join("hearth.json");
+        let Some(bytes) = self.read_small(&path, 1 << 16)? else {
+            return Ok(None);
+        };
+        let identity: Identity = serde_json::from_slice(&bytes).map_err(|error| {
+            let message = format!("{} cannot be read: {error}", path.display());
+            StoreError::new(StoreErrorKind::Damaged, message)
+        })?;
+        if identity.format > FORMAT {
+            let message = format!(
+                "store {} has format {}, this version of hearth knows up to {FORMAT}",
+                self.root.display(),
+                identity.format
+            );
+            return Err(StoreError::new(StoreErrorKind::NewerFormat, message));
+        }
+        Ok(Some(identity))
+    }
+
+    /// Makes the directories, then `hearth.json`: its presence says that the rest is there.
+    fn make(&self) -> Result<Identity> {
+        let mut above: Vec<&Path> = self.root.ancestors().collect();
+        above.reverse();
+        for dir in above {
+            if !dir.as_os_str().is_empty() && self.disk.stat(dir)?.is_none() {
+                self.make_dir(dir)?;
+            }
+        }
+        for dir in layout::DIRECTORIES {
+            self.make_dir(&self.root.join(dir))?;
+        }
+        let made = layout::temp_salt() + &self.temp_salt + &self.root.to_string_lossy();
+        let identity = Identity {
+            format: FORMAT,
+            id: Digest::of(made.as_bytes()).hex()[..32].to_owned(),
+        };
+        let mut text = layout::json(&identity)?;
+        text.push(b'\n');
+        // Link, not rename: of two processes that make the store, one wins and both see it.
+        let path = self.root.join("hearth.json");
+        let temp = self.write_temp(&text, true)?;
+        let linked = self.disk.link(&temp, &path);
+        self.disk.unlink(&temp)?;
+        linked?;
+        self.disk.sync_dir(&self.root)?;
+        self.identity()?.ok_or_else(|| {
+            let message = format!("{} vanished while it was made", path.display());
+            StoreError::new(StoreErrorKind::Io, message)
+        })
+    }
 }
-impl Store {
-    /// Durably records the artifact (tree first, then reference -> digest). Must come before looking at its objects: gc keeps what is recorded.
-    pub fn record(&self, _artifact: &Artifact) -> Result<Digest, StoreError> {
-        unimplemented!()
-    }
-    pub fn artifact(&self, _reference: &str) -> Result<Option<(Record, Artifact)>, StoreError> {
-        unimplemented!()
-    }
-    pub fn records(&self) -> Result<Vec<Record>, StoreError> {
-        unimplemented!()
-    }
-    /// Marks used now and keeps it from eviction while the guard lives (in any process).
-    pub fn hold(&self, _reference: &str) -> Result<Hold, StoreError> {
-        unimplemented!()
-    }
-    pub fn pin(&self, _reference: &str, _owner: &str) -> Result<(), StoreError> {
-        unimplemented!()
-    }
-    pub fn unpin(&self, _reference: &str, _owner: &str) -> Result<bool, StoreError> {
-        unimplemented!()
-    }
-    pub fn remove(&self, _reference: &str) -> Result<bool, StoreError> {
-        unimplemented!()
-    }
-}
-pub struct Hold;

@@ -2,7 +2,7 @@
 //!
 //! Invariants, kept by [`TreeBuilder`] and checked again by [`Tree::decode`]: inode 0 is the root
 //! directory; every other inode is reachable from it; names are 1..=255 bytes without `/` or NUL
-//! and never `.` or `..`; entries of a directory are sorted and unique; directories have one parent.
+//! and never `.` or `..`; entries of a directory are sorted and unique; directories have one parent; no path is longer than [`MAX_PATH`].
 //! A path from an artifact therefore never escapes. Called by sources (to build), the store (to
 //! keep), `fs` (to serve). Nothing here does I/O.
 
@@ -232,7 +232,9 @@ impl Artifact {
 
     /// Bytes of all distinct objects.
     pub fn size(&self) -> u64 {
-        self.objects.iter().map(|o| o.size).sum()
+        self.objects
+            .iter()
+            .fold(0, |sum, object| sum.saturating_add(object.size))
     }
 }
 
@@ -244,6 +246,8 @@ pub struct TreeBuilder {
 
 struct BuildInode {
     inode: Inode,
+    /// A directory that only stands in the paths of others so far.
+    implied: bool,
     children: HashMap<Box<[u8]>, u32>,
 }
 
@@ -251,6 +255,7 @@ impl TreeBuilder {
     /// An empty tree whose root and implied directories have `default_dir`.
     pub fn new(default_dir: Meta) -> Self {
         let root = BuildInode {
+            implied: true,
             inode: Inode {
                 kind: Kind::Dir {
                     parent: 0,
@@ -270,11 +275,19 @@ impl TreeBuilder {
     ///
     /// # Errors
     /// A path that is absolute, empty, too long, holds `.`, `..`, NUL or an empty component, that
-    /// is there already, or that passes through something that is no directory.
+    /// is there already, or that passes through something that is no directory; attributes that no
+    /// file can have. A directory that was only implied so far is not there already.
     pub fn add(&mut self, path: &[u8], kind: Kind, meta: Meta) -> Result<u32, TreeError> {
+        check_inode(&kind, &meta).map_err(|why| path_error(path, why))?;
         let (parent, name) = self.parent_of(path)?;
-        if self.inodes[parent as usize].children.contains_key(name) {
-            return Err(path_error(path, "is there twice"));
+        if let Some(&there) = self.inodes[parent as usize].children.get(name) {
+            let found = &mut self.inodes[there as usize];
+            if !found.implied || !matches!(kind, Kind::Dir { .. }) {
+                return Err(path_error(path, "is there twice"));
+            }
+            found.implied = false;
+            found.inode.meta = meta;
+            return Ok(there);
         }
         let kind = match kind {
             Kind::Dir { .. } => Kind::Dir {
@@ -283,7 +296,7 @@ impl TreeBuilder {
             },
             other => other,
         };
-        self.push(parent, name, Inode { kind, meta })
+        self.push(parent, name, Inode { kind, meta }, false)
     }
 
     /// Adds a file with content `objects[object]`.
@@ -323,6 +336,7 @@ impl TreeBuilder {
                 |BuildInode {
                      mut inode,
                      children,
+                     ..
                  }| {
                     if let Kind::Dir { entries, .. } = &mut inode.kind {
                         *entries = children
@@ -338,13 +352,20 @@ impl TreeBuilder {
         Tree { inodes }
     }
 
-    fn push(&mut self, parent: u32, name: &[u8], inode: Inode) -> Result<u32, TreeError> {
+    fn push(
+        &mut self,
+        parent: u32,
+        name: &[u8],
+        inode: Inode,
+        implied: bool,
+    ) -> Result<u32, TreeError> {
         if self.inodes.len() >= MAX_INODES {
             return Err(TreeError::TooMany);
         }
         let number = self.inodes.len() as u32;
         self.inodes.push(BuildInode {
             inode,
+            implied,
             children: HashMap::new(),
         });
         self.inodes[parent as usize]
@@ -378,7 +399,7 @@ impl TreeBuilder {
                         entries: Vec::new(),
                     };
                     let meta = self.default_dir.clone();
-                    self.push(dir, name, Inode { kind, meta })?
+                    self.push(dir, name, Inode { kind, meta }, true)?
                 }
             };
         }
@@ -399,6 +420,29 @@ fn check_name(name: &[u8]) -> Result<(), &'static str> {
         _ if name.len() > MAX_NAME => Err("has a component longer than 255 bytes"),
         _ if name.contains(&0) => Err("has a NUL byte"),
         _ if name.contains(&b'/') => Err("has a slash in a component"),
+        _ => Ok(()),
+    }
+}
+
+/// Whether an inode may be so.
+fn check_inode(kind: &Kind, meta: &Meta) -> Result<(), &'static str> {
+    if meta.mode > 0o7777 {
+        return Err("has a mode beyond 07777");
+    }
+    if meta.mtime.1 >= 1_000_000_000 {
+        return Err("has a modification time with a second or more of nanoseconds");
+    }
+    for (name, _) in &meta.xattrs {
+        if name.is_empty() || name.len() > MAX_NAME || name.contains(&0) {
+            return Err("has an extended attribute with an unusable name");
+        }
+    }
+    match kind {
+        Kind::Symlink { target } if target.is_empty() => Err("is a symlink to nothing"),
+        Kind::Symlink { target } if target.len() >= MAX_PATH => {
+            Err("is a symlink to a path longer than 4095 bytes")
+        }
+        Kind::Symlink { target } if target.contains(&0) => Err("is a symlink to a NUL byte"),
         _ => Ok(()),
     }
 }

@@ -75,6 +75,11 @@ impl Pool {
         })
     }
 
+    /// Whether so much of the background share is free that some may be held for a while.
+    pub(super) fn is_roomy(&self) -> bool {
+        self.background.available_permits() > self.keep / 4
+    }
+
     /// Gives idle memory back to the system.
     pub(super) fn shrink(&self) {
         let surplus = {

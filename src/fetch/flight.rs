@@ -13,7 +13,7 @@ use parking_lot::RwLock;
 
 use super::{
     Class, FetchError, Inner,
-    buffer::{ChunkBuf, ChunkWriter},
+    buffer::{ChunkBuf, ChunkWriter, Pool},
     handle::Handle,
     retry::Retry,
 };
@@ -32,6 +32,7 @@ const SHORTEST_HEDGE: Duration = Duration::from_millis(500);
 
 /// What others see of a flight.
 pub(super) struct Flight {
+    first: u64,
     /// Chunks `next..end` are still to come; `end` may be lowered by whoever needs the tail sooner.
     next: AtomicU64,
     end: AtomicU64,
@@ -45,6 +46,7 @@ impl Flight {
     pub(super) fn new(lease: Lease, class: Class) -> Arc<Self> {
         let chunks = lease.chunks();
         Arc::new(Self {
+            first: chunks.start,
             next: AtomicU64::new(chunks.start),
             end: AtomicU64::new(chunks.end),
             lease: RwLock::new(lease),
@@ -61,8 +63,18 @@ impl Flight {
             && chunk >= self.next.load(Ordering::Acquire)
     }
 
+    /// Whether `chunk` is one that this flight is to bring, or has brought.
+    pub(super) fn covers(&self, chunk: u64) -> bool {
+        (self.first..self.end.load(Ordering::Acquire)).contains(&chunk)
+    }
+
     pub(super) fn failure(&self) -> Option<&FetchError> {
         self.failed.get()
+    }
+
+    /// The chunk after its last.
+    pub(super) fn end(&self) -> u64 {
+        self.end.load(Ordering::Acquire)
     }
 
     pub(super) fn is_done(&self) -> bool {
@@ -262,10 +274,11 @@ impl<'a> Run<'a> {
         drop(writer);
         let handle = Arc::clone(self.handle);
         let flight = Arc::clone(self.flight);
+        let pool = Arc::clone(&self.engine.pool);
         self.writes.push_back(
             self.engine
                 .runtime
-                .spawn_blocking(move || commit(&handle, &flight, index, &buf)),
+                .spawn_blocking(move || commit(&handle, &flight, index, &buf, &pool)),
         );
         Ok(())
     }
@@ -323,6 +336,7 @@ fn commit(
     flight: &Flight,
     index: u64,
     buf: &Arc<ChunkBuf>,
+    pool: &Pool,
 ) -> Result<(), StoreError> {
     let mode = if handle.is_read() {
         WriteMode::Cached
@@ -332,7 +346,7 @@ fn commit(
     let data = buf.filled();
     flight.lease.read().commit(index, data, mode)?;
     metrics::global().store_written_bytes.add(data.len() as u64);
-    handle.verifier().committed(index, buf);
+    handle.verifier().committed(index, buf, pool.is_roomy());
     handle.arrived(index);
     Ok(())
 }

@@ -74,6 +74,8 @@ enum State {
     Partial(Arc<Partial>),
     /// At most one chunk: fetched whole, stored in batches.
     Small,
+    /// The store could not make a place for it: every read goes to the origin.
+    Streamed,
 }
 
 impl std::fmt::Debug for Handle {
@@ -96,12 +98,11 @@ impl Handle {
         let state = match engine.store.complete(&object.id).map_err(failed)? {
             Some(complete) => State::Complete(complete),
             None if object.size <= CHUNK_SIZE => State::Small,
-            None => State::Partial(
-                engine
-                    .store
-                    .partial(&object.id, object.size)
-                    .map_err(failed)?,
-            ),
+            None => match engine.store.partial(&object.id, object.size) {
+                Ok(partial) => State::Partial(partial),
+                Err(e) if cannot_keep(e.kind()) => State::Streamed,
+                Err(e) => return Err(failed(e)),
+            },
         };
         Ok(Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
@@ -145,7 +146,7 @@ impl Handle {
         match &*self.state.read() {
             State::Complete(_) => self.size(),
             State::Partial(partial) => partial.present_bytes(),
-            State::Small => 0,
+            State::Small | State::Streamed => 0,
         }
     }
 
@@ -193,7 +194,7 @@ impl Handle {
                     .map_err(|e| FetchError::store(self, &e))?;
                 Ok(true)
             }
-            State::Small => Ok(false),
+            State::Small | State::Streamed => Ok(false),
         }
     }
 
@@ -218,6 +219,7 @@ impl Handle {
                 let data = self.small(Class::Demand).await?;
                 return Ok(data.slice(offset as usize..offset as usize + len));
             }
+            State::Streamed => return self.read_through(offset..offset + len as u64).await,
             State::Partial(partial) => partial,
         };
         if self.strict() {
@@ -254,6 +256,10 @@ impl Handle {
                         &"the store could not keep it",
                     )
                 });
+            }
+            State::Streamed => {
+                let why = "the store could not make a place for it";
+                return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
             }
             State::Partial(partial) => partial,
         };
@@ -352,11 +358,11 @@ impl Handle {
     }
 
     /// Starts a flight for a lease.
-    fn launch(self: &Arc<Self>, engine: &Arc<Inner>, lease: Lease, class: Class) {
+    fn launch(self: &Arc<Self>, engine: &Arc<Inner>, lease: Lease, class: Class) -> Arc<Flight> {
         let flight = self.prepare(lease, class);
-        engine
-            .runtime
-            .spawn(flight::run(Arc::clone(engine), Arc::clone(self), flight));
+        let run = flight::run(Arc::clone(engine), Arc::clone(self), Arc::clone(&flight));
+        engine.runtime.spawn(run);
+        flight
     }
 
     /// Makes what is present durable. Blocking.
@@ -443,14 +449,15 @@ impl Handle {
                 &"the disk is full",
             ));
         }
-        self.demand(partial, chunk::covering(bytes))?;
+        let mut carriers = self.demand(partial, chunk::covering(bytes))?;
         self.note(bytes, partial);
         let mut rest = data;
         for index in chunk::covering(bytes) {
             let whole = chunk::bytes(index, self.size());
             let piece = whole.start.max(bytes.start)..whole.end.min(bytes.end);
             let (now, later) = rest.split_at_mut((piece.end - piece.start) as usize);
-            self.fill_piece(partial, index, piece, now).await?;
+            self.fill_piece(partial, index, piece, now, &mut carriers)
+                .await?;
             rest = later;
         }
         Ok(())
@@ -464,13 +471,13 @@ impl Handle {
         index: u64,
         piece: Range<u64>,
         out: &mut [u8],
+        carriers: &mut Vec<Arc<Flight>>,
     ) -> Result<(), FetchError> {
         let within = {
             let start = chunk::bytes(index, self.size()).start;
             (piece.start - start) as usize..(piece.end - start) as usize
         };
         let _waiting = Waiting::new(&self.waiting);
-        let mut by = None;
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
@@ -486,33 +493,31 @@ impl Handle {
                 out.copy_from_slice(arrived);
                 return Ok(());
             }
-            if let Some(error) = by.as_ref().and_then(|f: &Arc<Flight>| f.failure().cloned()) {
-                return Err(error);
+            carriers.retain(|f| !f.is_done() || f.failure().is_some());
+            let carrier = carriers.iter().find(|f| f.covers(index));
+            if let Some(error) = carrier.and_then(|f| f.failure()) {
+                return Err(error.clone());
             }
-            if by.as_ref().is_none_or(|f| !f.brings(index) && f.is_done()) {
-                self.demand(partial, index..index + 1)?;
-                by = self
-                    .flights
-                    .lock()
-                    .iter()
-                    .find(|f| f.brings(index))
-                    .cloned();
-            }
-            if by.is_some() {
+            if carrier.is_some() {
                 changed.await;
-            } else if !partial.present(index) {
-                // Claimed, but not in this process.
+                continue;
+            }
+            *carriers = self.demand(partial, index..index + 1)?;
+            if carriers.is_empty() {
+                // Claimed, but not in this process; or just now landed.
                 let _ = tokio::time::timeout(OTHER_PROCESS, changed).await;
             }
         }
     }
 
-    /// Sees to it that the missing chunks of `wanted` are on their way at demand priority.
+    /// Sees to it that the missing chunks of `wanted` are on their way at demand priority, and
+    /// says which flights bring them.
     fn demand(
         self: &Arc<Self>,
         partial: &Arc<Partial>,
         wanted: Range<u64>,
-    ) -> Result<(), FetchError> {
+    ) -> Result<Vec<Arc<Flight>>, FetchError> {
+        let mut carriers = Vec::new();
         let mut from = wanted.start;
         while let Some(missing) = (from..wanted.end).find(|&c| !partial.present(c)) {
             let carrier = self
@@ -522,29 +527,35 @@ impl Handle {
                 .find(|f| f.brings(missing))
                 .cloned();
             let lease = match carrier {
-                Some(flight) => flight.yield_from(missing),
+                Some(flight) => {
+                    let lease = flight.yield_from(missing);
+                    if lease.is_none() {
+                        carriers.push(flight);
+                    }
+                    lease
+                }
                 None => partial
                     .claim(missing..wanted.end)
                     .map_err(|e| FetchError::store(self, &e))?,
             };
             from = missing + 1;
             if let Some(lease) = lease {
-                from = self.cover(&self.engine()?, lease, wanted.end);
+                let flight = self.cover(&self.engine()?, lease, wanted.end);
+                from = flight.end().max(from);
+                carriers.push(flight);
             }
         }
-        Ok(())
+        Ok(carriers)
     }
 
     /// Launches the part of `lease` below `end` as demand, and the rest as read-ahead.
-    fn cover(self: &Arc<Self>, engine: &Arc<Inner>, mut lease: Lease, end: u64) -> u64 {
+    fn cover(self: &Arc<Self>, engine: &Arc<Inner>, mut lease: Lease, end: u64) -> Arc<Flight> {
         let chunks = lease.chunks();
         if chunks.end > end && end > chunks.start {
             let rest = lease.split_off(end);
             self.launch(engine, rest, Class::Readahead);
         }
-        let covered = lease.chunks().end;
-        self.launch(engine, lease, Class::Demand);
-        covered
+        self.launch(engine, lease, Class::Demand)
     }
 
     /// Reads without storing: the disk is full.
@@ -639,10 +650,11 @@ impl Handle {
                 Verdict::Good(_) => {
                     match engine.small.put(self.object.id, data.clone()).await {
                         Ok(complete) => *self.state.write() = State::Complete(complete),
-                        Err(e) if e.kind() == StoreErrorKind::NoSpace && !self.strict() => {
+                        Err(Some(e)) if cannot_keep(e.kind()) && !self.strict() => {
                             tracing::debug!(object = %self.id(), "served without being stored");
                         }
-                        Err(e) => return Err(FetchError::store(self, &e)),
+                        Err(Some(e)) => return Err(FetchError::store(self, &e)),
+                        Err(None) => return Err(FetchError::cancelled(self)),
                     }
                     return Ok(data);
                 }
@@ -706,6 +718,11 @@ impl Drop for Handle {
             self.checkpoint();
         }
     }
+}
+
+/// Whether content can still be served, just not kept.
+fn cannot_keep(kind: StoreErrorKind) -> bool {
+    matches!(kind, StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly)
 }
 
 /// Counts those who wait, so that nobody is woken in vain.

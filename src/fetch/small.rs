@@ -14,7 +14,8 @@ use crate::{
 /// Objects in a batch.
 const BATCH: usize = 256;
 
-type Answer = Result<Arc<Complete>, Arc<StoreError>>;
+/// The error is absent where the engine is gone.
+type Answer = Result<Arc<Complete>, Option<Arc<StoreError>>>;
 
 struct Put {
     id: ObjectId,
@@ -53,12 +54,11 @@ impl SmallObjects {
     /// Stores one object; it is durable on return.
     pub(super) async fn put(&self, id: ObjectId, data: Bytes) -> Answer {
         let (answer, stored) = oneshot::channel();
-        let closed = || Arc::new(StoreError::closed());
         self.queue
             .send(Put { id, data, answer })
             .await
-            .map_err(|_| closed())?;
-        stored.await.map_err(|_| closed())?
+            .map_err(|_| None)?;
+        stored.await.map_err(|_| None)?
     }
 }
 
@@ -78,7 +78,7 @@ fn put(store: &Store, batch: Vec<Put>) {
         Err(error) => {
             let error = Arc::new(error);
             for put in batch {
-                let _ = put.answer.send(Err(Arc::clone(&error)));
+                let _ = put.answer.send(Err(Some(Arc::clone(&error))));
             }
         }
     }

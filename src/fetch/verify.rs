@@ -57,8 +57,9 @@ impl Verifier {
     }
 
     /// Notes that chunk `index` was committed with this content, and hashes what can be hashed
-    /// from memory. Blocking.
-    pub(super) fn committed(&self, index: u64, data: &Arc<ChunkBuf>) {
+    /// from memory. Keeps the content for later only if `may_wait`: what waits takes memory that
+    /// the chunk at the frontier may need to arrive. Blocking.
+    pub(super) fn committed(&self, index: u64, data: &Arc<ChunkBuf>, may_wait: bool) {
         {
             let mut backlog = self.backlog.lock();
             if backlog.len() < BACKLOG || backlog.keys().next_back().is_some_and(|&l| index < l) {
@@ -80,6 +81,9 @@ impl Verifier {
             if !moved {
                 break;
             }
+        }
+        if !may_wait {
+            self.backlog.lock().remove(&index);
         }
     }
 

@@ -74,7 +74,7 @@ impl Server {
             view,
             runtime,
             opens: Opens::new(),
-            counters: Counters::new(),
+            counters: Counters::default(),
             small_file: config.small_file,
             passthrough: AtomicBool::new(config.passthrough),
         }

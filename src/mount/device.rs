@@ -31,6 +31,27 @@ pub(super) struct Options {
     pub(super) allow_other: bool,
 }
 
+/// Checks that there is a FUSE device and, for whoever may not mount, a helper.
+pub(super) fn available() -> Result<(), MountError> {
+    let device = Path::new(DEVICE);
+    if !device.exists() {
+        return Err(MountError::new(
+            MountErrorKind::NoFuse,
+            device,
+            "is not there",
+        ));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let helper = || {
+        std::env::split_paths(&path).any(|dir| HELPERS.iter().any(|name| dir.join(name).exists()))
+    };
+    if !nix::unistd::geteuid().is_root() && !helper() {
+        let message = "mounting as a user needs fusermount3";
+        return Err(MountError::new(MountErrorKind::NoHelper, device, message));
+    }
+    Ok(())
+}
+
 /// Mounts on `dir` and returns the fd of the new connection. Nothing serves it yet: whoever touches
 /// `dir` now waits.
 pub(super) fn mount(dir: &Path, options: Options) -> Result<OwnedFd, MountError> {

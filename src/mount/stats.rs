@@ -1,74 +1,55 @@
-//! Counters of one mount, and the same summed over the process in [`metrics`].
+//! Counters of one mount.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::metrics::{self, Metric};
-
-/// A counter, and the metric it adds to.
-#[derive(Debug)]
-pub(super) struct Counter {
-    here: AtomicU64,
-    process: Option<&'static Metric>,
-}
+/// Counts up.
+#[derive(Debug, Default)]
+pub(super) struct Counter(AtomicU64);
 
 impl Counter {
     pub(super) fn add(&self, n: u64) {
-        self.here.fetch_add(n, Relaxed);
-        if let Some(metric) = self.process {
-            metric.add(n);
-        }
+        self.0.fetch_add(n, Relaxed);
     }
 }
 
 macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident $(=> $metric:ident)?),* $(,)?) => {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
         /// What a mount has served since it was made.
-        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
         pub struct Stats { $($(#[$doc])* pub $name: u64),* }
 
-        #[derive(Debug)]
+        #[derive(Debug, Default)]
         pub(super) struct Counters { $(pub(super) $name: Counter),* }
 
         impl Counters {
-            pub(super) fn new() -> Self {
-                Self {
-                    $($name: Counter {
-                        here: AtomicU64::new(0),
-                        process: counters!(@metric $($metric)?),
-                    }),*
-                }
-            }
-
             pub(super) fn snapshot(&self) -> Stats {
-                Stats { $($name: self.$name.here.load(Relaxed)),* }
+                Stats { $($name: self.$name.0.load(Relaxed)),* }
             }
         }
     };
-    (@metric) => { None };
-    (@metric $metric:ident) => { Some(&metrics::global().$metric) };
 }
 
 counters! {
     /// Lookups of names.
-    lookups => mount_lookups,
+    lookups,
     /// Requests for attributes.
-    getattrs => mount_getattrs,
+    getattrs,
     /// Parts of directories read.
-    readdirs => mount_readdirs,
+    readdirs,
     /// Files opened.
-    opens => mount_opens,
+    opens,
     /// Files opened for the kernel to read by itself.
-    passthrough_opens => mount_passthrough_opens,
+    passthrough_opens,
     /// Opens that fetched a small file whole.
     small_fetches,
     /// READ requests.
-    reads => mount_reads,
+    reads,
     /// Bytes answered to READ requests.
-    read_bytes => mount_read_bytes,
+    read_bytes,
     /// READ requests that had to wait for content.
     waited_reads,
     /// Requests answered with EIO, ESTALE or EACCES.
-    errors => mount_errors,
+    errors,
     /// Files let go.
     releases,
     /// Inodes forgotten by the kernel.

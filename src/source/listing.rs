@@ -95,9 +95,7 @@ impl Listing {
     pub(crate) fn add(&mut self, file: Listed<'_>) -> Result<(), SourceError> {
         self.listed += 1;
         if self.listed > self.max_entries {
-            return Err(self
-                .invalid(format!("has more than {} files", self.max_entries))
-                .with_hint("name a smaller part of it, or raise source.max_entries"));
+            return Err(self.too_many());
         }
         if !self.wants(file.path) {
             self.filtered += 1;
@@ -169,6 +167,12 @@ impl Listing {
             tree: self.tree.build(),
             objects: self.objects,
         })
+    }
+
+    /// The refusal of a listing that exceeds the bound.
+    pub(crate) fn too_many(&self) -> SourceError {
+        self.invalid(format!("has more than {} files", self.max_entries))
+            .with_hint("name a smaller part of it, or raise source.max_entries")
     }
 
     fn invalid(&self, message: String) -> SourceError {

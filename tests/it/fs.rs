@@ -635,3 +635,29 @@ fn the_hub_layout_names_blobs_by_etag() {
     repo.revision = None;
     assert!(hub::layout(&artifact, &repo, "../x").is_err());
 }
+
+#[test]
+fn a_single_file_of_a_repository_keeps_its_place_in_the_hub_layout() {
+    let mut builder = TreeBuilder::new(Meta::dir(5));
+    builder.add_file(b"b.bin", 0, Meta::file(6)).unwrap();
+    let mut only = object(b"weights");
+    let Recipe::Raw(location) = &mut only.recipe;
+    location.path = "sub/b.bin".into();
+    let artifact = Artifact {
+        reference: "hf://org/name/sub/b.bin".into(),
+        revision: "c0ffee".into(),
+        tree: builder.build(),
+        objects: vec![only],
+    };
+    let repo = HubRepo {
+        kind: HubKind::Model,
+        id: "org/name".into(),
+        revision: None,
+        path: "sub/b.bin".into(),
+    };
+    let layout = hub::layout(&artifact, &repo, &repo.path).unwrap();
+    let snapshot = "models--org--name/snapshots/c0ffee";
+    let found = layout.artifact.tree.find(&format!("{snapshot}/sub/b.bin"));
+    let inode = layout.artifact.tree.get(found.unwrap()).unwrap();
+    assert!(matches!(inode.kind, Kind::Symlink { .. }));
+}

@@ -1,3 +1,8 @@
 //! Tests that need nothing but a temporary directory.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod fetch;
 mod fs;
+mod layers;
+mod scripted_source;
+//mod store;

@@ -1,3 +1,6 @@
 //! Tests against real servers and mounts; a missing component fails.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod mount;
+mod servers;
+mod sources;

@@ -1,0 +1,226 @@
+//! The command line: one file per command; its doc comment is the help text.
+//!
+//! Results go to stdout, progress and messages to stderr. Exit status: 0 done, 1 failed, 2 wrong
+//! usage, 130 and 143 interrupted by SIGINT and SIGTERM.
+
+mod completions;
+mod config;
+mod control;
+mod demo;
+mod gc;
+mod inspect;
+mod list;
+mod mount;
+mod output;
+mod pin;
+mod rm;
+mod status;
+mod umount;
+mod verify;
+mod warm;
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+
+use crate::{
+    config::Config,
+    fetch::Engine,
+    node::{Node, NodeError},
+    reference::Reference,
+    source::Sources,
+    store::Store,
+};
+
+/// Keeps model weights warm on this node, and serves them before they have arrived.
+///
+/// REF is one of s3://bucket/prefix/, gs://bucket/prefix/, az://container/prefix/,
+/// http(s)://host/path, file:///dir, hf://org/name[@revision][/subdir]; each may end in
+/// ?include=GLOB&exclude=GLOB. Credentials are taken from where the usual tools look for them
+/// (AWS_*, GOOGLE_*, AZURE_*, HF_TOKEN).
+#[derive(Parser)]
+#[command(name = "hearth", version = VERSION, max_term_width = 100)]
+struct Cli {
+    /// Where content is kept [default: /var/lib/hearth as root, else $XDG_CACHE_HOME/hearth]
+    #[arg(long, global = true, value_name = "DIR", env = "HEARTH_STORE")]
+    store: Option<PathBuf>,
+    /// Configuration file [default: /etc/hearth/config.toml as root, else
+    /// $XDG_CONFIG_HOME/hearth/config.toml, where it exists]
+    #[arg(long, global = true, value_name = "FILE", env = "HEARTH_CONFIG")]
+    config: Option<PathBuf>,
+    /// Say more on stderr; twice for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// The version with the commit it was built from (`build.rs`).
+const VERSION: &str = env!("HEARTH_VERSION");
+
+#[derive(Subcommand)]
+enum Command {
+    Inspect(inspect::Args),
+    Warm(warm::Args),
+    Mount(mount::Args),
+    Umount(umount::Args),
+    List(list::Args),
+    Status(status::Args),
+    Pin(pin::PinArgs),
+    Unpin(pin::UnpinArgs),
+    Rm(rm::Args),
+    Gc(gc::Args),
+    Verify(verify::Args),
+    Config(config::Args),
+    Completions(completions::Args),
+    Demo(demo::Args),
+    #[command(hide = true)]
+    DemoLoad(demo::LoadArgs),
+}
+
+/// What every command gets.
+struct Context {
+    config: Config,
+    root: PathBuf,
+    config_path: Option<PathBuf>,
+    verbose: u8,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    init_tracing(cli.verbose);
+    let command = cli.command;
+    let made = Context::new(cli.store, cli.config, cli.verbose);
+    let done = made.and_then(|context| match command {
+        Command::Inspect(args) => inspect::run(&context, args),
+        Command::Warm(args) => warm::run(&context, args),
+        Command::Mount(args) => mount::run(&context, args),
+        Command::Umount(args) => umount::run(&context, args),
+        Command::List(args) => list::run(&context, args),
+        Command::Status(args) => status::run(&context, args),
+        Command::Pin(args) => pin::pin(&context, args),
+        Command::Unpin(args) => pin::unpin(&context, args),
+        Command::Rm(args) => rm::run(&context, args),
+        Command::Gc(args) => gc::run(&context, args),
+        Command::Verify(args) => verify::run(&context, args),
+        Command::Config(args) => config::run(&context, args),
+        Command::Completions(args) => completions::run(args),
+        Command::Demo(args) => demo::run(&context, args),
+        Command::DemoLoad(args) => demo::load(&args),
+    });
+    match done {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::error(&error);
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn init_tracing(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "hearth=info,warn",
+        _ => "hearth=debug,info",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("HEARTH_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(output::LogWriter)
+        .with_ansi(false)
+        .with_target(false)
+        .compact()
+        .init();
+}
+
+/// Whether whoever read our output has gone away: `hearth list | head`.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+impl Context {
+    fn new(
+        store: Option<PathBuf>,
+        config_path: Option<PathBuf>,
+        verbose: u8,
+    ) -> anyhow::Result<Self> {
+        let config_path = match config_path {
+            Some(path) => Some(path),
+            None => Config::default_path().filter(|path| path.exists()),
+        };
+        let config = match &config_path {
+            Some(path) => Config::read(path)?,
+            None => Config::default(),
+        };
+        let root = store
+            .or_else(|| config.root.clone())
+            .or_else(Config::default_root)
+            .context("no place for the store: HOME is not set; say --store DIR")?;
+        Ok(Self {
+            root: std::path::absolute(root)?,
+            config,
+            config_path,
+            verbose,
+        })
+    }
+
+    fn store(&self) -> anyhow::Result<Arc<Store>> {
+        Store::open(&self.root, &self.config.store).map_err(|e| NodeError::from(e).into())
+    }
+
+    /// The node; must be called within the runtime.
+    fn node(&self) -> anyhow::Result<Node> {
+        let engine = Engine::new(self.store()?, self.config.fetch.clone());
+        Ok(Node::new(engine, Sources::new(self.config.source.clone())))
+    }
+
+    fn runtime(&self) -> anyhow::Result<tokio::runtime::Runtime> {
+        Ok(tokio::runtime::Builder::new_multi_thread()
+            .thread_name("hearth")
+            .enable_all()
+            .build()?)
+    }
+
+    /// Runs `work` with a node on a new runtime, until it is done or a signal arrives.
+    fn with_node<F: Future<Output = anyhow::Result<ExitCode>>>(
+        &self,
+        work: impl FnOnce(Node) -> F,
+    ) -> anyhow::Result<ExitCode> {
+        let runtime = self.runtime()?;
+        let done = runtime.block_on(async {
+            let node = self.node()?;
+            tokio::select! {
+                done = work(node) => done,
+                code = interrupted() => {
+                    output::note("interrupted: what has arrived is kept; run it again to go on");
+                    code
+                }
+            }
+        });
+        // Writes under way are finished; nothing is waited for that may take long.
+        runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+        done
+    }
+}
+
+/// Waits for SIGINT or SIGTERM and gives the exit status that shells expect.
+async fn interrupted() -> anyhow::Result<ExitCode> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    Ok(tokio::select! {
+        done = tokio::signal::ctrl_c() => done.map(|()| ExitCode::from(130))?,
+        _ = terminate.recv() => ExitCode::from(143),
+    })
+}
+
+/// Parses a reference of the command line.
+fn parse_reference(text: &str) -> Result<Reference, String> {
+    text.parse()
+        .map_err(|e: crate::reference::ParseReferenceError| e.to_string())
+}

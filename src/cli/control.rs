@@ -1,0 +1,147 @@
+//! How commands ask a mount process about itself: a unix socket in `<store>/run`, named after the
+//! mount point. Whoever connects is sent one JSON document. The directory is private to its owner.
+
+use std::{
+    fs::{DirBuilder, File},
+    io::Read as _,
+    os::{
+        fd::AsRawFd as _,
+        unix::{fs::DirBuilderExt as _, net::UnixStream},
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{digest::Digest, mount::Stats};
+
+/// Longest answer taken, in bytes.
+const MAX_ANSWER: u64 = 1 << 20;
+
+/// What a mount process says about itself.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct MountStatus {
+    pub mountpoint: PathBuf,
+    pub reference: String,
+    pub revision: String,
+    pub layout: String,
+    pub pid: u32,
+    pub total_bytes: u64,
+    pub present_bytes: u64,
+    /// Whether all is here and verified.
+    pub complete: bool,
+    /// Why the background fetch stopped, where it did.
+    pub error: Option<String>,
+    /// Answers to the kernel.
+    pub mount: Stats,
+    /// Every metric of the process, by name.
+    pub metrics: serde_json::Map<String, serde_json::Value>,
+}
+
+/// The name of the files of a mount in `<store>/run`, without extension.
+fn name(mountpoint: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt as _;
+    Digest::of(mountpoint.as_os_str().as_bytes()).hex()[..16].to_owned()
+}
+
+/// The log file of the mount process for `mountpoint`.
+pub(super) fn log_path(root: &Path, mountpoint: &Path) -> std::io::Result<PathBuf> {
+    Ok(run_dir(root)?.join(format!("{}.log", name(mountpoint))))
+}
+
+fn run_dir(root: &Path) -> std::io::Result<PathBuf> {
+    let dir = root.join("run");
+    DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+    Ok(dir)
+}
+
+/// A socket whose path may be longer than the 108 bytes that `sun_path` has room for: it is
+/// reached through the open directory.
+struct SocketPath {
+    _dir: File,
+    path: PathBuf,
+}
+
+impl SocketPath {
+    fn new(dir: &Path, mountpoint: &Path) -> std::io::Result<Self> {
+        let dir = File::open(dir)?;
+        let path = format!(
+            "/proc/self/fd/{}/{}.sock",
+            dir.as_raw_fd(),
+            name(mountpoint)
+        );
+        Ok(Self {
+            path: path.into(),
+            _dir: dir,
+        })
+    }
+}
+
+/// Answers whoever connects; stops when dropped.
+pub(super) struct ControlServer {
+    socket: SocketPath,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl ControlServer {
+    /// Serves what `status` says for the mount on `mountpoint`.
+    ///
+    /// # Errors
+    /// A socket that cannot be made.
+    pub(super) fn start(
+        root: &Path,
+        mountpoint: &Path,
+        status: impl Fn() -> MountStatus + Send + Sync + 'static,
+    ) -> std::io::Result<Self> {
+        let socket = SocketPath::new(&run_dir(root)?, mountpoint)?;
+        // One that is left from a process that was killed.
+        let _ = std::fs::remove_file(&socket.path);
+        let listener = tokio::net::UnixListener::bind(&socket.path)?;
+        let task = tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let Ok(text) = serde_json::to_vec(&status()) else {
+                    continue;
+                };
+                let write = tokio::io::AsyncWriteExt::write_all(&mut stream, &text);
+                // Whoever does not read is not waited for.
+                let _ = tokio::time::timeout(Duration::from_secs(2), write).await;
+            }
+        });
+        Ok(Self { socket, task })
+    }
+}
+
+impl Drop for ControlServer {
+    fn drop(&mut self) {
+        self.task.abort();
+        let _ = std::fs::remove_file(&self.socket.path);
+    }
+}
+
+/// Asks the process that serves `mountpoint`; `None` where there is none.
+///
+/// # Errors
+/// A process that does not answer, or not with what is expected.
+pub(super) fn ask(root: &Path, mountpoint: &Path) -> std::io::Result<Option<MountStatus>> {
+    let socket = match SocketPath::new(&root.join("run"), mountpoint) {
+        Ok(socket) => socket,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut stream = match UnixStream::connect(&socket.path) {
+        Ok(stream) => stream,
+        Err(error) => {
+            return match error.kind() {
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => Ok(None),
+                _ => Err(error),
+            };
+        }
+    };
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut text = Vec::new();
+    stream.by_ref().take(MAX_ANSWER).read_to_end(&mut text)?;
+    serde_json::from_slice(&text)
+        .map(Some)
+        .map_err(std::io::Error::other)
+}

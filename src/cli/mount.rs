@@ -1,0 +1,390 @@
+use std::{
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    sync::Arc,
+};
+
+use anyhow::Context as _;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Context,
+    control::{self, ControlServer, MountStatus},
+    output, parse_reference,
+};
+use crate::{
+    config::Config,
+    fs::{Fetched, View, hub},
+    metrics,
+    mount::Mount,
+    node::{Node, NodeError, Progress, Resolved},
+    reference::{Locator, Reference},
+    store::{Hold, Reservation, StoreErrorKind},
+};
+
+/// Mount a reference, readable at once, while its content is still arriving
+///
+/// Returns when it is mounted; a process in the background serves it until `hearth umount DIR`.
+/// Reads of what has not arrived wait for it and go before everything else.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// What to mount
+    #[arg(value_name = "REF", value_parser = parse_reference)]
+    reference: Reference,
+    /// Where: an existing directory
+    dir: PathBuf,
+    /// How files are laid out: as at the origin, or as in the cache of huggingface_hub (for
+    /// HF_HUB_CACHE=DIR HF_HUB_OFFLINE=1)
+    #[arg(long, value_enum, default_value = "tree")]
+    layout: LayoutArg,
+    /// Fetch only what is read, instead of everything in the background
+    #[arg(long)]
+    no_fill: bool,
+    /// Serve from this process until it is unmounted or interrupted
+    #[arg(long)]
+    foreground: bool,
+    /// Tell the parent on stdout when it is mounted
+    #[arg(long, hide = true, requires = "foreground")]
+    tell_parent: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum LayoutArg {
+    Tree,
+    Hub,
+}
+
+impl LayoutArg {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Tree => "tree",
+            Self::Hub => "hub",
+        }
+    }
+}
+
+/// What the background process tells the command that started it.
+#[derive(Serialize, Deserialize)]
+enum Word {
+    Mounted,
+    Failed(String),
+}
+
+pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
+    crate::mount::available()?;
+    if matches!(args.layout, LayoutArg::Hub) {
+        anyhow::ensure!(
+            matches!(args.reference.locator, Locator::Hub(_)),
+            "--layout hub is for hf:// references, {} is none",
+            args.reference
+        );
+    }
+    if !args.foreground {
+        return start(context, &args);
+    }
+    if args.tell_parent {
+        // The terminal's signals are not for a process in the background.
+        nix::unistd::setsid().context("cannot leave the session")?;
+    }
+    let result = serve(context, &args);
+    match (&result, args.tell_parent) {
+        (Err(error), true) => {
+            tell(&Word::Failed(output::describe(error)));
+            Ok(ExitCode::from(1))
+        }
+        _ => result,
+    }
+}
+
+/// Starts a process in the background and waits until it has mounted.
+fn start(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
+    let store = context.store()?; // fail here rather than there
+    let dir = std::path::absolute(&args.dir)?;
+    let log_path = control::log_path(store.root(), &dir)?;
+    drop(store);
+    let log = std::fs::File::create(&log_path)
+        .with_context(|| format!("cannot write {}", log_path.display()))?;
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("--store").arg(&context.root);
+    if let Some(config) = &context.config_path {
+        command.arg("--config").arg(std::path::absolute(config)?);
+    }
+    for _ in 0..context.verbose {
+        command.arg("--verbose");
+    }
+    command.args([
+        "mount",
+        "--foreground",
+        "--tell-parent",
+        "--layout",
+        args.layout.name(),
+    ]);
+    if args.no_fill {
+        command.arg("--no-fill");
+    }
+    // With the secrets that the canonical form leaves out, but never where others can read them.
+    command.arg("--").arg(args.reference.to_string()).arg(&dir);
+    if let Some(secret) = args.reference.secret() {
+        command.env(SECRET_VARIABLE, secret);
+    }
+    let mut child = command
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()
+        .context("cannot start the process that serves the mount")?;
+    let mut answer = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        BufReader::new(stdout).read_line(&mut answer)?;
+    }
+    match serde_json::from_str(&answer) {
+        Ok(Word::Mounted) => Ok(ExitCode::SUCCESS),
+        Ok(Word::Failed(text)) => {
+            output::note(&text);
+            Ok(ExitCode::from(1))
+        }
+        Err(_) => {
+            let status = child.wait()?;
+            let log = std::fs::read_to_string(&log_path).unwrap_or_default();
+            anyhow::bail!(
+                "the process that serves the mount ended with {status}\n{}",
+                log.trim()
+            )
+        }
+    }
+}
+
+/// Carries the URL of a reference that holds a secret to the background process: unlike the
+/// command line, the environment of a process is private to its owner.
+const SECRET_VARIABLE: &str = "HEARTH_REFERENCE_URL";
+
+fn tell(word: &Word) {
+    if let Ok(text) = serde_json::to_string(word) {
+        // A parent that is gone needs no answer.
+        let _ = output::line(text);
+    }
+}
+
+fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
+    let mut reference = args.reference.clone();
+    if let Ok(url) = std::env::var(SECRET_VARIABLE) {
+        reference = reference.with_secret(&url)?;
+    }
+    let hub_layout = matches!(args.layout, LayoutArg::Hub);
+    let runtime = context.runtime()?;
+    let done = runtime.block_on(async {
+        let node = context.node()?;
+        let options = Options {
+            fill: !args.no_fill,
+            hub_layout,
+        };
+        let mounting = Mounted::with_options(
+            &node,
+            &reference,
+            &args.dir,
+            &context.config,
+            Arc::default(),
+            options,
+        );
+        let mounted = tokio::select! {
+            mounted = mounting => mounted?,
+            code = super::interrupted() => return code,
+        };
+        let status = mounted.status.clone();
+        let _control =
+            ControlServer::start(&context.root, mounted.mount.dir(), move || status.get())
+                .context("cannot make the control socket")?;
+        if args.tell_parent {
+            tell(&Word::Mounted);
+        } else {
+            output::note(&format!(
+                "mounted {reference} on {}",
+                mounted.mount.dir().display()
+            ));
+        }
+        tokio::select! {
+            () = mounted.mount.ended() => {}
+            _ = super::interrupted() => {}
+        }
+        mounted.close().await?;
+        Ok(ExitCode::SUCCESS)
+    });
+    runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+    done
+}
+
+/// How a reference is mounted.
+#[derive(Clone, Copy)]
+pub(super) struct Options {
+    fill: bool,
+    hub_layout: bool,
+}
+
+/// A mounted reference and what belongs to it.
+pub(super) struct Mounted {
+    mount: Arc<Mount>,
+    status: Status,
+    fill: Option<tokio::task::JoinHandle<()>>,
+    _hold: Hold,
+    _room: Option<Reservation>,
+}
+
+/// Says how a mount does.
+#[derive(Clone)]
+struct Status {
+    mount: std::sync::Weak<Mount>,
+    node: Node,
+    resolved: Resolved,
+    hub_layout: bool,
+    error: Arc<Mutex<Option<String>>>,
+}
+
+impl Mounted {
+    /// Mounts the tree of `reference` and fetches all of it in the background.
+    pub(super) async fn new(
+        node: &Node,
+        reference: &Reference,
+        dir: &Path,
+        config: &Config,
+        progress: Arc<Progress>,
+    ) -> anyhow::Result<Self> {
+        let options = Options {
+            fill: true,
+            hub_layout: false,
+        };
+        Self::with_options(node, reference, dir, config, progress, options).await
+    }
+
+    async fn with_options(
+        node: &Node,
+        reference: &Reference,
+        dir: &Path,
+        config: &Config,
+        progress: Arc<Progress>,
+        options: Options,
+    ) -> anyhow::Result<Self> {
+        let resolved = node.resolve(reference).await?;
+        let artifact = &resolved.artifact;
+        let hold = node.hold(&artifact.reference).await?;
+        let error = Arc::new(Mutex::new(None));
+        let room = match options.fill {
+            true => admit(node, &resolved, &error).await?,
+            false => None,
+        };
+        let contents = |artifact| {
+            Arc::new(Fetched::new(
+                node.engine().clone(),
+                Arc::clone(&resolved.source),
+                artifact,
+            ))
+        };
+        let view = match &reference.locator {
+            Locator::Hub(repo) if options.hub_layout => {
+                let layout = hub::layout(artifact, repo, &repo.path)?;
+                let artifact = Arc::new(layout.artifact);
+                let contents = contents(Arc::clone(&artifact));
+                View::with_upper(artifact, contents, &layout.shadows, Default::default())?
+            }
+            _ => View::new(Arc::clone(artifact), contents(Arc::clone(artifact)))?,
+        };
+        let runtime = tokio::runtime::Handle::current();
+        let mount = Arc::new(Mount::new(Arc::new(view), dir, &config.mount, runtime)?);
+        let fill = room.is_some().then(|| {
+            let (node, resolved) = (node.clone(), resolved.clone());
+            let error = Arc::clone(&error);
+            tokio::spawn(async move {
+                if let Err(failed) = node.fill(&resolved, &progress).await {
+                    let text = format!("{:#}", anyhow::Error::from(failed));
+                    tracing::warn!(error = text, "the background fetch stopped");
+                    *error.lock() = Some(text);
+                }
+            })
+        });
+        let status = Status {
+            mount: Arc::downgrade(&mount),
+            node: node.clone(),
+            hub_layout: options.hub_layout,
+            error,
+            resolved,
+        };
+        Ok(Self {
+            mount,
+            status,
+            fill,
+            _hold: hold,
+            _room: room,
+        })
+    }
+
+    /// Unmounts, if that is not done, and waits for the session's threads.
+    pub(super) async fn close(self) -> anyhow::Result<()> {
+        if let Some(fill) = &self.fill {
+            fill.abort();
+        }
+        let mount = self.mount;
+        tokio::task::spawn_blocking(move || {
+            if mount.unmount(false).is_err() {
+                mount.unmount(true)?;
+            }
+            match Arc::try_unwrap(mount) {
+                Ok(mount) => mount.join(),
+                Err(_) => Ok(()),
+            }
+        })
+        .await??;
+        Ok(())
+    }
+}
+
+/// Room for all of it, or none where it does not fit: then it is served without being kept.
+async fn admit(
+    node: &Node,
+    resolved: &Resolved,
+    error: &Mutex<Option<String>>,
+) -> anyhow::Result<Option<Reservation>> {
+    match node.admit(&resolved.artifact).await {
+        Ok(room) => Ok(Some(room)),
+        Err(NodeError::Store(full)) if full.kind() == StoreErrorKind::NoSpace => {
+            tracing::warn!(error = %full, "only what is read is fetched");
+            *error.lock() = Some(full.to_string());
+            Ok(None)
+        }
+        Err(other) => Err(other.into()),
+    }
+}
+
+impl Status {
+    fn get(&self) -> MountStatus {
+        let artifact = &self.resolved.artifact;
+        let store = self.node.store();
+        let is_complete = |o: &crate::tree::Object| matches!(store.complete(&o.id), Ok(Some(_)));
+        let here = |o: &crate::tree::Object| match is_complete(o) {
+            true => o.size,
+            false => store.present_bytes(&o.id, o.size),
+        };
+        let mount = self.mount.upgrade();
+        MountStatus {
+            mountpoint: mount
+                .as_ref()
+                .map(|m| m.dir().to_owned())
+                .unwrap_or_default(),
+            reference: artifact.reference.clone(),
+            revision: artifact.revision.clone(),
+            layout: if self.hub_layout { "hub" } else { "tree" }.into(),
+            pid: std::process::id(),
+            total_bytes: artifact.size(),
+            present_bytes: artifact.objects.iter().map(here).sum(),
+            complete: artifact.objects.iter().all(is_complete),
+            error: self.error.lock().clone(),
+            mount: mount.map(|m| m.stats()).unwrap_or_default(),
+            metrics: metrics::global()
+                .all()
+                .into_iter()
+                .map(|(name, _, _, value)| (name.to_owned(), value.into()))
+                .collect(),
+        }
+    }
+}

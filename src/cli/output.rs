@@ -1,0 +1,238 @@
+//! How results, progress and errors look.
+
+use std::{
+    io::{self, IsTerminal as _, Write as _},
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::{
+    node::{NodeError, Progress},
+    store::ByteSize,
+};
+
+/// Rows of files under way that are shown.
+const MAX_BARS: usize = 8;
+/// How often a plain line is printed where there is no terminal.
+const PLAIN_EVERY: Duration = Duration::from_secs(5);
+
+/// The bars of this process, so that log lines do not tear them.
+fn bars() -> &'static MultiProgress {
+    static BARS: OnceLock<MultiProgress> = OnceLock::new();
+    BARS.get_or_init(MultiProgress::new)
+}
+
+/// Writes log lines to stderr, above the bars.
+pub(super) struct LogWriter;
+
+impl io::Write for LogWriter {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        bars().suspend(|| io::stderr().write_all(data))?;
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+impl tracing_subscriber::fmt::MakeWriter<'_> for LogWriter {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        Self
+    }
+}
+
+/// Prints a line to stdout.
+pub(super) fn line(text: impl AsRef<str>) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{}", text.as_ref())
+}
+
+/// Prints a value as JSON to stdout.
+pub(super) fn json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value).map_err(io::Error::from)?;
+    writeln!(out)?;
+    Ok(())
+}
+
+/// Says something on stderr.
+pub(super) fn note(text: &str) {
+    bars().suspend(|| eprintln!("{text}"));
+}
+
+/// `error:`, its causes, and a hint.
+pub(super) fn error(error: &anyhow::Error) {
+    note(&describe(error));
+}
+
+/// The text of [`error`].
+pub(super) fn describe(error: &anyhow::Error) -> String {
+    let mut text = format!("error: {error}");
+    for cause in error.chain().skip(1) {
+        text.push_str(&format!("\n  caused by: {cause}"));
+    }
+    let hint = error
+        .chain()
+        .find_map(|e| e.downcast_ref::<NodeError>()?.hint());
+    if let Some(hint) = hint {
+        text.push_str(&format!("\nhint: {hint}"));
+    }
+    text
+}
+
+/// Bytes for people.
+pub(super) fn size(bytes: u64) -> String {
+    ByteSize(bytes).to_string()
+}
+
+/// `part` of `whole` in per cent, rounded down, so that 100 % means all.
+pub(super) fn percent(part: u64, whole: u64) -> u64 {
+    if whole == 0 {
+        return 100;
+    }
+    (u128::from(part) * 100 / u128::from(whole)) as u64
+}
+
+/// Rows in aligned columns; the first row is the heading.
+pub(super) fn table(rows: &[Vec<String>]) -> io::Result<()> {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns)
+        .map(|c| {
+            rows.iter()
+                .filter_map(|r| r.get(c))
+                .map(|s| s.chars().count())
+                .max()
+                .unwrap_or(0)
+        })
+        .collect();
+    for row in rows {
+        let mut text = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            text.push_str(&format!("{cell:<width$}  "));
+        }
+        line(text.trim_end())?;
+    }
+    Ok(())
+}
+
+/// Shows the progress of one warm until `done`, then leaves nothing behind.
+pub(super) async fn show<T>(name: &str, progress: &Progress, done: impl Future<Output = T>) -> T {
+    tokio::pin!(done);
+    let mut shown = Shown::new(name);
+    let mut tick = tokio::time::interval(Duration::from_millis(100));
+    loop {
+        tokio::select! {
+            done = &mut done => {
+                shown.clear();
+                return done;
+            }
+            _ = tick.tick() => shown.update(progress),
+        }
+    }
+}
+
+struct Shown {
+    name: String,
+    terminal: bool,
+    total: Option<ProgressBar>,
+    files: Vec<ProgressBar>,
+    last_plain: Instant,
+    first_present: Option<(Instant, u64)>,
+}
+
+impl Shown {
+    fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            terminal: io::stderr().is_terminal(),
+            total: None,
+            files: Vec::new(),
+            last_plain: Instant::now(),
+            first_present: None,
+        }
+    }
+
+    fn update(&mut self, progress: &Progress) {
+        let Some(now) = progress.snapshot() else {
+            return;
+        };
+        let (since, base) = *self
+            .first_present
+            .get_or_insert((Instant::now(), now.present_bytes));
+        if !self.terminal {
+            if self.last_plain.elapsed() >= PLAIN_EVERY {
+                self.last_plain = Instant::now();
+                let rate = now.present_bytes.saturating_sub(base) as f64
+                    / since.elapsed().as_secs_f64().max(0.001);
+                let left = (now.total_bytes - now.present_bytes) as f64 / rate.max(1.0);
+                note(&format!(
+                    "{}: {} of {} ({} %), {}/s, {} of {} files, {:.0} s left",
+                    self.name,
+                    size(now.present_bytes),
+                    size(now.total_bytes),
+                    percent(now.present_bytes, now.total_bytes),
+                    size(rate as u64),
+                    now.done_files,
+                    now.total_files,
+                    left.min(999_999.0),
+                ));
+            }
+            return;
+        }
+        let total = self.total.get_or_insert_with(|| {
+            let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
+            let bar = bars().add(bar(style));
+            bar.set_position(now.present_bytes);
+            bar.reset_elapsed();
+            bar
+        });
+        total.set_length(now.total_bytes);
+        total.set_position(now.present_bytes);
+        total.set_message(format!(
+            "{} {}/{} files",
+            self.name, now.done_files, now.total_files
+        ));
+        let rows = now.active.len().min(MAX_BARS);
+        while self.files.len() < rows {
+            self.files
+                .push(bars().add(bar("  {wide_msg} {bar:24} {bytes:>10}/{total_bytes:10}")));
+        }
+        for gone in self.files.drain(rows..) {
+            bars().remove(&gone);
+        }
+        for (bar, file) in self.files.iter().zip(&now.active) {
+            bar.set_length(file.size);
+            bar.set_position(file.present);
+            bar.set_message(file.name.clone());
+        }
+    }
+
+    fn clear(&mut self) {
+        for bar in self.files.drain(..).chain(self.total.take()) {
+            bar.finish_and_clear();
+            bars().remove(&bar);
+        }
+    }
+}
+
+fn bar(style: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(style)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("=> ");
+    ProgressBar::new(0).with_style(style)
+}
+
+/// A bar of bytes on stderr.
+pub(super) fn byte_bar(message: &str, total: u64) -> ProgressBar {
+    let bar = bars().add(bar(
+        "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}",
+    ));
+    bar.set_length(total);
+    bar.set_message(message.to_owned());
+    bar
+}

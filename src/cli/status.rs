@@ -1,0 +1,174 @@
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use super::{Context, control, output};
+use crate::{
+    node::{ArtifactStatus, FileStatus},
+    reference::Reference,
+};
+
+/// Show the store, or what of a reference is here, or how a mount does
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// A reference that was warmed or mounted, or the directory of a mount
+    #[arg(value_name = "REF|DIR")]
+    what: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct StoreStatus {
+    root: String,
+    used_bytes: u64,
+    free_bytes: u64,
+    artifacts: usize,
+    mounts: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct ReferenceStatus {
+    #[serde(flatten)]
+    artifact: ArtifactStatus,
+    #[serde(rename = "file")]
+    files: Vec<FileStatus>,
+}
+
+pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
+    match args.what {
+        None => store(context, args.json),
+        Some(text) if text.contains("://") => {
+            let reference = super::parse_reference(&text).map_err(anyhow::Error::msg)?;
+            artifact(context, &reference, args.json)
+        }
+        Some(dir) => mount(context, &dir, args.json),
+    }
+}
+
+fn store(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
+    let store = context.store()?;
+    let usage = store.usage().map_err(crate::node::NodeError::from)?;
+    let status = StoreStatus {
+        root: store.root().display().to_string(),
+        used_bytes: usage.bytes(),
+        free_bytes: store.free_bytes().map_err(crate::node::NodeError::from)?,
+        artifacts: store.records().map_err(crate::node::NodeError::from)?.len(),
+        mounts: crate::mount::mounted()?
+            .into_iter()
+            .map(|m| m.mountpoint.display().to_string())
+            .collect(),
+    };
+    if json {
+        output::json(&status)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    output::line(format!(
+        "store {}: {} used, {} free, {} artifacts",
+        status.root,
+        output::size(status.used_bytes),
+        output::size(status.free_bytes),
+        status.artifacts
+    ))?;
+    for mount in status.mounts {
+        output::line(format!("mounted on {mount}"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Result<ExitCode> {
+    let name = reference.to_string();
+    context.with_node(|node| async move {
+        let (artifact, files) = tokio::task::spawn_blocking(move || node.status(&name)).await??;
+        if json {
+            output::json(&ReferenceStatus { artifact, files })?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        output::line(format!(
+            "{}\n{} of {} ({} %), {}",
+            artifact.reference,
+            output::size(artifact.present_bytes),
+            output::size(artifact.bytes),
+            output::percent(artifact.present_bytes, artifact.bytes),
+            if artifact.complete {
+                "complete and verified"
+            } else {
+                "not complete"
+            },
+        ))?;
+        output::line(format!(
+            "artifact {} revision {}",
+            artifact.digest, artifact.revision
+        ))?;
+        if !artifact.pins.is_empty() {
+            output::line(format!("pinned by {}", artifact.pins.join(", ")))?;
+        }
+        let mut rows = vec![
+            ["HERE", "SIZE", "OBJECT", "PATH"]
+                .map(String::from)
+                .to_vec(),
+        ];
+        for file in files {
+            let here = match file.complete {
+                true => "yes".into(),
+                false => format!(
+                    "{} %",
+                    output::percent(file.present_bytes, file.bytes).min(99)
+                ),
+            };
+            rows.push(vec![here, output::size(file.bytes), file.object, file.path]);
+        }
+        output::table(&rows)?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
+    let path = std::path::absolute(dir)?;
+    let Some(status) = control::ask(&context.root, &path)? else {
+        let mounted = crate::mount::mounted()?
+            .into_iter()
+            .any(|m| m.mountpoint == path);
+        if mounted {
+            anyhow::bail!(
+                "{dir} is mounted, but no process of the store {} serves it",
+                context.root.display()
+            );
+        }
+        anyhow::bail!("nothing of hearth is mounted on {dir} (a reference has ://)");
+    };
+    if json {
+        output::json(&status)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    output::line(format!(
+        "{} on {} ({} layout, process {})",
+        status.reference,
+        status.mountpoint.display(),
+        status.layout,
+        status.pid
+    ))?;
+    output::line(format!(
+        "{} of {} here ({} %), {}",
+        output::size(status.present_bytes),
+        output::size(status.total_bytes),
+        output::percent(status.present_bytes, status.total_bytes),
+        if status.complete {
+            "complete and verified"
+        } else {
+            "not complete"
+        },
+    ))?;
+    output::line(format!(
+        "{} opens, {} of them without FUSE on the read path; {} reads answered ({})",
+        status.mount.opens,
+        status.mount.passthrough_opens,
+        status.mount.reads,
+        output::size(status.mount.read_bytes),
+    ))?;
+    if let Some(error) = status.error {
+        output::line(format!("the background fetch stopped: {error}"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,119 @@
+//! The configuration file: one TOML file, a section for each room, which owns its settings.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{fetch, mount, source, store};
+
+/// Longest configuration file read, in bytes.
+const MAX_FILE: u64 = 1 << 20;
+
+/// All settings. Every field has a default; unknown ones are an error.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where the store is; `--store` and `HEARTH_STORE` go before it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub root: Option<PathBuf>,
+    pub store: store::Config,
+    pub source: source::Config,
+    pub fetch: fetch::Config,
+    pub mount: mount::Config,
+}
+
+/// A configuration file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("cannot read the configuration {path}")]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("the configuration {path} is longer than 1 MiB")]
+    TooLong { path: PathBuf },
+    #[error("the configuration {path} is not valid:\n{message}")]
+    Invalid { path: PathBuf, message: String },
+}
+
+impl Config {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// What cannot be read, is no TOML, or has unknown or wrong settings; the message points at
+    /// the line.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let failed = |source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        if std::fs::metadata(path).map_err(failed)?.len() > MAX_FILE {
+            return Err(ConfigError::TooLong {
+                path: path.to_owned(),
+            });
+        }
+        let text = std::fs::read_to_string(path).map_err(failed)?;
+        Self::parse(&text).map_err(|message| ConfigError::Invalid {
+            path: path.to_owned(),
+            message,
+        })
+    }
+
+    /// Parses the text of a file; the error points at the line.
+    ///
+    /// # Errors
+    /// As [`Config::read`].
+    pub fn parse(text: &str) -> Result<Self, String> {
+        toml::from_str(text).map_err(|e| e.to_string())
+    }
+
+    /// Where the configuration is looked for when nothing is said: `/etc/hearth/config.toml` for
+    /// root, `$XDG_CONFIG_HOME/hearth/config.toml` for others.
+    pub fn default_path() -> Option<PathBuf> {
+        if nix::unistd::geteuid().is_root() {
+            return Some("/etc/hearth/config.toml".into());
+        }
+        Some(xdg("XDG_CONFIG_HOME", ".config")?.join("hearth/config.toml"))
+    }
+
+    /// Where the store is when nothing is said: `/var/lib/hearth` for root, `$XDG_CACHE_HOME/hearth`
+    /// for others.
+    pub fn default_root() -> Option<PathBuf> {
+        if nix::unistd::geteuid().is_root() {
+            return Some("/var/lib/hearth".into());
+        }
+        Some(xdg("XDG_CACHE_HOME", ".cache")?.join("hearth"))
+    }
+}
+
+fn xdg(variable: &str, fallback: &str) -> Option<PathBuf> {
+    match std::env::var_os(variable) {
+        Some(path) if Path::new(&path).is_absolute() => Some(path.into()),
+        _ => Some(PathBuf::from(std::env::var_os("HOME")?).join(fallback)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_round_trip_and_mistakes_are_pointed_at() {
+        let text = toml::to_string(&Config::default()).unwrap();
+        assert_eq!(Config::parse(&text), Ok(Config::default()));
+        assert_eq!(Config::parse(""), Ok(Config::default()));
+        let error = Config::parse("[fetch]\nmax_conections = 3\n").unwrap_err();
+        assert!(
+            error.contains("max_conections") && error.contains("line 2"),
+            "{error}"
+        );
+        for wrong in [
+            "[fetch]\npatience_seconds = -1\n",
+            "[fetch]\nverify = \"no\"\n",
+            "x",
+            "[",
+        ] {
+            assert!(Config::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! A file mapped into memory, shared with every process that maps it, as 32-bit words.
+
+use std::{fs::File, io, sync::atomic::AtomicU32};
+
+/// A shared mapping of whole words. The file must never be shortened while mapped: the store makes
+/// such files whole under another name, renames them, and from then on only stores to the words.
+#[derive(Debug)]
+pub struct SharedMap {
+    map: memmap2::MmapRaw,
+    words: usize,
+}
+
+impl SharedMap {
+    /// Maps `file`, which must be opened for reading and writing and `len` bytes long, a non-zero
+    /// multiple of four.
+    pub fn new(file: &File, len: u64) -> io::Result<Self> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidData);
+        let bytes = usize::try_from(len).map_err(|_| invalid())?;
+        if bytes == 0 || bytes % 4 != 0 || file.metadata()?.len() != len {
+            return Err(invalid());
+        }
+        let map = memmap2::MmapOptions::new().len(bytes).map_raw(file)?;
+        let words = bytes / 4;
+        Ok(Self { map, words })
+    }
+
+    /// The words.
+    #[inline]
+    pub fn words(&self) -> &[AtomicU32] {
+        // SAFETY: the mapping is readable and writable, page-aligned, `words * 4` bytes long and
+        // lives as long as `self`; all access in this and other processes is atomic.
+        unsafe { std::slice::from_raw_parts(self.map.as_ptr().cast::<AtomicU32>(), self.words) }
+    }
+}

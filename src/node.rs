@@ -1,0 +1,349 @@
+//! What a node does with references: resolve, warm, open for a view, report.
+//!
+//! The one place that joins sources, store and engine. An artifact is recorded before its objects
+//! are looked at, so that collection in any process leaves them alone; it is held while it is
+//! warmed or viewed. What is warm needs no network: when the origin cannot be reached, the
+//! recorded artifact is used. Called by the faces and the CLI.
+
+mod progress;
+mod status;
+
+use std::sync::Arc;
+
+use futures_util::{StreamExt as _, stream};
+
+pub use self::{
+    progress::{FileProgress, Progress, Snapshot},
+    status::{ArtifactStatus, FileStatus},
+};
+use crate::{
+    fetch::{Class, Engine, FetchError, FetchErrorKind},
+    reference::{HubRepo, Locator, Reference},
+    source::{Source, SourceError, SourceErrorKind, Sources},
+    store::{Hold, Reservation, Store, StoreError},
+    tree::{Artifact, Object},
+};
+
+/// Objects asked for at the same time; the engine orders and limits the fetching itself.
+const OBJECTS_AT_ONCE: usize = 64;
+
+/// Why the node could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NodeError {
+    #[error("cannot resolve {reference}")]
+    Resolve {
+        reference: String,
+        source: SourceError,
+    },
+    #[error("cannot fetch {reference}")]
+    Fetch {
+        reference: String,
+        source: FetchError,
+    },
+    #[error("cannot use the store")]
+    Store(#[from] StoreError),
+    #[error("{0} is not in the store")]
+    Unknown(String),
+}
+
+impl NodeError {
+    /// What to try, for a person.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Resolve { source, .. } => source.hint().map(str::to_owned),
+            Self::Fetch { source, .. } => match source.kind() {
+                FetchErrorKind::Changed => {
+                    Some("it changed at the origin while it was fetched; run the command again".into())
+                }
+                FetchErrorKind::Corrupt => Some(
+                    "the origin served content that does not match its digest twice; nothing of it was kept".into(),
+                ),
+                FetchErrorKind::NoSpace => {
+                    Some("free space, or let `hearth gc` make some".into())
+                }
+                FetchErrorKind::Unavailable => {
+                    Some("run the command again: it goes on where it stopped".into())
+                }
+                _ => None,
+            },
+            Self::Store(source) => source.hint().map(str::to_owned),
+            Self::Unknown(_) => Some("`hearth list` shows what is".into()),
+        }
+    }
+}
+
+/// A reference brought down to an artifact.
+#[derive(Debug, Clone)]
+pub struct Resolved {
+    pub artifact: Arc<Artifact>,
+    pub source: Arc<dyn Source>,
+    /// Whether the origin said so just now; else it is what the store remembers.
+    pub fresh: bool,
+}
+
+/// What a warm did.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct WarmReport {
+    pub reference: String,
+    pub digest: String,
+    pub revision: String,
+    pub files: usize,
+    /// Bytes of all distinct objects.
+    pub bytes: u64,
+    /// Bytes that were here before.
+    pub bytes_before: u64,
+    /// Wall time.
+    pub seconds: f64,
+}
+
+/// The node: one per process.
+#[derive(Clone)]
+pub struct Node {
+    sources: Sources,
+    engine: Engine,
+}
+
+impl Node {
+    /// A node over an engine (and its store) and sources.
+    pub fn new(engine: Engine, sources: Sources) -> Self {
+        Self { sources, engine }
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Arc<Store> {
+        self.engine.store()
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// Asks the origin what `reference` is; keeps nothing.
+    ///
+    /// # Errors
+    /// What the source says.
+    pub async fn inspect(&self, reference: &Reference) -> Result<Artifact, NodeError> {
+        let failed = |source| NodeError::Resolve {
+            reference: reference.to_string(),
+            source,
+        };
+        let source = self.sources.open(reference).map_err(failed)?;
+        source.resolve(reference).await.map_err(failed)
+    }
+
+    /// Resolves `reference` and records the artifact. A commit that is recorded needs no network;
+    /// when the origin cannot be reached, what is recorded is used.
+    ///
+    /// # Errors
+    /// What the source or the store says.
+    pub async fn resolve(&self, reference: &Reference) -> Result<Resolved, NodeError> {
+        let name = reference.to_string();
+        let failed = |source| NodeError::Resolve {
+            reference: name.clone(),
+            source,
+        };
+        let source = self.sources.open(reference).map_err(failed)?;
+        let recorded = self.recorded(&name).await?;
+        if let Some(artifact) = &recorded
+            && is_immutable(&reference.locator)
+        {
+            return Ok(Resolved {
+                artifact: Arc::clone(artifact),
+                source,
+                fresh: false,
+            });
+        }
+        match source.resolve(reference).await {
+            Ok(artifact) => {
+                let artifact = Arc::new(artifact);
+                self.record(&artifact).await?;
+                Ok(Resolved {
+                    artifact,
+                    source,
+                    fresh: true,
+                })
+            }
+            Err(error) => match (error.kind(), recorded) {
+                (SourceErrorKind::Unavailable | SourceErrorKind::Throttled, Some(artifact)) => {
+                    tracing::warn!(%error, "the origin cannot be reached: using what is recorded");
+                    Ok(Resolved {
+                        artifact,
+                        source,
+                        fresh: false,
+                    })
+                }
+                _ => Err(failed(error)),
+            },
+        }
+    }
+
+    /// Brings all of `reference` onto this node, verified, and records a pin where one is asked
+    /// for. Goes on where an earlier one stopped.
+    ///
+    /// # Errors
+    /// What the source, the store or the verification says; before the first byte where it cannot
+    /// fit.
+    pub async fn warm(
+        &self,
+        reference: &Reference,
+        pin: Option<&str>,
+        progress: &Progress,
+    ) -> Result<WarmReport, NodeError> {
+        let started = std::time::Instant::now();
+        let mut tried_again = false;
+        loop {
+            let resolved = self.resolve(reference).await?;
+            match self.warm_resolved(&resolved, pin, progress).await {
+                Err(NodeError::Fetch { source, .. })
+                    if source.kind() == FetchErrorKind::Changed && !tried_again =>
+                {
+                    tracing::warn!(%reference, "changed at the origin: resolving again");
+                    tried_again = true;
+                }
+                Err(error) => return Err(error),
+                Ok(bytes_before) => {
+                    let artifact = resolved.artifact;
+                    return Ok(WarmReport {
+                        reference: artifact.reference.clone(),
+                        digest: artifact.digest().to_string(),
+                        revision: artifact.revision.clone(),
+                        files: artifact.tree.files().len(),
+                        bytes: artifact.size(),
+                        bytes_before,
+                        seconds: started.elapsed().as_secs_f64(),
+                    });
+                }
+            }
+        }
+    }
+
+    async fn warm_resolved(
+        &self,
+        resolved: &Resolved,
+        pin: Option<&str>,
+        progress: &Progress,
+    ) -> Result<u64, NodeError> {
+        let artifact = &resolved.artifact;
+        let _hold = self.hold(&artifact.reference).await?;
+        let _room = self.admit(artifact).await?;
+        if let Some(owner) = pin {
+            let (store, owner) = (Arc::clone(self.store()), owner.to_owned());
+            let name = artifact.reference.clone();
+            blocking(move || store.pin(&name, &owner)).await?;
+        }
+        let before = progress.begin(artifact, self.store());
+        self.bring(resolved, progress, false).await?;
+        Ok(before)
+    }
+
+    /// Fetches every object of an artifact that is being read, in the background. The caller holds
+    /// it.
+    ///
+    /// # Errors
+    /// The first error; what was on its way elsewhere is kept for the next try.
+    pub async fn fill(&self, resolved: &Resolved, progress: &Progress) -> Result<(), NodeError> {
+        progress.begin(&resolved.artifact, self.store());
+        self.bring(resolved, progress, true).await
+    }
+
+    async fn bring(
+        &self,
+        resolved: &Resolved,
+        progress: &Progress,
+        read_meanwhile: bool,
+    ) -> Result<(), NodeError> {
+        let artifact = &resolved.artifact;
+        let failed = |source| NodeError::Fetch {
+            reference: artifact.reference.clone(),
+            source,
+        };
+        let mut under_way = stream::iter(order(artifact))
+            .map(|index| async move {
+                let object = &artifact.objects[index];
+                let handle = self.engine.open(object, &resolved.source)?;
+                if read_meanwhile {
+                    handle.expect_reads();
+                }
+                let shown = progress.watch(index, &handle);
+                handle.ensure(Class::Warm).await?;
+                shown.finished();
+                Ok::<_, FetchError>(())
+            })
+            .buffer_unordered(OBJECTS_AT_ONCE);
+        while let Some(done) = under_way.next().await {
+            done.map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps an artifact from eviction while the guard lives.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn hold(&self, reference: &str) -> Result<Hold, NodeError> {
+        let (store, reference) = (Arc::clone(self.store()), reference.to_owned());
+        Ok(blocking(move || store.hold(&reference)).await?)
+    }
+
+    /// Makes sure that an artifact fits, evicting where that helps.
+    ///
+    /// # Errors
+    /// Does not fit: the arithmetic is in the error.
+    pub async fn admit(&self, artifact: &Arc<Artifact>) -> Result<Reservation, NodeError> {
+        let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
+        Ok(blocking(move || store.admit(&artifact)).await?)
+    }
+
+    async fn recorded(&self, reference: &str) -> Result<Option<Arc<Artifact>>, NodeError> {
+        let (store, reference) = (Arc::clone(self.store()), reference.to_owned());
+        let found = blocking(move || store.artifact(&reference)).await?;
+        Ok(found.map(|(_, artifact)| Arc::new(artifact)))
+    }
+
+    async fn record(&self, artifact: &Arc<Artifact>) -> Result<(), NodeError> {
+        let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
+        match blocking(move || store.record(&artifact)).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Runs store work that may touch the disk off the async threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(failed) => match failed.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is going down, and so is whoever waits here.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}
+
+/// Whether the reference can never mean anything else: a full commit hash.
+fn is_immutable(locator: &Locator) -> bool {
+    matches!(locator, Locator::Hub(HubRepo { revision: Some(revision), .. })
+        if revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+/// The order in which objects are fetched: small ones (configuration, tokenizer, indexes) first,
+/// then by path, as loaders read shards.
+fn order(artifact: &Artifact) -> Vec<usize> {
+    let mut seen = vec![false; artifact.objects.len()];
+    let mut order = Vec::with_capacity(artifact.objects.len());
+    for (_, _, object) in artifact.tree.files() {
+        if let Some(seen) = seen.get_mut(object as usize)
+            && !std::mem::replace(seen, true)
+        {
+            order.push(object as usize);
+        }
+    }
+    let is_large = |o: &Object| o.size > crate::chunk::CHUNK_SIZE;
+    order.sort_by_key(|&o| is_large(&artifact.objects[o]));
+    order
+}

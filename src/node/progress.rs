@@ -1,0 +1,132 @@
+//! How far a warm is: counters that whoever shows them polls.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+use parking_lot::Mutex;
+
+use crate::{fetch::Handle, store::Store, tree::Artifact};
+
+/// Progress of one warm; made by whoever shows it, filled by the node.
+#[derive(Default)]
+pub struct Progress {
+    state: Mutex<State>,
+    done_bytes: AtomicU64,
+    done_files: AtomicUsize,
+}
+
+#[derive(Default)]
+struct State {
+    artifact: Option<Arc<Artifact>>,
+    names: Vec<String>,
+    active: BTreeMap<usize, Weak<Handle>>,
+}
+
+/// Progress at one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    pub total_bytes: u64,
+    pub present_bytes: u64,
+    pub total_files: usize,
+    pub done_files: usize,
+    /// Files of which a part is here, in path order.
+    pub active: Vec<FileProgress>,
+}
+
+/// One file under way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileProgress {
+    pub name: String,
+    pub size: u64,
+    pub present: u64,
+}
+
+impl Progress {
+    /// Starts (again) with an artifact; returns the bytes that are here already.
+    pub(super) fn begin(&self, artifact: &Arc<Artifact>, store: &Arc<Store>) -> u64 {
+        let mut names = vec![String::new(); artifact.objects.len()];
+        for (path, _, object) in artifact.tree.files() {
+            if let Some(name) = names.get_mut(object as usize)
+                && name.is_empty()
+            {
+                *name = path;
+            }
+        }
+        self.done_bytes.store(0, Relaxed);
+        self.done_files.store(0, Relaxed);
+        *self.state.lock() = State {
+            artifact: Some(Arc::clone(artifact)),
+            names,
+            active: BTreeMap::new(),
+        };
+        artifact
+            .objects
+            .iter()
+            .map(|o| store.present_bytes(&o.id, o.size))
+            .sum()
+    }
+
+    /// Shows an object as under way until the guard is dropped.
+    pub(super) fn watch(&self, object: usize, handle: &Arc<Handle>) -> Watched<'_> {
+        self.state
+            .lock()
+            .active
+            .insert(object, Arc::downgrade(handle));
+        Watched(self, object)
+    }
+
+    /// Progress now; `None` until the reference is resolved.
+    pub fn snapshot(&self) -> Option<Snapshot> {
+        let state = self.state.lock();
+        let artifact = state.artifact.as_ref()?;
+        let mut snapshot = Snapshot {
+            total_bytes: artifact.size(),
+            present_bytes: self.done_bytes.load(Relaxed),
+            total_files: artifact.objects.len(),
+            done_files: self.done_files.load(Relaxed),
+            active: Vec::new(),
+        };
+        for (&object, handle) in &state.active {
+            let Some(handle) = handle.upgrade() else {
+                continue;
+            };
+            let present = handle.present_bytes();
+            snapshot.present_bytes += present;
+            if present > 0 {
+                snapshot.active.push(FileProgress {
+                    name: state.names[object].clone(),
+                    size: handle.size(),
+                    present,
+                });
+            }
+        }
+        snapshot.present_bytes = snapshot.present_bytes.min(snapshot.total_bytes);
+        Some(snapshot)
+    }
+}
+
+/// An object that is shown as under way.
+pub(super) struct Watched<'a>(&'a Progress, usize);
+
+impl Watched<'_> {
+    /// The object is complete.
+    pub(super) fn finished(self) {
+        let mut state = self.0.state.lock();
+        let object = state.artifact.as_ref().and_then(|a| a.objects.get(self.1));
+        let size = object.map_or(0, |o| o.size);
+        state.active.remove(&self.1);
+        self.0.done_bytes.fetch_add(size, Relaxed);
+        self.0.done_files.fetch_add(1, Relaxed);
+    }
+}
+
+impl Drop for Watched<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().active.remove(&self.1);
+    }
+}

@@ -1,0 +1,114 @@
+//! What of an artifact is here.
+
+use std::{sync::Arc, time::UNIX_EPOCH};
+
+use serde::Serialize;
+
+use super::{Node, NodeError};
+use crate::{
+    store::{Record, Store},
+    tree::Artifact,
+};
+
+/// What of one artifact is here.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ArtifactStatus {
+    pub reference: String,
+    pub digest: String,
+    pub revision: String,
+    pub files: usize,
+    pub bytes: u64,
+    pub present_bytes: u64,
+    /// Whether every object is complete and was verified.
+    pub complete: bool,
+    /// Who pins it.
+    pub pins: Vec<String>,
+    /// Seconds since the epoch.
+    pub resolved_at: u64,
+    /// Seconds since the epoch.
+    pub last_used: u64,
+}
+
+/// What of one file is here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FileStatus {
+    pub path: String,
+    pub bytes: u64,
+    pub present_bytes: u64,
+    pub complete: bool,
+    /// The content digest or, until that is known, the name of its place at the origin.
+    pub object: String,
+}
+
+impl Node {
+    /// Every artifact the store knows, by reference. Blocking.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn list(&self) -> Result<Vec<ArtifactStatus>, NodeError> {
+        let mut all = Vec::new();
+        for record in self.store().records()? {
+            if let Some((record, artifact)) = self.store().artifact(&record.reference)? {
+                all.push(artifact_status(self.store(), record, &artifact)?);
+            }
+        }
+        all.sort_by(|a, b| a.reference.cmp(&b.reference));
+        Ok(all)
+    }
+
+    /// One artifact and its files. Blocking.
+    ///
+    /// # Errors
+    /// What the store says; [`NodeError::Unknown`] where it does not know the reference.
+    pub fn status(&self, reference: &str) -> Result<(ArtifactStatus, Vec<FileStatus>), NodeError> {
+        let (record, artifact) = self
+            .store()
+            .artifact(reference)?
+            .ok_or_else(|| NodeError::Unknown(reference.to_owned()))?;
+        let store = self.store();
+        let mut files = Vec::new();
+        for (path, _, object) in artifact.tree.files() {
+            let object = &artifact.objects[object as usize];
+            let complete = store.complete(&object.id)?;
+            files.push(FileStatus {
+                path,
+                bytes: object.size,
+                present_bytes: store.present_bytes(&object.id, object.size),
+                complete: complete.is_some(),
+                object: complete.map_or_else(|| object.id.to_string(), |c| c.digest.to_string()),
+            });
+        }
+        Ok((artifact_status(store, record, &artifact)?, files))
+    }
+}
+
+fn artifact_status(
+    store: &Arc<Store>,
+    record: Record,
+    artifact: &Artifact,
+) -> Result<ArtifactStatus, NodeError> {
+    let mut present_bytes = 0;
+    let mut complete = true;
+    for object in &artifact.objects {
+        if store.complete(&object.id)?.is_some() {
+            present_bytes += object.size;
+        } else {
+            complete = false;
+            present_bytes += store.present_bytes(&object.id, object.size);
+        }
+    }
+    let seconds =
+        |t: std::time::SystemTime| t.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    Ok(ArtifactStatus {
+        reference: record.reference,
+        digest: record.digest.to_string(),
+        revision: record.revision,
+        files: artifact.tree.files().len(),
+        bytes: artifact.size(),
+        present_bytes,
+        complete,
+        pins: record.pins,
+        resolved_at: seconds(record.resolved),
+        last_used: seconds(record.used),
+    })
+}

@@ -1,0 +1,110 @@
+//! The profile files of the AWS tools: `~/.aws/credentials` and `~/.aws/config`.
+//!
+//! Static keys, region and endpoint of the profile `AWS_PROFILE` are read; single sign-on, assumed
+//! roles and credential processes are not.
+
+use std::{env, fs, path::PathBuf};
+
+/// Largest file that is read, in bytes.
+const MAX_FILE: u64 = 1 << 20;
+
+/// What a profile sets.
+#[derive(Default)]
+pub(super) struct Profile {
+    pub(super) access_key_id: Option<String>,
+    pub(super) secret_access_key: Option<String>,
+    pub(super) session_token: Option<String>,
+    pub(super) region: Option<String>,
+    pub(super) endpoint_url: Option<String>,
+}
+
+/// The profile that the environment names; empty where there is none.
+pub(super) fn load() -> Profile {
+    let name = env::var("AWS_PROFILE")
+        .ok()
+        .filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "default".to_owned());
+    let mut profile = Profile::default();
+    // What the credentials file says comes first.
+    for (variable, file, section) in [
+        ("AWS_SHARED_CREDENTIALS_FILE", "credentials", name.clone()),
+        ("AWS_CONFIG_FILE", "config", format!("profile {name}")),
+    ] {
+        if let Some(text) = read(variable, file) {
+            profile.merge(&text, &section, &name);
+        }
+    }
+    profile
+}
+
+fn read(variable: &str, file: &str) -> Option<String> {
+    let path = match env::var_os(variable) {
+        Some(path) => PathBuf::from(path),
+        None => PathBuf::from(env::var_os("HOME")?).join(".aws").join(file),
+    };
+    let small = fs::metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() <= MAX_FILE);
+    small.then(|| fs::read_to_string(&path).ok()).flatten()
+}
+
+impl Profile {
+    /// Takes what is not set yet from the section `[section]` or, for the default profile, `[name]`.
+    fn merge(&mut self, text: &str, section: &str, name: &str) {
+        let mut inside = false;
+        for line in text.lines() {
+            // Indented lines are settings of a service, such as `s3 =`.
+            if line.starts_with([' ', '\t', '#', ';']) {
+                continue;
+            }
+            if let Some(title) = line
+                .trim()
+                .strip_prefix('[')
+                .and_then(|l| l.strip_suffix(']'))
+            {
+                let title = title.trim();
+                inside = title == section || (name == "default" && title == name);
+                continue;
+            }
+            let Some((key, value)) = line.split_once('=').filter(|_| inside) else {
+                continue;
+            };
+            let field = match key.trim().to_ascii_lowercase().as_str() {
+                "aws_access_key_id" => &mut self.access_key_id,
+                "aws_secret_access_key" => &mut self.secret_access_key,
+                "aws_session_token" => &mut self.session_token,
+                "region" => &mut self.region,
+                "endpoint_url" => &mut self.endpoint_url,
+                _ => continue,
+            };
+            let value = value.trim();
+            if field.is_none() && !value.is_empty() {
+                *field = Some(value.to_owned());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sections_are_kept_apart() {
+        let mut profile = Profile::default();
+        profile.merge(
+            "[other]\naws_access_key_id=no\n[work]\n# c\naws_access_key_id = AK\n\
+             aws_secret_access_key=a=b\n[last]\nregion = no",
+            "work",
+            "work",
+        );
+        profile.merge(
+            "[default]\nregion = no\n[profile work]\nregion = eu-1\naws_access_key_id = late\n\
+             s3 =\n  endpoint_url = nested\n",
+            "profile work",
+            "work",
+        );
+        assert_eq!(profile.access_key_id.as_deref(), Some("AK"));
+        assert_eq!(profile.secret_access_key.as_deref(), Some("a=b"));
+        assert_eq!(profile.region.as_deref(), Some("eu-1"));
+        assert_eq!(profile.endpoint_url, None);
+    }
+}

@@ -1,0 +1,739 @@
+//! The one HTTP client for plain HTTP and the Hub: pinned byte ranges and small documents.
+//!
+//! Invariants: a body that ends without an error is exactly the range asked for, of the generation
+//! asked for, unencoded; credentials go to the origin they were made for and nowhere else, not even
+//! after a redirect and back; a redirect never leaves `https`; every document has a size limit; no
+//! error shows a query, user info or a token. Retries are not made here, with one exception: a
+//! remembered redirect that no longer works is asked for again once. Called by
+//! [`super::http`] and [`super::hub`]; keeps nothing on disk.
+
+mod headers;
+mod routes;
+
+use std::{error::Error as _, ops::Range, time::Duration};
+
+use futures_util::{StreamExt as _, stream};
+use reqwest::{
+    Method, Response, StatusCode,
+    header::{self, HeaderMap, HeaderValue},
+};
+use tokio::time::timeout;
+use url::Url;
+
+pub(crate) use self::headers::{last_modified, link_next, text, total_of};
+use self::{
+    headers::{content_range, retry_after},
+    routes::{Route, Routes},
+};
+use super::{ByteStream, Config, SourceError, SourceErrorKind as Kind};
+use crate::reference::Secret;
+
+/// Most redirects followed for one request.
+const MAX_REDIRECTS: usize = 10;
+/// How long an idle connection is kept: less than the 60 to 75 s after which servers close it.
+const IDLE: Duration = Duration::from_secs(50);
+
+/// The client: many connections of its own per host, HTTP/1.1, so that parallel ranges use
+/// parallel TCP streams.
+#[derive(Debug)]
+pub(crate) struct Web {
+    client: reqwest::Client,
+    /// Longest time until an answer begins.
+    request: Duration,
+    /// Longest time without a byte of a body.
+    stall: Duration,
+    routes: Routes,
+}
+
+/// What is asked of whom.
+#[derive(Debug, Clone)]
+pub(crate) struct Ask<'a> {
+    /// The object and the host, for errors.
+    pub(crate) what: &'a str,
+    /// Where; may carry a secret query, never user info.
+    pub(crate) url: Url,
+    /// Sent as long as the request stays at the origin of these credentials.
+    pub(crate) auth: Option<&'a Auth>,
+}
+
+/// Credentials for one origin (scheme, host, port).
+#[derive(Debug)]
+pub(crate) struct Auth {
+    origin: url::Origin,
+    credentials: Credentials,
+}
+
+#[derive(Debug)]
+enum Credentials {
+    Bearer(HeaderValue),
+    Basic { user: Secret, password: Secret },
+}
+
+/// What the answer to a range request must match.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pin<'a> {
+    /// This entity tag, quotes and all.
+    Etag(&'a str),
+    /// This `Last-Modified` date, to the letter.
+    Modified(&'a str),
+    /// This size of the whole, where the origin says nothing better.
+    Size(u64),
+    /// Nothing: the caller's `inspect` or a digest decides.
+    Free,
+}
+
+/// Looks at the status and headers of an answer from the asked origin (redirects too) and may
+/// refuse it. May give the size that the whole object must have.
+pub(crate) type Inspect<'a> =
+    dyn Fn(StatusCode, &HeaderMap) -> Result<Option<u64>, SourceError> + Send + Sync + 'a;
+
+/// Accepts every answer.
+pub(crate) fn accept(_: StatusCode, _: &HeaderMap) -> Result<Option<u64>, SourceError> {
+    Ok(None)
+}
+
+/// An answer, its status not yet judged.
+#[derive(Debug)]
+struct Answer {
+    response: Response,
+    /// Where it came from after redirects.
+    url: Url,
+    /// Whether every hop stayed at the origin first asked.
+    at_origin: bool,
+    /// The size of the whole object, as `inspect` found it.
+    size: Option<u64>,
+}
+
+/// What an object is, without its content.
+#[derive(Debug, Clone)]
+pub(crate) struct Probe {
+    /// Bytes of the whole.
+    pub(crate) size: u64,
+    /// The headers of the answer.
+    pub(crate) headers: HeaderMap,
+}
+
+/// A small document.
+#[derive(Debug)]
+pub(crate) struct Document {
+    /// Where it came from after redirects.
+    pub(crate) url: Url,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Vec<u8>,
+}
+
+impl Auth {
+    /// `Authorization: Bearer token` for the origin of `url`; `None` where the token has bytes that
+    /// no header can hold.
+    pub(crate) fn bearer(url: &Url, token: &Secret) -> Option<Self> {
+        let mut value = HeaderValue::from_str(&format!("Bearer {}", token.expose())).ok()?;
+        value.set_sensitive(true);
+        Some(Self {
+            origin: url.origin(),
+            credentials: Credentials::Bearer(value),
+        })
+    }
+
+    /// Takes the user info out of `url`, as basic credentials for its origin.
+    pub(crate) fn take_from(url: &mut Url) -> Option<Self> {
+        let decode = |text: &str| {
+            Secret::new(percent_encoding::percent_decode_str(text).decode_utf8_lossy())
+        };
+        if url.username().is_empty() && url.password().is_none() {
+            return None;
+        }
+        let credentials = Credentials::Basic {
+            user: decode(url.username()),
+            password: decode(url.password().unwrap_or_default()),
+        };
+        strip_user_info(url);
+        Some(Self {
+            origin: url.origin(),
+            credentials,
+        })
+    }
+}
+
+impl Web {
+    /// A client with the timeouts of `config`. Trusts the roots of the system (or `SSL_CERT_FILE`, `SSL_CERT_DIR`) and those in the PEM
+    /// files that `REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE` name; uses the proxies that
+    /// `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` name.
+    ///
+    /// # Errors
+    /// A CA bundle that cannot be read; a proxy that cannot be used.
+    pub(crate) fn new(config: &Config) -> Result<Self, SourceError> {
+        super::install_tls();
+        let extra = extra_roots()?;
+        let builder = || {
+            reqwest::Client::builder()
+                .user_agent(concat!("hearth/", env!("CARGO_PKG_VERSION")))
+                .http1_only()
+                .redirect(reqwest::redirect::Policy::none())
+                .referer(false)
+                .connect_timeout(config.connect_timeout())
+                .pool_max_idle_per_host(config.idle_connections)
+                .pool_idle_timeout(IDLE)
+                .tcp_keepalive(Duration::from_secs(30))
+        };
+        let client = builder().tls_certs_merge(extra).build().or_else(|error| {
+            // A machine without any root certificate can still speak plain http.
+            tracing::warn!("https will not work: {}", root_cause(&error.without_url()));
+            builder().tls_certs_only([]).build()
+        });
+        let client = client.map_err(|error| {
+            let why = root_cause(&error.without_url());
+            SourceError::new(Kind::Invalid, "http client", why)
+        })?;
+        Ok(Self {
+            client,
+            request: config.request_timeout(),
+            stall: config.stall_timeout(),
+            routes: Routes::default(),
+        })
+    }
+
+    /// Reads bytes `range` of the object at `ask.url`, of the generation `pin`. Where another host
+    /// serves it behind a redirect, that answer is remembered until it expires; with
+    /// `one_at_a_time`, parallel reads of a new object wait for the first one's redirect.
+    pub(crate) async fn read_range(
+        &self,
+        ask: &Ask<'_>,
+        pin: Pin<'_>,
+        range: Range<u64>,
+        one_at_a_time: bool,
+        inspect: &Inspect<'_>,
+    ) -> Result<ByteStream, SourceError> {
+        let key = ask.url.as_str();
+        let headers = range_headers(ask.what, pin, &range)?;
+        let mut turn = None;
+        if one_at_a_time && self.routes.get(key).is_none() {
+            turn = Some(self.routes.turn(key).await);
+        }
+        if let Some(route) = self.routes.get(key) {
+            drop(turn.take());
+            let direct = Ask {
+                what: ask.what,
+                url: route.url.clone(),
+                auth: None,
+            };
+            let answer = self
+                .send(Method::GET, &direct, &headers, &accept)
+                .await
+                .and_then(|answer| self.ranged(ask.what, answer, pin, &range, route.size));
+            match answer {
+                Err(error) if is_stale(error.kind()) => self.routes.forget(key, &route.url),
+                answer => return answer,
+            }
+            // One of the readers that find the route expired renews it for all.
+            if one_at_a_time {
+                turn = Some(self.routes.turn(key).await);
+            }
+            if let Some(renewed) = self.routes.get(key) {
+                drop(turn.take());
+                let direct = Ask {
+                    url: renewed.url,
+                    ..direct
+                };
+                let answer = self.send(Method::GET, &direct, &headers, &accept).await?;
+                return self.ranged(ask.what, answer, pin, &range, renewed.size);
+            }
+        }
+        let answer = self.send(Method::GET, ask, &headers, inspect).await?;
+        if !answer.at_origin && answer.response.status().is_success() {
+            let route = Route::new(answer.url.clone(), answer.size);
+            self.routes.put(key.to_owned(), route);
+        }
+        drop(turn);
+        let size = answer.size;
+        self.ranged(ask.what, answer, pin, &range, size)
+    }
+
+    /// Finds size and headers of the object at `ask.url`: by HEAD, or where that is refused or
+    /// tells no size, by asking for the first byte.
+    pub(crate) async fn probe(&self, ask: &Ask<'_>) -> Result<Probe, SourceError> {
+        let headers = plain_headers();
+        let answer = self.send(Method::HEAD, ask, &headers, &accept).await?;
+        let status = answer.response.status();
+        let encoded = is_encoded(answer.response.headers());
+        // Signed URLs are made for one method (403); simple servers know no HEAD (400, 405, 501).
+        match status.as_u16() {
+            200 if !encoded => {
+                let headers = answer.response.headers();
+                // Not `content_length()`: that is of the body, and the body of HEAD is empty.
+                let length = text(headers, header::CONTENT_LENGTH).and_then(|t| t.parse().ok());
+                if let Some(size) = length {
+                    let headers = headers.clone();
+                    return Ok(Probe { size, headers });
+                }
+            }
+            200 | 400 | 403 | 405 | 501 => {}
+            _ => return Err(refusal(ask.what, &answer)),
+        }
+        let headers = range_headers(ask.what, Pin::Free, &(0..1))?;
+        let answer = self.send(Method::GET, ask, &headers, &accept).await?;
+        let headers = answer.response.headers().clone();
+        let size = match answer.response.status() {
+            StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => total_of(&headers),
+            StatusCode::OK => answer.response.content_length(),
+            _ => return Err(refusal(ask.what, &answer)),
+        };
+        if is_encoded(&headers) {
+            return Err(encoded_error(ask.what, &headers));
+        }
+        match size {
+            Some(size) => Ok(Probe { size, headers }),
+            None => Err(SourceError::new(
+                Kind::Invalid,
+                ask.what,
+                format!("{} does not tell its size", host_of(&answer.url)),
+            )),
+        }
+    }
+
+    /// Gets the document at `ask.url`, of at most `limit` bytes. `body` is posted as JSON.
+    pub(crate) async fn document(
+        &self,
+        ask: &Ask<'_>,
+        body: Option<&serde_json::Value>,
+        limit: u64,
+        inspect: &Inspect<'_>,
+    ) -> Result<Document, SourceError> {
+        let headers = plain_headers();
+        let answer = match body {
+            None => self.send(Method::GET, ask, &headers, inspect).await?,
+            Some(_) => {
+                self.follow(Method::POST, ask, &headers, inspect, body)
+                    .await?
+            }
+        };
+        if answer.response.status() != StatusCode::OK {
+            return Err(refusal(ask.what, &answer));
+        }
+        let host = host_of(&answer.url);
+        let too_long = || {
+            let message = format!("the answer of {host} is longer than {limit} bytes");
+            SourceError::new(Kind::Invalid, ask.what, message)
+        };
+        let headers = answer.response.headers().clone();
+        if is_encoded(&headers) {
+            return Err(encoded_error(ask.what, &headers));
+        }
+        let mut response = answer.response;
+        if response
+            .content_length()
+            .is_some_and(|length| length > limit)
+        {
+            return Err(too_long());
+        }
+        let mut body = Vec::new();
+        loop {
+            let Ok(chunk) = timeout(self.stall, response.chunk()).await else {
+                let message = format!("{host} stalled: no byte for {:?}", self.stall);
+                return Err(SourceError::new(Kind::Unavailable, ask.what, message));
+            };
+            match chunk.map_err(|error| transport(ask.what, &host, error))? {
+                None => break,
+                Some(chunk) if (body.len() + chunk.len()) as u64 > limit => return Err(too_long()),
+                Some(chunk) => body.extend_from_slice(&chunk),
+            }
+        }
+        Ok(Document {
+            url: answer.url,
+            headers,
+            body,
+        })
+    }
+
+    /// Sends without a body, and follows redirects.
+    async fn send(
+        &self,
+        method: Method,
+        ask: &Ask<'_>,
+        headers: &HeaderMap,
+        inspect: &Inspect<'_>,
+    ) -> Result<Answer, SourceError> {
+        self.follow(method, ask, headers, inspect, None).await
+    }
+
+    /// Sends, and follows redirects with the same method and body.
+    async fn follow(
+        &self,
+        method: Method,
+        ask: &Ask<'_>,
+        headers: &HeaderMap,
+        inspect: &Inspect<'_>,
+        body: Option<&serde_json::Value>,
+    ) -> Result<Answer, SourceError> {
+        let origin = ask.url.origin();
+        let mut seen = vec![ask.url.clone()];
+        let mut at_origin = true;
+        let mut size = None;
+        loop {
+            let url = seen[seen.len() - 1].clone();
+            // Once it has left the origin, the request is never trusted again.
+            at_origin &= url.origin() == origin;
+            let hop = Ask {
+                what: ask.what,
+                url,
+                auth: ask.auth.filter(|_| at_origin),
+            };
+            let check: &Inspect<'_> = if at_origin { inspect } else { &accept };
+            let mut answer = self.hop(method.clone(), &hop, headers, check, body).await?;
+            size = answer.size.or(size);
+            answer.size = size;
+            answer.at_origin = at_origin;
+            let Some(next) = redirect(ask.what, &answer)? else {
+                return Ok(answer);
+            };
+            if seen.contains(&next) {
+                let message = format!("{} redirects in a loop", host_of(&next));
+                return Err(SourceError::new(Kind::Corrupt, ask.what, message));
+            }
+            if seen.len() > MAX_REDIRECTS {
+                let message = format!("more than {MAX_REDIRECTS} redirects");
+                return Err(SourceError::new(Kind::Corrupt, ask.what, message));
+            }
+            seen.push(next);
+        }
+    }
+
+    /// One request, one answer.
+    async fn hop(
+        &self,
+        method: Method,
+        ask: &Ask<'_>,
+        headers: &HeaderMap,
+        inspect: &Inspect<'_>,
+        body: Option<&serde_json::Value>,
+    ) -> Result<Answer, SourceError> {
+        let mut request = self.client.request(method, ask.url.clone());
+        request = request.headers(headers.clone());
+        if let Some(auth) = ask.auth.filter(|auth| auth.origin == ask.url.origin()) {
+            request = match &auth.credentials {
+                Credentials::Bearer(value) => request.header(header::AUTHORIZATION, value),
+                Credentials::Basic { user, password } => {
+                    request.basic_auth(user.expose(), Some(password.expose()))
+                }
+            };
+        }
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let host = host_of(&ask.url);
+        let Ok(response) = timeout(self.request, request.send()).await else {
+            let message = format!("{host} gave no answer for {:?}", self.request);
+            return Err(SourceError::new(Kind::Unavailable, ask.what, message));
+        };
+        let response = response.map_err(|error| transport(ask.what, &host, error))?;
+        let size = inspect(response.status(), response.headers())?;
+        Ok(Answer {
+            response,
+            url: ask.url.clone(),
+            at_origin: true,
+            size,
+        })
+    }
+
+    /// The body of an answer to a range request, if it is what was asked for.
+    fn ranged(
+        &self,
+        what: &str,
+        answer: Answer,
+        pin: Pin<'_>,
+        range: &Range<u64>,
+        size: Option<u64>,
+    ) -> Result<ByteStream, SourceError> {
+        let host = host_of(&answer.url);
+        let fail = |kind, message: String| Err(SourceError::new(kind, what, message));
+        let length = range.end - range.start;
+        let headers = answer.response.headers();
+        let total = match answer.response.status() {
+            StatusCode::PARTIAL_CONTENT => match content_range(headers) {
+                Some((found, total)) if found == *range => total,
+                found => {
+                    let found = match found {
+                        Some((found, _)) => format!("{}-{}", found.start, found.end - 1),
+                        None => "no usable content-range".to_owned(),
+                    };
+                    let asked = format!("bytes {}-{}", range.start, range.end - 1);
+                    // A shorter object is another object.
+                    let kind = match total_of(headers) {
+                        Some(total) if total < range.end => Kind::Changed,
+                        _ => Kind::Corrupt,
+                    };
+                    return fail(kind, format!("{host} answered {asked} with {found}"));
+                }
+            },
+            StatusCode::OK => answer.response.content_length(),
+            _ => return Err(refusal(what, &answer)),
+        };
+        check_pin(what, &host, headers, pin, total)?;
+        if let (Some(size), Some(total)) = (size, total)
+            && size != total
+        {
+            let message = format!("{host} holds {total} bytes now, not {size}");
+            return fail(Kind::Changed, message);
+        }
+        if is_encoded(headers) {
+            return Err(encoded_error(what, headers));
+        }
+        let whole = range.start == 0 && total == Some(length);
+        if answer.response.status() == StatusCode::OK && !whole {
+            let message = format!("{host} does not support byte ranges (200 instead of 206)");
+            return fail(Kind::Corrupt, message);
+        }
+        match answer.response.content_length() {
+            Some(found) if found != length => fail(
+                Kind::Corrupt,
+                format!("{host} sends {found} bytes for a range of {length}"),
+            ),
+            _ => Ok(body(what, &host, answer.response, length, self.stall)),
+        }
+    }
+}
+
+/// The body as a stream that ends without error only after exactly `length` bytes.
+fn body(what: &str, host: &str, response: Response, length: u64, stall: Duration) -> ByteStream {
+    struct State {
+        response: Response,
+        what: String,
+        host: String,
+        done: u64,
+    }
+    let state = State {
+        response,
+        what: what.to_owned(),
+        host: host.to_owned(),
+        done: 0,
+    };
+    let step = move |mut state: State| async move {
+        let chunk = loop {
+            match timeout(stall, state.response.chunk()).await {
+                Ok(Ok(Some(chunk))) if chunk.is_empty() => {}
+                other => break other,
+            }
+        };
+        let (host, done) = (&state.host, state.done);
+        let fail = |kind, message: String| Err(SourceError::new(kind, &*state.what, message));
+        let ended = || format!("body from {host} ended after {done} of {length} bytes");
+        match chunk {
+            Ok(Ok(Some(chunk))) if chunk.len() as u64 > length - done => fail(
+                Kind::Corrupt,
+                format!("body from {host} is longer than {length} bytes"),
+            ),
+            Ok(Ok(Some(chunk))) => {
+                state.done += chunk.len() as u64;
+                Ok(Some((chunk, state)))
+            }
+            Ok(Ok(None)) if done == length => Ok(None),
+            Ok(Ok(None)) => fail(Kind::Unavailable, ended()),
+            Ok(Err(error)) => {
+                let why = root_cause(&error.without_url());
+                fail(Kind::Unavailable, format!("{}: {why}", ended()))
+            }
+            Err(_) => fail(
+                Kind::Unavailable,
+                format!("{host} stalled: no byte for {stall:?} after {done} of {length} bytes"),
+            ),
+        }
+    };
+    stream::try_unfold(state, step).boxed()
+}
+
+/// Whether the generation that answered is the one pinned.
+fn check_pin(
+    what: &str,
+    host: &str,
+    headers: &HeaderMap,
+    pin: Pin<'_>,
+    total: Option<u64>,
+) -> Result<(), SourceError> {
+    let compare = |name: &str, pinned: &str, found: Option<&str>| match found {
+        Some(found) if found == pinned => Ok(()),
+        Some(found) => {
+            let found: String = found.chars().take(80).collect();
+            let message =
+                format!("{host} holds another generation now: {name} {found}, not {pinned}");
+            Err(SourceError::new(Kind::Changed, what, message))
+        }
+        None => {
+            let message = format!("{host} answered without the {name} it had before");
+            Err(SourceError::new(Kind::Corrupt, what, message))
+        }
+    };
+    match pin {
+        Pin::Etag(pinned) => compare("etag", pinned, text(headers, header::ETAG)),
+        Pin::Modified(pinned) => compare(
+            "last-modified",
+            pinned,
+            text(headers, header::LAST_MODIFIED),
+        ),
+        Pin::Size(size) if total.is_some_and(|total| total != size) => {
+            let message = format!("{host} holds {} bytes now, not {size}", total.unwrap_or(0));
+            Err(SourceError::new(Kind::Changed, what, message))
+        }
+        Pin::Size(_) | Pin::Free => Ok(()),
+    }
+}
+
+/// Where the answer redirects to, if it does.
+fn redirect(what: &str, answer: &Answer) -> Result<Option<Url>, SourceError> {
+    if !matches!(
+        answer.response.status().as_u16(),
+        301 | 302 | 303 | 307 | 308
+    ) {
+        return Ok(None);
+    }
+    let host = host_of(&answer.url);
+    let target = text(answer.response.headers(), header::LOCATION);
+    let Some(mut next) = target.and_then(|target| answer.url.join(target).ok()) else {
+        let message = format!("{host} redirects to no usable location");
+        return Err(SourceError::new(Kind::Corrupt, what, message));
+    };
+    if !matches!(next.scheme(), "http" | "https") || next.host_str().is_none() {
+        let message = format!("{host} redirects to a {} url", next.scheme());
+        return Err(SourceError::new(Kind::Invalid, what, message));
+    }
+    if answer.url.scheme() == "https" && next.scheme() != "https" {
+        let message = format!("{host} redirects from https to http, which is not followed");
+        return Err(SourceError::new(Kind::Invalid, what, message));
+    }
+    strip_user_info(&mut next);
+    next.set_fragment(None);
+    Ok(Some(next))
+}
+
+/// The error for a status that is not the one hoped for.
+fn refusal(what: &str, answer: &Answer) -> SourceError {
+    let status = answer.response.status();
+    let wait = retry_after(status, answer.response.headers());
+    let host = host_of(&answer.url);
+    let (kind, why) = match status.as_u16() {
+        401 | 403 => (Kind::Denied, ""),
+        407 => (Kind::Denied, " (the proxy wants credentials)"),
+        404 | 410 => (Kind::NotFound, ""),
+        412 => (Kind::Changed, " (it holds another generation now)"),
+        416 => (Kind::Changed, " (it is shorter now)"),
+        429 => (Kind::Throttled, ""),
+        503 if wait.is_some() => (Kind::Throttled, ""),
+        408 | 425 | 500..=599 => (Kind::Unavailable, ""),
+        400..=499 => (Kind::Invalid, ""),
+        _ => (Kind::Corrupt, ", which was not asked for"),
+    };
+    SourceError::new(kind, what, format!("{host} answered {status}{why}")).with_retry_after(wait)
+}
+
+/// The error for a request without an answer.
+fn transport(what: &str, host: &str, error: reqwest::Error) -> SourceError {
+    let error = error.without_url();
+    let why = root_cause(&error);
+    let message = match () {
+        () if error.is_connect() && error.is_timeout() => {
+            format!("cannot connect to {host}: timed out")
+        }
+        () if error.is_connect() => format!("cannot connect to {host}: {why}"),
+        () => format!("connection to {host} broke: {why}"),
+    };
+    SourceError::new(Kind::Unavailable, what, message)
+}
+
+/// The innermost error, which says what happened; the outer ones say where in the client.
+fn root_cause(error: &reqwest::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(inner) = next {
+        text = inner.to_string();
+        next = inner.source();
+    }
+    text
+}
+
+/// Whether an error from a remembered redirect may only mean that it has expired.
+const fn is_stale(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::Denied | Kind::NotFound | Kind::Changed | Kind::Invalid
+    )
+}
+
+fn plain_headers() -> HeaderMap {
+    let identity = HeaderValue::from_static("identity");
+    HeaderMap::from_iter([(header::ACCEPT_ENCODING, identity)])
+}
+
+fn range_headers(what: &str, pin: Pin<'_>, range: &Range<u64>) -> Result<HeaderMap, SourceError> {
+    let value = |text: &str| {
+        HeaderValue::from_str(text)
+            .map_err(|_| SourceError::new(Kind::Invalid, what, "its generation fits no header"))
+    };
+    let Some(last) = range.end.checked_sub(1).filter(|&last| last >= range.start) else {
+        return Err(SourceError::new(Kind::Invalid, what, "the range is empty"));
+    };
+    let mut headers = plain_headers();
+    headers.insert(
+        header::RANGE,
+        value(&format!("bytes={}-{last}", range.start))?,
+    );
+    match pin {
+        // If-Match compares strongly: it would never match a weak tag (RFC 9110, 13.1.1).
+        Pin::Etag(etag) if etag.starts_with('"') => {
+            headers.insert(header::IF_MATCH, value(etag)?);
+        }
+        Pin::Modified(date) => {
+            headers.insert(header::IF_UNMODIFIED_SINCE, value(date)?);
+        }
+        Pin::Etag(_) | Pin::Size(_) | Pin::Free => {}
+    }
+    Ok(headers)
+}
+
+fn is_encoded(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::CONTENT_ENCODING)
+        .is_some_and(|value| !value.as_bytes().eq_ignore_ascii_case(b"identity"))
+}
+
+fn encoded_error(what: &str, headers: &HeaderMap) -> SourceError {
+    let how: String = text(headers, header::CONTENT_ENCODING)
+        .unwrap_or("an unknown encoding")
+        .chars()
+        .take(40)
+        .collect();
+    let message = format!("the origin sends it encoded ({how}), though asked not to");
+    SourceError::new(Kind::Corrupt, what, message)
+}
+
+/// `host` or `host:port`, for errors.
+pub(crate) fn host_of(url: &Url) -> String {
+    match (url.host_str().unwrap_or("no host"), url.port()) {
+        (host, None) => host.to_owned(),
+        (host, Some(port)) => format!("{host}:{port}"),
+    }
+}
+
+fn strip_user_info(url: &mut Url) {
+    // Both fail only for URLs without host, which have no user info either.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+}
+
+/// The certificates in the bundles that Python's `requests` and curl would use. `SSL_CERT_FILE`
+/// and `SSL_CERT_DIR` are read by the platform verifier itself.
+fn extra_roots() -> Result<Vec<reqwest::Certificate>, SourceError> {
+    let mut roots = Vec::new();
+    for name in ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"] {
+        let Some(path) = std::env::var_os(name).filter(|path| !path.is_empty()) else {
+            continue;
+        };
+        let what = format!("CA bundle {} ({name})", path.display());
+        let fail = |why: String| SourceError::new(Kind::Invalid, what.as_str(), why);
+        let pem = std::fs::read(&path).map_err(|error| fail(error.to_string()))?;
+        let found = reqwest::Certificate::from_pem_bundle(&pem)
+            .map_err(|error| fail(root_cause(&error)))?;
+        if found.is_empty() {
+            return Err(fail("holds no PEM certificate".to_owned()));
+        }
+        roots.extend(found);
+    }
+    Ok(roots)
+}

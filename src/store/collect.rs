@@ -1,0 +1,382 @@
+//! Collection: evicts artifacts that were not used for longest, then removes what nothing leads to.
+//!
+//! Roots are recorded artifacts, and trees that someone holds. Under the exclusive records lock
+//! nobody records, finishes or puts; who recorded before is seen, who records later looks later. An
+//! object that is open in any process (shared flock) is left for the next time, so is an open partial.
+
+use std::{
+    collections::{HashMap, HashSet},
+    ffi::OsStr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use super::{Record, Result, Store, StoreError, layout::FileLock, space::Wanted};
+use crate::{
+    digest::{Digest, ObjectId},
+    disk::{Open, Span, lock_file},
+};
+
+/// Temporary files older than this belong to nobody alive.
+const TEMP_AGE: Duration = Duration::from_secs(3600);
+
+/// What to collect.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CollectOptions {
+    /// Evict until the store takes no more than this many bytes; by the watermarks where absent.
+    pub target_bytes: Option<u64>,
+    /// Only say what would go.
+    pub dry_run: bool,
+}
+
+/// What a collection removed, or would remove.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct CollectReport {
+    /// References of evicted artifacts, in the order of eviction.
+    pub evicted: Vec<String>,
+    /// Complete objects removed.
+    pub objects: u64,
+    /// Partial objects removed.
+    pub partials: u64,
+    /// Trees, located records, lock and temporary files removed.
+    pub others: u64,
+    /// Bytes freed on the disk.
+    pub bytes: u64,
+    /// Bytes that the store takes afterwards.
+    pub used: u64,
+}
+
+/// What is on the disk and what leads to it, under the exclusive records lock.
+struct Sweep<'s> {
+    store: &'s Store,
+    dry_run: bool,
+    _records: Option<FileLock>,
+    /// Complete objects: bytes on the disk.
+    objects: HashMap<Digest, u64>,
+    /// Partial objects: path without extension.
+    partials: HashMap<ObjectId, PathBuf>,
+    /// Artifacts, least recently used last.
+    artifacts: Vec<Known>,
+    /// How many artifacts lead to an id, and to a content.
+    ids: HashMap<ObjectId, u32>,
+    contents: HashMap<Digest, u32>,
+    trees: HashSet<Digest>,
+    report: CollectReport,
+}
+
+/// An artifact that leads to objects.
+struct Known {
+    /// `None` for a tree that is only held.
+    record: Option<Record>,
+    ids: Vec<ObjectId>,
+    contents: Vec<Digest>,
+}
+
+impl Store {
+    /// Removes what no recorded, held or open thing leads to; evicts artifacts above the high
+    /// watermark down to the low one, or down to the target. Pinned, held or open content never
+    /// goes.
+    ///
+    /// # Errors
+    /// What the disk says; what was removed until then is gone.
+    pub fn collect(&self, options: &CollectOptions) -> Result<CollectReport> {
+        let mut sweep = Sweep::new(self, options.dry_run)?;
+        sweep.remove_unreferenced()?;
+        let before = match options.dry_run {
+            true => self.usage()?.bytes().saturating_sub(sweep.report.bytes),
+            false => self.usage()?.bytes(),
+        };
+        let target = match options.target_bytes {
+            Some(target) => target,
+            None => self.watermark(before)?,
+        };
+        let freed = sweep.report.bytes;
+        let goal = freed + before.saturating_sub(target);
+        sweep.evict(goal, &[])?;
+        sweep.remove_small()?;
+        sweep.report.used = before.saturating_sub(sweep.report.bytes - freed);
+        Ok(sweep.report)
+    }
+
+    /// What the store should take at most: `used` below the high watermark, else the low one.
+    fn watermark(&self, used: u64) -> Result<u64> {
+        let free = self.disk.space(&self.root)?.free;
+        let by_disk = used
+            .saturating_add(free)
+            .saturating_sub(self.config.min_free.0);
+        let limit = self
+            .config
+            .max_bytes
+            .map_or(by_disk, |max| max.0.min(by_disk));
+        let part = |of: f64| (limit as f64 * of) as u64;
+        Ok(match used > part(self.config.high_watermark) {
+            true => part(self.config.low_watermark),
+            false => used,
+        })
+    }
+
+    /// Frees `bytes` by removing what nothing leads to and evicting what is used least, but never
+    /// `keep`; how many were, or would be, freed.
+    pub(super) fn evict(&self, bytes: u64, keep: &[Arc<Wanted>], dry_run: bool) -> Result<u64> {
+        let mut sweep = Sweep::new(self, dry_run)?;
+        sweep.remove_unreferenced()?;
+        sweep.evict(bytes, keep)?;
+        Ok(sweep.report.bytes)
+    }
+}
+
+impl<'s> Sweep<'s> {
+    fn new(store: &'s Store, dry_run: bool) -> Result<Self> {
+        store.need_writable()?;
+        let mut sweep = Self {
+            store,
+            dry_run,
+            _records: Some(store.lock_records(Span::Exclusive)?),
+            objects: HashMap::new(),
+            partials: HashMap::new(),
+            artifacts: Vec::new(),
+            ids: HashMap::new(),
+            contents: HashMap::new(),
+            trees: HashSet::new(),
+            report: CollectReport::default(),
+        };
+        let objects = &mut sweep.objects;
+        store.each_object(|digest, _, stat| {
+            objects.insert(digest, stat.disk);
+            Ok(())
+        })?;
+        for name in store.disk.list(&store.partial_dir())? {
+            if let Some(id) = partial_id(&name) {
+                sweep.partials.insert(id, store.partial_stem(&id));
+            }
+        }
+        let mut records = store.records()?;
+        records.sort_by_key(|record| std::cmp::Reverse(record.used));
+        for record in records {
+            let digest = record.digest;
+            sweep.add(Some(record), &digest)?;
+        }
+        for name in store.disk.list(&store.root.join("trees"))? {
+            let digest = name.to_str().and_then(|n| Digest::from_hex(n).ok());
+            if let Some(digest) = digest
+                && !sweep.trees.contains(&digest)
+                && store.lock_tree(&digest, Span::Exclusive, false)?.is_none()
+            {
+                sweep.add(None, &digest)?;
+            }
+        }
+        Ok(sweep)
+    }
+
+    fn add(&mut self, record: Option<Record>, digest: &Digest) -> Result<()> {
+        self.trees.insert(*digest);
+        let mut known = Known {
+            record,
+            ids: Vec::new(),
+            contents: Vec::new(),
+        };
+        if let Some(artifact) = self.store.read_tree(digest)? {
+            known.ids = artifact.objects.iter().map(|object| object.id).collect();
+            for id in &known.ids {
+                known.contents.extend(self.store.content_of(id)?);
+                *self.ids.entry(*id).or_default() += 1;
+            }
+            for content in &known.contents {
+                *self.contents.entry(*content).or_default() += 1;
+            }
+        }
+        self.artifacts.push(known);
+        Ok(())
+    }
+
+    fn remove_unreferenced(&mut self) -> Result<()> {
+        let objects: Vec<Digest> = self.objects.keys().copied().collect();
+        for digest in objects {
+            if !self.contents.contains_key(&digest) {
+                self.remove_object(&digest)?;
+            }
+        }
+        let partials: Vec<ObjectId> = self.partials.keys().copied().collect();
+        for id in partials {
+            if !self.ids.contains_key(&id) {
+                self.remove_partial(&id)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Evicts artifacts until `goal` bytes are freed in all.
+    fn evict(&mut self, goal: u64, keep: &[Arc<Wanted>]) -> Result<()> {
+        let mut kept = Vec::new();
+        while self.report.bytes < goal {
+            let Some(known) = self.artifacts.pop() else {
+                break;
+            };
+            let evictable = known.record.as_ref().filter(|record| {
+                record.pins.is_empty() && keep.iter().all(|k| k.reference != record.reference)
+            });
+            match evictable {
+                Some(record) if self.forget(record)? => {
+                    // No other record leads to this tree: its digest covers the reference.
+                    self.trees.remove(&record.digest);
+                    self.report.evicted.push(record.reference.clone());
+                    self.release(&known)?;
+                }
+                _ => kept.push(known),
+            }
+        }
+        self.artifacts.extend(kept);
+        Ok(())
+    }
+
+    /// Removes a record unless it is held.
+    fn forget(&self, record: &Record) -> Result<bool> {
+        if self.store.tree_is_held(&record.digest)? {
+            return Ok(false);
+        }
+        if !self.dry_run {
+            return Ok(self.store.forget(&record.reference)?.is_some());
+        }
+        let path = self.store.hold_path(&record.reference);
+        let lock = self.store.lock_removable(&path, Span::Exclusive, false)?;
+        Ok(lock.is_some())
+    }
+
+    /// Removes what only `known` led to.
+    fn release(&mut self, known: &Known) -> Result<()> {
+        for id in &known.ids {
+            if last(&mut self.ids, id) {
+                self.remove_partial(id)?;
+            }
+        }
+        for content in &known.contents {
+            if last(&mut self.contents, content) {
+                self.remove_object(content)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_object(&mut self, digest: &Digest) -> Result<()> {
+        let Some(&bytes) = self.objects.get(digest) else {
+            return Ok(());
+        };
+        let path = self.store.object_path(digest);
+        if self.remove_unlocked(&path)? {
+            self.objects.remove(digest);
+            self.report.objects += 1;
+            self.report.bytes += bytes;
+        }
+        Ok(())
+    }
+
+    fn remove_partial(&mut self, id: &ObjectId) -> Result<()> {
+        let Some(stem) = self.partials.get(id) else {
+            return Ok(());
+        };
+        if let Some(freed) = self.store.remove_partial(stem, self.dry_run)? {
+            self.partials.remove(id);
+            self.report.partials += 1;
+            self.report.bytes += freed;
+        }
+        Ok(())
+    }
+
+    /// Removes a file that nobody has locked; whether it is gone.
+    fn remove_unlocked(&self, path: &Path) -> Result<bool> {
+        let disk = &self.store.disk;
+        let file = match disk.open(path, Open::Read) {
+            Ok(file) => file,
+            Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        };
+        let free = lock_file(file.file(), Span::Exclusive, false)
+            .map_err(|error| StoreError::io(path.display(), &error))?;
+        if free && !self.dry_run {
+            disk.unlink(path)?;
+        }
+        Ok(free)
+    }
+
+    /// Removes trees, located records, lock files and temporary files that lead nowhere.
+    fn remove_small(&mut self) -> Result<()> {
+        let store = self.store;
+        for (path, name) in self.files("trees")? {
+            let digest = name.to_str().and_then(|n| Digest::from_hex(n).ok());
+            if digest.is_some_and(|d| !self.trees.contains(&d)) && self.remove_unlocked(&path)? {
+                self.report.others += 1;
+            }
+        }
+        for (path, _) in self.files("objects/tmp")? {
+            let modified = store.disk.stat(&path)?.map(|stat| stat.modified);
+            let age = modified.and_then(|at| SystemTime::now().duration_since(at).ok());
+            if age.is_some_and(|age| age > TEMP_AGE) && self.remove_unlocked(&path)? {
+                self.report.others += 1;
+            }
+        }
+        for (path, _) in self.files("artifacts")? {
+            let record = path.with_extension("json");
+            if path.extension() == Some(OsStr::new("lock"))
+                && store.disk.stat(&record)?.is_none()
+                && self.remove_unlocked(&path)?
+            {
+                self.report.others += 1;
+            }
+        }
+        let mut stale = Vec::new();
+        store.each_sharded(&store.root.join("located"), |key, path, _| {
+            let id = ObjectId::Located(key);
+            let content = store.content_of(&id)?;
+            if !self.ids.contains_key(&id)
+                && !content.is_some_and(|c| self.objects.contains_key(&c))
+            {
+                stale.push(path);
+            }
+            Ok(())
+        })?;
+        for path in stale {
+            if self.remove_unlocked(&path)? {
+                self.report.others += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn files(&self, dir: &str) -> Result<Vec<(PathBuf, std::ffi::OsString)>> {
+        let dir = self.store.root.join(dir);
+        let names = self.store.disk.list(&dir)?;
+        Ok(names.into_iter().map(|n| (dir.join(&n), n)).collect())
+    }
+}
+
+impl Store {
+    /// Whether someone holds this generation.
+    fn tree_is_held(&self, digest: &Digest) -> Result<bool> {
+        let there = self.disk.stat(&self.tree_path(digest))?.is_some();
+        Ok(there && self.lock_tree(digest, Span::Exclusive, false)?.is_none())
+    }
+}
+
+/// Takes one reference away; true for the last.
+fn last<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) -> bool {
+    match counts.get_mut(key) {
+        Some(count) if *count > 1 => {
+            *count -= 1;
+            false
+        }
+        _ => counts.remove(key).is_some(),
+    }
+}
+
+/// The id in the name of a file of a partial object.
+pub(super) fn partial_id(name: &OsStr) -> Option<ObjectId> {
+    let (stem, _) = name.to_str()?.rsplit_once('.')?;
+    let (kind, hex) = stem.split_once('-')?;
+    let digest = Digest::from_hex(hex).ok()?;
+    match kind {
+        "sha256" => Some(ObjectId::Sha256(digest)),
+        "located" => Some(ObjectId::Located(digest)),
+        _ => None,
+    }
+}

@@ -1,0 +1,206 @@
+//! Where things are, and how a small file is written durably.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::Ordering},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use serde::Serialize;
+
+use super::{Result, Store, StoreError, StoreErrorKind};
+use crate::{
+    digest::{Digest, ObjectId},
+    disk::{DiskFile, Open, Span, lock_file},
+};
+
+/// Directories of a store, parents first.
+pub(super) const DIRECTORIES: [&str; 8] = [
+    "objects",
+    "objects/sha256",
+    "objects/tmp",
+    "located",
+    "partial",
+    "trees",
+    "artifacts",
+    "pins",
+];
+
+/// A lock on a whole file, gone when dropped or when the process dies.
+#[derive(Debug)]
+#[must_use]
+pub(super) struct FileLock {
+    _file: Arc<dyn DiskFile>,
+}
+
+impl FileLock {
+    /// The lock that `file` holds on itself.
+    pub(super) fn new(file: Arc<dyn DiskFile>) -> Self {
+        Self { _file: file }
+    }
+}
+
+/// Text that no other process and no earlier process of this number uses.
+pub(super) fn temp_salt() -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let nanos = now.map_or(0, |since| since.as_nanos());
+    format!("{}-{nanos:x}", std::process::id())
+}
+
+/// JSON of one of our own values.
+pub(super) fn json(value: &impl Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec(value)
+        .map_err(|error| StoreError::new(StoreErrorKind::Invalid, error.to_string()))
+}
+
+impl Store {
+    pub(super) fn object_path(&self, digest: &Digest) -> PathBuf {
+        sharded(&self.root.join("objects/sha256"), digest)
+    }
+
+    pub(super) fn located_path(&self, digest: &Digest) -> PathBuf {
+        sharded(&self.root.join("located"), digest)
+    }
+
+    pub(super) fn partial_dir(&self) -> PathBuf {
+        self.root.join("partial")
+    }
+
+    /// The path of a partial object without its extension.
+    pub(super) fn partial_stem(&self, id: &ObjectId) -> PathBuf {
+        let (kind, digest) = match id {
+            ObjectId::Sha256(digest) => ("sha256", digest),
+            ObjectId::Located(digest) => ("located", digest),
+        };
+        self.root.join(format!("partial/{kind}-{}", digest.hex()))
+    }
+
+    pub(super) fn temp_dir(&self) -> PathBuf {
+        self.root.join("objects/tmp")
+    }
+
+    /// The path of a new temporary file.
+    pub(super) fn temp_path(&self) -> PathBuf {
+        let number = self.temps.fetch_add(1, Ordering::Relaxed);
+        self.temp_dir().join(format!("{}-{number}", self.temp_salt))
+    }
+
+    /// Fails where the store cannot be written.
+    pub(super) fn need_writable(&self) -> Result<()> {
+        if self.writable {
+            return Ok(());
+        }
+        let message = format!("store {} cannot be written", self.root.display());
+        Err(StoreError::new(StoreErrorKind::ReadOnly, message))
+    }
+
+    /// Makes a directory; its own name is durable when this returns.
+    pub(super) fn make_dir(&self, path: &Path) -> Result<()> {
+        if self.disk.create_dir(path)?
+            && let Some(parent) = path.parent()
+        {
+            self.disk.sync_dir(parent)?;
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` to a new temporary file, synced if asked.
+    pub(super) fn write_temp(&self, bytes: &[u8], sync: bool) -> Result<PathBuf> {
+        let path = self.temp_path();
+        let write = || {
+            let file = self.disk.open(&path, Open::Create)?;
+            file.write_at(bytes, 0)?;
+            if sync { file.sync_data() } else { Ok(()) }
+        };
+        match write() {
+            Ok(()) => Ok(path),
+            Err(error) => {
+                // The first error says what is wrong; the rest goes with the next collection.
+                let _ = self.disk.unlink(&path);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Replaces the small file `path`: after this, and after a crash, it is old or new, never between.
+    pub(super) fn write_durably(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let temp = self.write_temp(bytes, true)?;
+        if let Err(error) = self.disk.rename(&temp, path) {
+            let _ = self.disk.unlink(&temp);
+            return Err(error.into());
+        }
+        if let Some(parent) = path.parent() {
+            self.disk.sync_dir(parent)?;
+        }
+        Ok(())
+    }
+
+    /// Reads a small file; `None` where there is none.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Damaged`] where it is longer than `limit` bytes.
+    pub(super) fn read_small(&self, path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
+        let file = match self.disk.open(path, Open::Read) {
+            Ok(file) => file,
+            Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let len = file.stat()?.len;
+        if len > limit {
+            let message = format!("{} is {len} bytes long: too long", path.display());
+            return Err(StoreError::new(StoreErrorKind::Damaged, message));
+        }
+        let mut bytes = vec![0; len as usize];
+        file.read_at(&mut bytes, 0)?;
+        Ok(Some(bytes))
+    }
+
+    /// Locks a file of the store, waiting for whoever holds it.
+    pub(super) fn lock(&self, path: &Path, how: Span) -> Result<FileLock> {
+        let file = self.disk.open(path, Open::Create)?;
+        lock_file(file.file(), how, true).map_err(|e| StoreError::io(path.display(), &e))?;
+        Ok(FileLock::new(file))
+    }
+
+    /// Locks a file of the store that others may remove under the exclusive lock; `None` where
+    /// another process has it and `wait` is false.
+    pub(super) fn lock_removable(
+        &self,
+        path: &Path,
+        how: Span,
+        wait: bool,
+    ) -> Result<Option<FileLock>> {
+        loop {
+            let file = self.disk.open(path, Open::Create)?;
+            let fail = |e| StoreError::io(path.display(), &e);
+            if !lock_file(file.file(), how, wait).map_err(fail)? {
+                return Ok(None);
+            }
+            if linked(file.file()).map_err(fail)? {
+                return Ok(Some(FileLock::new(file)));
+            }
+        }
+    }
+
+    /// The lock under which partial objects come and go.
+    pub(super) fn lock_partials(&self) -> Result<FileLock> {
+        self.lock(&self.root.join("partial/lock"), Span::Exclusive)
+    }
+
+    /// The lock between recording and collecting.
+    pub(super) fn lock_records(&self, how: Span) -> Result<FileLock> {
+        self.lock(&self.root.join("gc.lock"), how)
+    }
+}
+
+/// Whether an open file still has a name.
+pub(super) fn linked(file: &fs::File) -> std::io::Result<bool> {
+    use std::os::unix::fs::MetadataExt as _;
+    Ok(file.metadata()?.nlink() > 0)
+}
+
+fn sharded(dir: &Path, digest: &Digest) -> PathBuf {
+    let hex = digest.hex();
+    dir.join(&hex[..2]).join(hex)
+}

@@ -1,0 +1,283 @@
+//! Complete objects: opening them, and storing small ones in batches.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    path::PathBuf,
+    sync::Arc,
+};
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use sha2::{Digest as _, Sha256};
+
+use super::{Result, Store, StoreError, StoreErrorKind, layout::linked};
+use crate::{
+    digest::{Digest, ObjectId},
+    disk::{DiskFile, Open, Span, lock_file},
+};
+
+/// A complete, verified object: immutable. Holding it keeps it from eviction (shared flock).
+#[derive(Debug)]
+pub struct Complete {
+    /// The SHA-256 of its bytes.
+    pub digest: Digest,
+    /// Its length in bytes.
+    pub size: u64,
+    handle: Arc<dyn DiskFile>,
+}
+
+impl Complete {
+    /// The file, open for reading.
+    pub fn file(&self) -> &File {
+        self.handle.file()
+    }
+}
+
+impl Store {
+    /// The complete object with this id; follows located -> sha256. Looks at one or two files,
+    /// whatever the store holds.
+    ///
+    /// # Errors
+    /// What the disk says. A missing object is none.
+    pub fn complete(&self, id: &ObjectId) -> Result<Option<Arc<Complete>>> {
+        match id {
+            ObjectId::Sha256(digest) => self.open_object(digest),
+            ObjectId::Located(_) => {
+                let Some((digest, size)) = self.located(id)? else {
+                    return Ok(None);
+                };
+                let found = self.open_object(&digest)?;
+                Ok(found.filter(|object| object.size == size))
+            }
+        }
+    }
+
+    /// The object with this content.
+    pub(super) fn open_object(&self, digest: &Digest) -> Result<Option<Arc<Complete>>> {
+        let path = self.object_path(digest);
+        let handle = match self.disk.open(&path, Open::Read) {
+            Ok(handle) => handle,
+            Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let fail = |e| StoreError::io(path.display(), &e);
+        // Waits only for a collection that is about to remove it.
+        lock_file(handle.file(), Span::Shared, true).map_err(fail)?;
+        if !linked(handle.file()).map_err(fail)? {
+            return Ok(None);
+        }
+        let size = handle.stat()?.len;
+        let digest = *digest;
+        Ok(Some(Arc::new(Complete {
+            digest,
+            size,
+            handle,
+        })))
+    }
+
+    /// The content and size behind an id, as far as the store knows; the object may be missing.
+    pub(super) fn located(&self, id: &ObjectId) -> Result<Option<(Digest, u64)>> {
+        let ObjectId::Located(key) = id else {
+            return Ok(None);
+        };
+        let path = self.located_path(key);
+        let read = match self.read_small(&path, 256) {
+            Ok(Some(bytes)) => parse_located(&bytes),
+            Ok(None) => return Ok(None),
+            Err(error) if error.kind() == StoreErrorKind::Damaged => None,
+            Err(error) => return Err(error),
+        };
+        if read.is_none() {
+            tracing::warn!(path = %path.display(), "damaged record of a located object: it counts as absent");
+        }
+        Ok(read)
+    }
+
+    /// The name under which the content of `id` is or would be stored; `None` where it is unknown.
+    pub(super) fn content_of(&self, id: &ObjectId) -> Result<Option<Digest>> {
+        match id {
+            ObjectId::Sha256(digest) => Ok(Some(*digest)),
+            ObjectId::Located(_) => Ok(self.located(id)?.map(|(digest, _)| digest)),
+        }
+    }
+
+    /// Durably writes the record that `id` has the content `digest`; nothing for a `Sha256` id.
+    pub(super) fn write_located(&self, id: &ObjectId, digest: &Digest, size: u64) -> Result<()> {
+        let ObjectId::Located(key) = id else {
+            return Ok(());
+        };
+        if self.located(id)? == Some((*digest, size)) {
+            return Ok(());
+        }
+        let path = self.located_path(key);
+        self.make_parent(&path)?;
+        self.write_durably(&path, format!("{digest} {size}\n").as_bytes())
+    }
+
+    /// Makes the directory that `path` lies in.
+    pub(super) fn make_parent(&self, path: &std::path::Path) -> Result<()> {
+        match path.parent() {
+            Some(parent) if self.disk.stat(parent)?.is_none() => self.make_dir(parent),
+            _ => Ok(()),
+        }
+    }
+
+    /// Durably stores small objects: one sync of the file system for all. Content of `Sha256` ids
+    /// is checked. What is there already is kept.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Damaged`] where content is not what its id promises (nothing is stored
+    /// then), [`StoreErrorKind::NoSpace`], [`StoreErrorKind::ReadOnly`], and what the disk says.
+    pub fn put(&self, objects: &[(ObjectId, bytes::Bytes)]) -> Result<Vec<Arc<Complete>>> {
+        let mut digests = Vec::with_capacity(objects.len());
+        for (id, content) in objects {
+            let digest = Digest::of(content);
+            check_digest(id, &digest)?;
+            digests.push(digest);
+        }
+        let mut done: BTreeMap<Digest, Arc<Complete>> = BTreeMap::new();
+        let mut batch = Batch {
+            store: self,
+            moves: Vec::new(),
+        };
+        let mut fresh = BTreeSet::new();
+        for ((id, content), digest) in objects.iter().zip(&digests) {
+            let size = content.len() as u64;
+            if !done.contains_key(digest) && !fresh.contains(digest) {
+                match self.open_object(digest)? {
+                    Some(object) if object.size == size => {
+                        done.insert(*digest, object);
+                    }
+                    _ => {
+                        self.need_writable()?;
+                        batch.add(content, self.object_path(digest))?;
+                        fresh.insert(*digest);
+                    }
+                }
+            }
+            if let ObjectId::Located(key) = id
+                && self.located(id)? != Some((*digest, size))
+            {
+                self.need_writable()?;
+                let record = format!("{digest} {size}\n");
+                batch.add(record.as_bytes(), self.located_path(key))?;
+            }
+        }
+        // A collection must not take content away before the record that leads to it is there.
+        let _records = match batch.moves.is_empty() {
+            true => None,
+            false => Some(self.lock_records(Span::Shared)?),
+        };
+        batch.publish()?;
+        for digest in fresh {
+            let object = self.open_object(&digest)?.ok_or_else(|| {
+                let message = format!("object {digest} was removed as soon as it was stored");
+                StoreError::new(StoreErrorKind::NotFound, message)
+            })?;
+            done.insert(digest, object);
+        }
+        let found = digests.iter().filter_map(|digest| done.get(digest));
+        Ok(found.cloned().collect())
+    }
+}
+
+/// Files written under temporary names, to be synced together and renamed.
+struct Batch<'s> {
+    store: &'s Store,
+    /// Temporary path, final path.
+    moves: Vec<(PathBuf, PathBuf)>,
+}
+
+impl Batch<'_> {
+    fn add(&mut self, content: &[u8], to: PathBuf) -> Result<()> {
+        let temp = self.store.write_temp(content, false)?;
+        self.moves.push((temp, to));
+        Ok(())
+    }
+
+    /// Syncs, then renames, then syncs the directories.
+    fn publish(mut self) -> Result<()> {
+        let disk = &self.store.disk;
+        match &self.moves[..] {
+            [] => return Ok(()),
+            [(temp, _)] => disk.open(temp, Open::Write)?.sync_data()?,
+            _ => disk.syncfs(&self.store.root)?,
+        }
+        let mut dirs = Vec::new();
+        for (_, to) in &self.moves {
+            self.store.make_parent(to)?;
+            dirs.extend(to.parent().map(ToOwned::to_owned));
+        }
+        while let Some((temp, to)) = self.moves.last() {
+            if to.starts_with(self.store.root.join("objects")) {
+                disk.open(temp, Open::Write)?.set_mode(0o444)?;
+            }
+            disk.rename(temp, to)?;
+            self.moves.pop();
+        }
+        dirs.sort();
+        dirs.dedup();
+        for dir in dirs {
+            disk.sync_dir(&dir)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Batch<'_> {
+    /// Removes what was not published.
+    fn drop(&mut self) {
+        for (temp, _) in &self.moves {
+            // Best effort: the error that led here is the one to report.
+            let _ = self.store.disk.unlink(temp);
+        }
+    }
+}
+
+/// Refuses content that breaks the promise of its id.
+pub(super) fn check_digest(id: &ObjectId, digest: &Digest) -> Result<()> {
+    match id.sha256() {
+        Some(promised) if promised != *digest => {
+            let message = format!("object {id} has the content {digest}: it is not what it says");
+            Err(StoreError::new(StoreErrorKind::Damaged, message))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn parse_located(bytes: &[u8]) -> Option<(Digest, u64)> {
+    let text = std::str::from_utf8(bytes).ok()?.strip_suffix('\n')?;
+    let (digest, size) = text.split_once(' ')?;
+    Some((digest.parse().ok()?, size.parse().ok()?))
+}
+
+/// The SHA-256 of a file, read in order by 1 MiB. `seen` is told the bytes of each read, and stops
+/// it by saying false: then the result is `None`.
+///
+/// # Errors
+/// What the disk says.
+pub fn hash_file(
+    file: &File,
+    mut seen: impl FnMut(u64) -> bool,
+) -> std::io::Result<Option<Digest>> {
+    use std::os::unix::fs::FileExt as _;
+    // Advice: a file system that knows none is as good.
+    let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
+    let mut hasher = Sha256::new();
+    let mut buf = vec![0; 1 << 20];
+    let mut offset = 0;
+    loop {
+        let count = match file.read_at(&mut buf, offset) {
+            Ok(0) => break,
+            Ok(count) => count,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        };
+        hasher.update(&buf[..count]);
+        offset += count as u64;
+        if !seen(count as u64) {
+            return Ok(None);
+        }
+    }
+    Ok(Some(Digest::from_bytes(hasher.finalize().into())))
+}

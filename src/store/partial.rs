@@ -1,0 +1,652 @@
+//! An object on its way: sparse data, the chunks that are here, who may write which.
+//!
+//! Locks, in the order in which they are taken: the records lock (to finish), the partials lock of the store (files come and go),
+//! then the state lock of one object (map, generation, finished), then the claims of this process.
+//! Between processes the locks of an object are spans of its data file: byte `i` is chunk `i`,
+//! `STATE` and `USED` lie beyond any file. Each process has the data open once, and shares `USED`
+//! while it does.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use parking_lot::{Mutex, MutexGuard};
+
+use super::{
+    Complete, Lease, Result, Store, StoreError, StoreErrorKind, WriteMode,
+    layout::FileLock,
+    objects::check_digest,
+    presence::{Bits, Live, Scope, map_len},
+};
+use crate::{
+    chunk::{self, CHUNK_SIZE},
+    digest::{Digest, ObjectId},
+    disk::{DiskFile, Open, SharedMap, Span, conflict, lock_span, unlock_span},
+};
+
+/// Most bytes of an object: what ext4 allows for a file.
+pub const MAX_OBJECT: u64 = 16 << 40;
+
+/// Held while the map, the generation or the state changes.
+const STATE: Range<u64> = 1 << 60..(1 << 60) + 1;
+/// Shared by every process that has the object open; exclusive for the only one.
+const USED: Range<u64> = (1 << 60) + 1..(1 << 60) + 2;
+
+/// An object that is not complete yet: sparse data, and a map of present chunks.
+#[derive(Debug)]
+pub struct Partial {
+    store: Arc<Store>,
+    id: ObjectId,
+    size: u64,
+    paths: Paths,
+    data: Arc<dyn DiskFile>,
+    /// The data again, past the page cache, where the file system can.
+    direct: Option<Arc<dyn DiskFile>>,
+    direct_works: AtomicBool,
+    live: Live,
+    state: Mutex<()>,
+    /// Runs that leases of this process hold: start -> end.
+    claims: Mutex<BTreeMap<u64, u64>>,
+}
+
+/// The files of a partial object.
+#[derive(Debug)]
+pub(super) struct Paths {
+    pub(super) data: PathBuf,
+    pub(super) map: PathBuf,
+    pub(super) live: PathBuf,
+}
+
+impl Paths {
+    pub(super) fn of(stem: &Path) -> Self {
+        Self {
+            data: stem.with_extension("data"),
+            map: stem.with_extension("map"),
+            live: stem.with_extension("live"),
+        }
+    }
+}
+
+/// The state lock of an object, against threads and processes.
+struct StateLock<'p> {
+    data: &'p File,
+    _threads: MutexGuard<'p, ()>,
+}
+
+impl Drop for StateLock<'_> {
+    fn drop(&mut self) {
+        // Unlocking a span that we hold cannot fail in a way that leaves it locked for long: the
+        // lock goes with the file.
+        let _ = unlock_span(self.data, &STATE);
+    }
+}
+
+impl Store {
+    /// The partial object, made if absent; one per id in a process. Where another process has just
+    /// completed it, it is empty: look for [`Store::complete`] once more after a `partial` whose
+    /// chunks are all absent.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Invalid`] for a size that is not the one in use or larger than
+    /// [`MAX_OBJECT`], [`StoreErrorKind::ReadOnly`], [`StoreErrorKind::NoSpace`], and what the disk says.
+    pub fn partial(self: &Arc<Self>, id: &ObjectId, size: u64) -> Result<Arc<Partial>> {
+        self.need_writable()?;
+        let mut partials = self.partials.lock();
+        if let Some(open) = partials.get(id).and_then(std::sync::Weak::upgrade)
+            && !open.live.finished()
+        {
+            return match open.size == size {
+                true => Ok(open),
+                false => Err(other_size(id, size)),
+            };
+        }
+        let partial = Arc::new(Partial::open(self, id, size)?);
+        if partials.len() % 64 == 63 {
+            partials.retain(|_, open| open.strong_count() > 0);
+        }
+        partials.insert(*id, Arc::downgrade(&partial));
+        Ok(partial)
+    }
+
+    /// Bytes of an object that are in present chunks; 0 where nothing of it is on its way.
+    pub fn present_bytes(self: &Arc<Self>, id: &ObjectId, size: u64) -> u64 {
+        let paths = Paths::of(&self.partial_stem(id));
+        match self.disk.stat(&paths.data) {
+            Ok(Some(_)) => self
+                .partial(id, size)
+                .map_or(0, |partial| partial.present_bytes()),
+            _ => 0,
+        }
+    }
+
+    /// Removes the files of a partial object that nobody has open; bytes freed, or `None` where
+    /// someone has.
+    pub(super) fn remove_partial(&self, stem: &Path, dry_run: bool) -> Result<Option<u64>> {
+        let paths = Paths::of(stem);
+        let _structure = self.lock_partials()?;
+        let mut freed = 0;
+        if let Some(stat) = self.disk.stat(&paths.data)? {
+            let data = self.disk.open(&paths.data, Open::Write)?;
+            let fail = |e| StoreError::io(paths.data.display(), &e);
+            if !lock_span(data.file(), &USED, Span::Exclusive, false).map_err(fail)? {
+                return Ok(None);
+            }
+            freed = stat.disk;
+        }
+        if !dry_run {
+            for path in [&paths.map, &paths.live, &paths.data] {
+                self.disk.unlink(path)?;
+            }
+        }
+        Ok(Some(freed))
+    }
+}
+
+impl Partial {
+    fn open(store: &Arc<Store>, id: &ObjectId, size: u64) -> Result<Self> {
+        if size > MAX_OBJECT {
+            let message = format!("object {id} of {size} bytes is larger than a file can be");
+            return Err(StoreError::new(StoreErrorKind::Invalid, message));
+        }
+        let disk = &store.disk;
+        let paths = Paths::of(&store.partial_stem(id));
+        // Until this is done no other process opens, finishes or removes a partial object.
+        let _structure = store.lock_partials()?;
+        if disk.stat(&paths.data)?.is_none() {
+            // What an earlier object of this name left: it says nothing about the new file.
+            store.forget_presence(&paths)?;
+        }
+        let data = disk.open(&paths.data, Open::Create)?;
+        let fail = |e| StoreError::io(paths.data.display(), &e);
+        let sole = lock_span(data.file(), &USED, Span::Exclusive, false).map_err(fail)?;
+        let stat = data.stat()?;
+        if stat.len != size {
+            if !sole {
+                return Err(other_size(id, size));
+            }
+            store.forget_presence(&paths)?;
+            data.set_len(size)?;
+        }
+        let scope = Scope {
+            id: *id,
+            size,
+            boot: store.boot,
+            inode: stat.inode,
+        };
+        let live = match open_live(store, &paths, &scope)? {
+            Some(live) => live,
+            None if sole => rebuild_live(store, &paths, &scope)?,
+            None => {
+                let path = paths.live.display();
+                let message =
+                    format!("{path} is damaged while another process fetches object {id}");
+                return Err(StoreError::new(StoreErrorKind::Damaged, message));
+            }
+        };
+        if sole {
+            // Set by a process that died between saying so and doing it.
+            live.set_finished(false);
+        }
+        lock_span(data.file(), &USED, Span::Shared, true).map_err(fail)?;
+        let direct = disk.open(&paths.data, Open::Direct).ok();
+        Ok(Self {
+            store: Arc::clone(store),
+            id: *id,
+            size,
+            paths,
+            data,
+            direct_works: AtomicBool::new(direct.is_some()),
+            direct,
+            live,
+            state: Mutex::default(),
+            claims: Mutex::default(),
+        })
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &ObjectId {
+        &self.id
+    }
+
+    /// Its size when complete, in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Number of chunks.
+    pub fn chunks(&self) -> u64 {
+        self.live.count()
+    }
+
+    /// The data, open for reading: bytes of absent chunks read as anything.
+    pub fn file(&self) -> &File {
+        self.data.file()
+    }
+
+    /// Whether the chunk is here. Cheap: one load.
+    #[inline]
+    pub fn present(&self, chunk: u64) -> bool {
+        self.live.present(chunk)
+    }
+
+    /// Whether all of `chunks` are here.
+    pub fn all_of(&self, chunks: Range<u64>) -> bool {
+        self.first_missing(chunks).is_none()
+    }
+
+    /// Whether all chunks are here.
+    pub fn all_present(&self) -> bool {
+        self.all_of(0..self.chunks())
+    }
+
+    /// The first chunk within `chunks` that is not here.
+    pub fn first_missing(&self, chunks: Range<u64>) -> Option<u64> {
+        let end = chunks.end.min(self.chunks());
+        (chunks.start..end).find(|&index| !self.present(index))
+    }
+
+    /// The chunks within `chunks` that are not here.
+    pub fn missing(&self, chunks: Range<u64>) -> impl Iterator<Item = u64> + '_ {
+        let end = chunks.end.min(self.chunks());
+        (chunks.start..end).filter(|&index| !self.present(index))
+    }
+
+    /// The run of present chunks that starts at `from`; empty where that one is absent.
+    pub fn present_run(&self, from: u64) -> Range<u64> {
+        let end = self.first_missing(from..self.chunks());
+        from..end.unwrap_or(self.chunks().max(from))
+    }
+
+    /// Bytes in present chunks. Looks at every chunk.
+    pub fn present_bytes(&self) -> u64 {
+        let present = (0..self.chunks()).filter(|&index| self.present(index));
+        present
+            .map(|index| chunk::bytes(index, self.size))
+            .map(|bytes| bytes.end - bytes.start)
+            .sum()
+    }
+
+    /// The complete object, once this or another process has finished it; the data file of this
+    /// partial stays readable. One load while it is unfinished.
+    ///
+    /// # Errors
+    /// As [`Store::complete`].
+    pub fn completed(&self) -> Result<Option<Arc<Complete>>> {
+        if self.live.finished() {
+            return self.store.complete(&self.id);
+        }
+        Ok(None)
+    }
+
+    /// Claims the first run of absent and unclaimed chunks within `want`, up to its first present
+    /// or claimed chunk. `None` where there is no such chunk: all are here or on their way.
+    ///
+    /// # Errors
+    /// Where the system cannot lock.
+    pub fn claim(self: &Arc<Self>, want: Range<u64>) -> Result<Option<Lease>> {
+        let file = self.data.file();
+        let fail = |e| StoreError::io(self.paths.data.display(), &e);
+        let end = want.end.min(self.chunks());
+        let mut from = want.start;
+        let mut claims = self.claims.lock();
+        if self.live.finished() {
+            return Ok(None);
+        }
+        while let Some(mut run) = self.first_free(&claims, from..end) {
+            from = loop {
+                if lock_span(file, &run, Span::Exclusive, false).map_err(fail)? {
+                    // Another process may have filled some of it between the look and the lock.
+                    let Some(start) = self.first_missing(run.clone()) else {
+                        unlock_span(file, &run).map_err(fail)?;
+                        break run.end;
+                    };
+                    let stop = (start..run.end).find(|&index| self.present(index));
+                    let free = start..stop.unwrap_or(run.end);
+                    for rest in [run.start..free.start, free.end..run.end] {
+                        if !rest.is_empty() {
+                            unlock_span(file, &rest).map_err(fail)?;
+                        }
+                    }
+                    claims.insert(free.start, free.end);
+                    return Ok(Some(Lease::new(Arc::clone(self), free)));
+                }
+                match conflict(file, &run).map_err(fail)? {
+                    Some(theirs) if theirs.start > run.start => run.end = theirs.start,
+                    Some(theirs) => break theirs.end,
+                    // Given back meanwhile.
+                    None => {}
+                }
+            };
+        }
+        Ok(None)
+    }
+
+    /// The first run within `range` that is absent and not claimed in this process.
+    fn first_free(&self, claims: &BTreeMap<u64, u64>, range: Range<u64>) -> Option<Range<u64>> {
+        let mut start = range.start;
+        loop {
+            start = self.first_missing(start..range.end)?;
+            match claims.range(..=start).next_back() {
+                Some((_, &end)) if end > start => start = end,
+                _ => break,
+            }
+        }
+        let claimed = claims.range(start..range.end).next().map(|(&at, _)| at);
+        let limit = claimed.unwrap_or(range.end);
+        let present = (start..limit).find(|&index| self.present(index));
+        Some(start..present.unwrap_or(limit))
+    }
+
+    /// Writes the data of whole chunks, then says that they are here.
+    pub(super) fn fill(&self, chunks: &Range<u64>, data: &[u8], mode: WriteMode) -> Result<()> {
+        let offset = chunks.start * CHUNK_SIZE;
+        let done = match mode {
+            WriteMode::Direct => self.write_direct(data, offset)?,
+            WriteMode::Cached => 0,
+        };
+        if done < data.len() {
+            self.data.write_at(&data[done..], offset + done as u64)?;
+        }
+        chunks.clone().for_each(|index| self.live.set(index));
+        Ok(())
+    }
+
+    /// Writes what it can of `data` past the page cache, from its front; how many bytes.
+    fn write_direct(&self, data: &[u8], offset: u64) -> Result<usize> {
+        let align = crate::disk::DIRECT_ALIGN;
+        let len = data.len() / align * align;
+        let aligned = data.as_ptr().addr() % align == 0 && offset % align as u64 == 0;
+        let Some(direct) = &self.direct else {
+            return Ok(0);
+        };
+        if len == 0 || !aligned || !self.direct_works.load(Ordering::Relaxed) {
+            return Ok(0);
+        }
+        match direct.write_at(&data[..len], offset) {
+            Ok(()) => Ok(len),
+            Err(error) if error.errno() == Some(libc::EINVAL) => {
+                self.direct_works.store(false, Ordering::Relaxed);
+                Ok(0)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Gives back the chunks of a lease.
+    pub(super) fn release(&self, held: &Range<u64>) {
+        if held.is_empty() {
+            return;
+        }
+        let mut claims = self.claims.lock();
+        claims.remove(&held.start);
+        self.unlock_chunks(held);
+    }
+
+    /// Makes two claims of one.
+    pub(super) fn split(&self, held: &Range<u64>, at: u64) {
+        let mut claims = self.claims.lock();
+        for part in [held.start..at, at..held.end] {
+            if !part.is_empty() {
+                claims.insert(part.start, part.end);
+            }
+        }
+    }
+
+    fn unlock_chunks(&self, chunks: &Range<u64>) {
+        if let Err(error) = unlock_span(self.data.file(), chunks) {
+            // Other processes will wait for these chunks until this one closes the file.
+            tracing::warn!(object = %self.id, %error, "cannot give chunks back");
+        }
+    }
+
+    /// pread from present chunks; the caller has checked [`Partial::present`].
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        Ok(self.data.read_at(buf, offset)?)
+    }
+
+    /// Reserves disk space for the whole object (fallocate).
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::NoSpace`], and what the disk says.
+    pub fn allocate(&self) -> Result<()> {
+        Ok(self.data.allocate(self.size)?)
+    }
+
+    /// Makes all present chunks durable: data sync, then map by temp + rename. Chunks committed
+    /// meanwhile may or may not be among them.
+    ///
+    /// # Errors
+    /// What the disk says. Where the sync failed, every chunk that was not durable before is
+    /// absent again: the kernel has dropped its pages.
+    pub fn checkpoint(&self) -> Result<()> {
+        loop {
+            let generation = self.live.generation();
+            let here = self.live.snapshot();
+            if self.durable()?.holds_all_of(&here) {
+                return Ok(());
+            }
+            self.sync()?;
+            let _state = self.lock_state()?;
+            if self.live.finished() {
+                return Ok(());
+            }
+            if self.live.generation() != generation {
+                continue;
+            }
+            let mut map = self.durable()?;
+            map.merge(&here);
+            let bytes = map.map_file(&self.id, self.size);
+            return self.store.write_durably(&self.paths.map, &bytes);
+        }
+    }
+
+    /// All chunks present and content verified to be `digest` by the caller: becomes complete.
+    /// Where equal content is stored already, that is kept and this dropped. Idempotent across
+    /// processes.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Damaged`] where the id promises another digest: nothing changes, the caller
+    /// should [`Partial::discard`]. [`StoreErrorKind::Invalid`] where chunks are absent, and what
+    /// the disk says.
+    pub fn finish(&self, digest: Digest) -> Result<Arc<Complete>> {
+        check_digest(&self.id, &digest)?;
+        loop {
+            if let Some(done) = self.completed()? {
+                return Ok(done);
+            }
+            let generation = self.live.generation();
+            self.need_all()?;
+            self.sync()?;
+            // A collection must not take equal content away before our record leads to it.
+            let _records = self.store.lock_records(Span::Shared)?;
+            let structure = self.store.lock_partials()?;
+            let state = self.lock_state()?;
+            if self.live.finished() {
+                drop((state, structure));
+                return self.completed()?.ok_or_else(|| {
+                    let message = format!("object {} was completed and removed since", self.id);
+                    StoreError::new(StoreErrorKind::NotFound, message)
+                });
+            }
+            if self.live.generation() != generation {
+                continue;
+            }
+            self.need_all()?;
+            return self.publish(digest, &structure, &state);
+        }
+    }
+
+    /// Gives the synced data its name among the objects. No lease is left, since all chunks are
+    /// present; no other process opens it, since the partials are locked.
+    fn publish(&self, digest: Digest, _: &FileLock, _: &StateLock<'_>) -> Result<Arc<Complete>> {
+        let disk = &self.store.disk;
+        let len = self.data.stat()?.len;
+        if len != self.size {
+            let path = self.paths.data.display();
+            let message = format!("{path} is {len} bytes long, not {}", self.size);
+            return Err(StoreError::new(StoreErrorKind::Damaged, message));
+        }
+        // First, so that a crash in between costs nothing: the record of a missing object is none.
+        self.store.write_located(&self.id, &digest, self.size)?;
+        let kept = self.store.open_object(&digest)?;
+        let complete = match kept.filter(|object| object.size == self.size) {
+            Some(object) => {
+                disk.unlink(&self.paths.data)?;
+                Some(object)
+            }
+            None => {
+                let path = self.store.object_path(&digest);
+                self.store.make_parent(&path)?;
+                disk.rename(&self.paths.data, &path)?;
+                self.data.set_mode(0o444)?;
+                if let Some(parent) = path.parent() {
+                    disk.sync_dir(parent)?;
+                }
+                self.store.open_object(&digest)?
+            }
+        };
+        self.live.set_finished(true);
+        disk.unlink(&self.paths.map)?;
+        disk.unlink(&self.paths.live)?;
+        complete.ok_or_else(|| {
+            let message = format!("object {digest} was removed as soon as it was complete");
+            StoreError::new(StoreErrorKind::NotFound, message)
+        })
+    }
+
+    fn need_all(&self) -> Result<()> {
+        let Some(first) = self.first_missing(0..self.chunks()) else {
+            return Ok(());
+        };
+        let message = format!(
+            "object {} cannot be completed: chunk {first} of {} is not here",
+            self.id,
+            self.chunks()
+        );
+        Err(StoreError::new(StoreErrorKind::Invalid, message))
+    }
+
+    /// Content turned out wrong: all chunks absent again, durably.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::InUse`] where it is complete already, and what the disk says.
+    pub fn discard(&self) -> Result<()> {
+        let _state = self.lock_state()?;
+        if self.live.finished() {
+            let message = format!("object {} is complete: it cannot be discarded", self.id);
+            return Err(StoreError::new(StoreErrorKind::InUse, message));
+        }
+        // Before any chunk is written anew: the map must not speak of what will be half written.
+        if self.store.disk.unlink(&self.paths.map)? {
+            self.store.disk.sync_dir(&self.store.partial_dir())?;
+        }
+        self.live.next_generation();
+        (0..self.chunks()).for_each(|index| self.live.clear(index));
+        Ok(())
+    }
+
+    /// The chunks that the map file says are durable.
+    fn durable(&self) -> Result<Bits> {
+        read_map(&self.store, &self.paths.map, &self.id, self.size)
+    }
+
+    /// Syncs the data. If that fails, what was not durable before is absent again.
+    fn sync(&self) -> Result<()> {
+        let Err(error) = self.data.sync_data() else {
+            return Ok(());
+        };
+        let _state = self.lock_state()?;
+        if !self.live.finished() {
+            let durable = self.durable()?;
+            self.live.next_generation();
+            let lost = (0..self.chunks()).filter(|&index| !durable.get(index));
+            lost.for_each(|index| self.live.clear(index));
+        }
+        Err(error.into())
+    }
+
+    fn lock_state(&self) -> Result<StateLock<'_>> {
+        let threads = self.state.lock();
+        let data = self.data.file();
+        lock_span(data, &STATE, Span::Exclusive, true)
+            .map_err(|e| StoreError::io(self.paths.data.display(), &e))?;
+        Ok(StateLock {
+            data,
+            _threads: threads,
+        })
+    }
+}
+
+impl Store {
+    /// Removes what says which chunks are here; durable before it returns.
+    fn forget_presence(&self, paths: &Paths) -> Result<()> {
+        self.disk.unlink(&paths.live)?;
+        if self.disk.unlink(&paths.map)? {
+            self.disk.sync_dir(&self.partial_dir())?;
+        }
+        Ok(())
+    }
+}
+
+/// The chunks in a map file; none where it is missing or damaged.
+pub(super) fn read_map(store: &Store, path: &Path, id: &ObjectId, size: u64) -> Result<Bits> {
+    let bytes = match store.read_small(path, map_len(id, size)) {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => return Ok(Bits::new(chunk::count(size))),
+        Err(error) if error.kind() == StoreErrorKind::Damaged => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    Ok(Bits::from_map_file(&bytes, id, size).unwrap_or_else(|| {
+        tracing::warn!(path = %path.display(), "damaged chunk map: its chunks count as absent");
+        Bits::new(chunk::count(size))
+    }))
+}
+
+/// Maps the live words, if they belong to this object in this boot.
+fn open_live(store: &Store, paths: &Paths, scope: &Scope) -> Result<Option<Live>> {
+    let file = match store.disk.open(&paths.live, Open::Write) {
+        Ok(file) => file,
+        Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    if file.stat()?.len != scope.live_len() {
+        return Ok(None);
+    }
+    let map = SharedMap::new(file.file(), scope.live_len())
+        .map_err(|e| StoreError::io(paths.live.display(), &e))?;
+    Ok(Live::new(map, scope))
+}
+
+/// Makes the live words anew from the durable map. Written in full, since a store to a mapped hole
+/// on a full disk is a SIGBUS.
+fn rebuild_live(store: &Store, paths: &Paths, scope: &Scope) -> Result<Live> {
+    let bits = read_map(store, &paths.map, &scope.id, scope.size)?;
+    let temp = store.write_temp(&scope.live_file(&bits), false)?;
+    if let Err(error) = store.disk.rename(&temp, &paths.live) {
+        // The error of the rename says what is wrong.
+        let _ = store.disk.unlink(&temp);
+        return Err(error.into());
+    }
+    open_live(store, paths, scope)?.ok_or_else(|| {
+        let message = format!(
+            "{} does not hold what was written to it",
+            paths.live.display()
+        );
+        StoreError::new(StoreErrorKind::Io, message)
+    })
+}
+
+fn other_size(id: &ObjectId, size: u64) -> StoreError {
+    let message = format!("object {id} is being fetched with a size other than {size} bytes");
+    StoreError::new(StoreErrorKind::Invalid, message)
+}

@@ -1,0 +1,394 @@
+//! What the store knows of references: records, trees, holds, pins.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use serde::{Deserialize, Serialize};
+
+use super::{Result, Store, StoreError, StoreErrorKind, layout, layout::FileLock};
+use crate::{
+    digest::Digest,
+    disk::{Open, Span, lock_file},
+    tree::Artifact,
+};
+
+/// Most bytes of an encoded artifact that is read back.
+const MAX_TREE: u64 = 2 << 30;
+/// Most bytes of a record.
+const MAX_RECORD: u64 = 1 << 20;
+/// Trees are written once per resolve and read often: the default level of zstd.
+const ZSTD_LEVEL: i32 = 3;
+/// What of an owner stands in a file name as it is.
+const OWNER: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_');
+
+/// What the store knows of a reference.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// The reference, canonical, without secrets.
+    pub reference: String,
+    /// The digest of the artifact that it resolved to.
+    pub digest: Digest,
+    /// What the origin calls this generation; may be empty.
+    pub revision: String,
+    /// When it was resolved.
+    pub resolved: SystemTime,
+    /// When it was last held or recorded.
+    pub used: SystemTime,
+    /// Owners of pins, sorted.
+    pub pins: Vec<String>,
+    /// Number of distinct objects.
+    pub objects: u64,
+    /// Bytes of all distinct objects.
+    pub bytes: u64,
+}
+
+/// Keeps an artifact from eviction while it lives, in any process.
+#[derive(Debug)]
+#[must_use = "dropped at once, it holds nothing"]
+pub struct Hold {
+    _reference: Option<FileLock>,
+    _tree: Option<FileLock>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OnDisk {
+    reference: String,
+    digest: String,
+    revision: String,
+    /// Milliseconds since the epoch.
+    resolved_at: u64,
+    objects: u64,
+    bytes: u64,
+    /// SHA-256 of this JSON with an empty checksum.
+    checksum: String,
+}
+
+impl OnDisk {
+    fn checksum(&mut self) -> Result<String> {
+        let found = std::mem::take(&mut self.checksum);
+        let checksum = Digest::of(&layout::json(self)?).hex();
+        self.checksum = found;
+        Ok(checksum)
+    }
+}
+
+impl Store {
+    pub(super) fn record_path(&self, reference: &str) -> PathBuf {
+        let name = Digest::of(reference.as_bytes()).hex();
+        self.root.join(format!("artifacts/{name}.json"))
+    }
+
+    pub(super) fn hold_path(&self, reference: &str) -> PathBuf {
+        self.record_path(reference).with_extension("lock")
+    }
+
+    pub(super) fn tree_path(&self, digest: &Digest) -> PathBuf {
+        self.root.join("trees").join(digest.hex())
+    }
+
+    fn pin_dir(&self, reference: &str) -> PathBuf {
+        let name = Digest::of(reference.as_bytes()).hex();
+        self.root.join("pins").join(name)
+    }
+
+    /// Durably records the artifact (tree first, then reference -> digest). Must come before
+    /// looking at its objects: gc keeps what is recorded.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Invalid`] where the artifact breaks the invariants of trees,
+    /// [`StoreErrorKind::NoSpace`], [`StoreErrorKind::ReadOnly`], and what the disk says.
+    pub fn record(&self, artifact: &Artifact) -> Result<Digest> {
+        self.need_writable()?;
+        let reference = &artifact.reference;
+        let invalid = |why: String| {
+            let message = format!("artifact {reference} cannot be recorded: {why}");
+            StoreError::new(StoreErrorKind::Invalid, message)
+        };
+        let encoded = artifact.encode();
+        // What could not be read back must not be written.
+        Artifact::decode(&encoded).map_err(|error| invalid(error.to_string()))?;
+        if encoded.len() as u64 > MAX_TREE {
+            return Err(invalid(format!("its tree takes {} bytes", encoded.len())));
+        }
+        let digest = Digest::of(&encoded);
+        let _records = self.lock_records(Span::Shared)?;
+        if self.read_tree(&digest)?.is_none() {
+            let compressed = zstd::encode_all(&encoded[..], ZSTD_LEVEL)
+                .map_err(|error| StoreError::io(format_args!("tree {digest}"), &error))?;
+            self.write_durably(&self.tree_path(&digest), &compressed)?;
+        }
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        let mut record = OnDisk {
+            reference: reference.clone(),
+            digest: digest.to_string(),
+            revision: artifact.revision.clone(),
+            resolved_at: since.map_or(0, |since| since.as_millis() as u64),
+            objects: artifact.objects.len() as u64,
+            bytes: artifact.size(),
+            checksum: String::new(),
+        };
+        record.checksum = record.checksum()?;
+        let json = layout::json(&record)?;
+        if json.len() as u64 > MAX_RECORD {
+            return Err(invalid("its reference and revision are too long".into()));
+        }
+        self.write_durably(&self.record_path(reference), &json)?;
+        Ok(digest)
+    }
+
+    /// What a reference was recorded as. A damaged record or tree counts as absent.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn artifact(&self, reference: &str) -> Result<Option<(Record, Artifact)>> {
+        let Some(record) = self.read_record(&self.record_path(reference))? else {
+            return Ok(None);
+        };
+        if record.reference != reference {
+            return Ok(None);
+        }
+        let artifact = self.read_tree(&record.digest)?;
+        if artifact.is_none() {
+            tracing::warn!(reference, digest = %record.digest, "the tree of this artifact is damaged or missing: it counts as absent");
+        }
+        Ok(artifact.map(|artifact| (record, artifact)))
+    }
+
+    /// All records, by reference. Damaged ones are left out.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn records(&self) -> Result<Vec<Record>> {
+        let dir = self.root.join("artifacts");
+        let mut records = Vec::new();
+        for name in self.disk.list(&dir)? {
+            let path = dir.join(name);
+            if path.extension().is_some_and(|e| e == "json") {
+                records.extend(self.read_record(&path)?);
+            }
+        }
+        records.sort_by(|a, b| a.reference.cmp(&b.reference));
+        Ok(records)
+    }
+
+    /// Reads a record; none where it is missing or damaged.
+    pub(super) fn read_record(&self, path: &Path) -> Result<Option<Record>> {
+        let bytes = match self.read_small(path, MAX_RECORD) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok(None),
+            Err(error) if error.kind() == StoreErrorKind::Damaged => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let Some((on_disk, digest)) = parse_record(&bytes)? else {
+            tracing::warn!(path = %path.display(), "damaged artifact record: it counts as absent");
+            return Ok(None);
+        };
+        let Some(stat) = self.disk.stat(path)? else {
+            return Ok(None);
+        };
+        Ok(Some(Record {
+            pins: self.pins(&on_disk.reference)?,
+            digest,
+            revision: on_disk.revision,
+            resolved: UNIX_EPOCH
+                .checked_add(Duration::from_millis(on_disk.resolved_at))
+                .unwrap_or(UNIX_EPOCH),
+            used: stat.modified,
+            objects: on_disk.objects,
+            bytes: on_disk.bytes,
+            reference: on_disk.reference,
+        }))
+    }
+
+    /// Reads a tree; none where it is missing or damaged.
+    pub(super) fn read_tree(&self, digest: &Digest) -> Result<Option<Artifact>> {
+        use std::io::Read as _;
+        let path = self.tree_path(digest);
+        let compressed = match self.read_small(&path, MAX_TREE) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok(None),
+            Err(error) if error.kind() == StoreErrorKind::Damaged => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let mut encoded = Vec::new();
+        let read = zstd::Decoder::new(&compressed[..])
+            .and_then(|decoder| decoder.take(MAX_TREE + 1).read_to_end(&mut encoded));
+        if read.is_err() || Digest::of(&encoded) != *digest {
+            return Ok(None);
+        }
+        match Artifact::decode(&encoded) {
+            Ok(artifact) => Ok(Some(artifact)),
+            Err(error) => {
+                tracing::warn!(%digest, %error, "a tree cannot be read");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Marks used now and keeps it from eviction while the guard lives (in any process). A
+    /// generation stays even if the reference is recorded anew meanwhile.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::NotFound`] where it is not recorded, and what the disk says.
+    pub fn hold(&self, reference: &str) -> Result<Hold> {
+        let path = self.record_path(reference);
+        let missing = || {
+            let message = format!("{reference} is not in store {}", self.root.display());
+            StoreError::new(StoreErrorKind::NotFound, message)
+        };
+        // Where nothing can be written, nothing can be evicted.
+        let lock = match self.writable {
+            true => self.lock_removable(&self.hold_path(reference), Span::Shared, true)?,
+            false => None,
+        };
+        let Some(record) = self.read_record(&path)? else {
+            return Err(missing());
+        };
+        let tree = match self.writable {
+            true => Some(self.lock_tree(&record.digest, Span::Shared, true)?),
+            false => None,
+        };
+        if self.writable {
+            self.disk.touch(&path)?;
+        }
+        Ok(Hold {
+            _reference: lock,
+            _tree: tree.flatten(),
+        })
+    }
+
+    /// Locks a tree; `None` where it is missing, or taken and `wait` is false.
+    pub(super) fn lock_tree(
+        &self,
+        digest: &Digest,
+        how: Span,
+        wait: bool,
+    ) -> Result<Option<FileLock>> {
+        let path = self.tree_path(digest);
+        let file = match self.disk.open(&path, Open::Read) {
+            Ok(file) => file,
+            Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let locked = lock_file(file.file(), how, wait)
+            .map_err(|error| StoreError::io(path.display(), &error))?;
+        Ok(locked.then(|| FileLock::new(file)))
+    }
+
+    /// Keeps a reference, recorded or not, from eviction until [`Store::unpin`]. Durable.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Invalid`] for an owner that is empty or too long, and what the disk says.
+    pub fn pin(&self, reference: &str, owner: &str) -> Result<()> {
+        self.need_writable()?;
+        let path = self.pin_path(reference, owner)?;
+        self.make_parent(&path)?;
+        self.write_durably(&path, reference.as_bytes())
+    }
+
+    /// Removes the pin of an owner; false where there was none.
+    ///
+    /// # Errors
+    /// As [`Store::pin`].
+    pub fn unpin(&self, reference: &str, owner: &str) -> Result<bool> {
+        self.need_writable()?;
+        let removed = self.disk.unlink(&self.pin_path(reference, owner)?)?;
+        if removed {
+            self.disk.sync_dir(&self.pin_dir(reference))?;
+        }
+        Ok(removed)
+    }
+
+    /// Owners of pins of a reference, sorted.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn pins(&self, reference: &str) -> Result<Vec<String>> {
+        let names = self.disk.list(&self.pin_dir(reference))?;
+        let decode = |name: &std::ffi::OsString| {
+            let name = name.to_string_lossy();
+            percent_decode_str(&name).decode_utf8_lossy().into_owned()
+        };
+        let mut owners: Vec<String> = names.iter().map(decode).collect();
+        owners.sort();
+        Ok(owners)
+    }
+
+    fn pin_path(&self, reference: &str, owner: &str) -> Result<PathBuf> {
+        let name = utf8_percent_encode(owner, OWNER).to_string();
+        if name.is_empty() || name.len() > 255 {
+            let shown: String = owner.chars().take(80).collect();
+            let message = format!("{shown:?} cannot own a pin of {reference}: it is empty or long");
+            return Err(StoreError::new(StoreErrorKind::Invalid, message));
+        }
+        Ok(self.pin_dir(reference).join(name))
+    }
+
+    /// Forgets a reference; its content goes with the next collection. False where it was not
+    /// recorded.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::InUse`] where it is held (mounted, being warmed) or pinned, and what the disk says.
+    pub fn remove(&self, reference: &str) -> Result<bool> {
+        let pins = self.pins(reference)?;
+        if !pins.is_empty() {
+            let message = format!("{reference} is pinned by {}", pins.join(", "));
+            return Err(StoreError::new(StoreErrorKind::InUse, message));
+        }
+        match self.forget(reference)? {
+            Some(removed) => Ok(removed),
+            None => {
+                let message = format!("{reference} is in use: mounted, or being warmed");
+                Err(StoreError::new(StoreErrorKind::InUse, message))
+            }
+        }
+    }
+
+    /// Forgets a reference and its pins, even while it is held: who holds it keeps the content.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn remove_forced(&self, reference: &str) -> Result<bool> {
+        self.need_writable()?;
+        for owner in self.pins(reference)? {
+            self.unpin(reference, &owner)?;
+        }
+        self.unlink_record(reference)
+    }
+
+    /// Removes the record of a reference that nobody holds; whether there was one, or `None`
+    /// where it is held.
+    pub(super) fn forget(&self, reference: &str) -> Result<Option<bool>> {
+        self.need_writable()?;
+        let path = self.hold_path(reference);
+        let Some(_lock) = self.lock_removable(&path, Span::Exclusive, false)? else {
+            return Ok(None);
+        };
+        let removed = self.unlink_record(reference)?;
+        self.disk.unlink(&path)?;
+        Ok(Some(removed))
+    }
+
+    fn unlink_record(&self, reference: &str) -> Result<bool> {
+        let removed = self.disk.unlink(&self.record_path(reference))?;
+        if removed {
+            self.disk.sync_dir(&self.root.join("artifacts"))?;
+        }
+        Ok(removed)
+    }
+}
+
+/// A record and its digest, if the checksum fits.
+fn parse_record(bytes: &[u8]) -> Result<Option<(OnDisk, Digest)>> {
+    let Ok(mut record) = serde_json::from_slice::<OnDisk>(bytes) else {
+        return Ok(None);
+    };
+    if record.checksum()? != record.checksum {
+        return Ok(None);
+    }
+    Ok(record.digest.parse().ok().map(|digest| (record, digest)))
+}

@@ -1,0 +1,260 @@
+//! Space: what the store takes, what it may take, and who may start to fill it.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{ByteSize, Result, Store, StoreError, StoreErrorKind, partial::Paths};
+use crate::{
+    digest::{Digest, ObjectId},
+    disk::Stat,
+    tree::Artifact,
+};
+
+/// What the store takes on its disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Complete objects.
+    pub objects: u64,
+    /// Their bytes on the disk.
+    pub object_bytes: u64,
+    /// Objects on their way.
+    pub partials: u64,
+    /// Their bytes on the disk.
+    pub partial_bytes: u64,
+    /// All the rest: trees, records, temporary files.
+    pub other_bytes: u64,
+}
+
+impl Usage {
+    /// All bytes.
+    pub const fn bytes(&self) -> u64 {
+        self.object_bytes + self.partial_bytes + self.other_bytes
+    }
+}
+
+/// Disk space promised to an artifact by [`Store::admit`] until dropped. What has arrived already
+/// does not count twice.
+#[derive(Debug)]
+#[must_use = "dropped at once, it reserves nothing"]
+pub struct Reservation {
+    wanted: Arc<Wanted>,
+}
+
+impl Reservation {
+    /// The artifact it is for.
+    pub fn reference(&self) -> &str {
+        &self.wanted.reference
+    }
+}
+
+/// What a reservation is for.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub(super) reference: String,
+    objects: BTreeMap<ObjectId, u64>,
+}
+
+/// What may be written, in bytes, and why not more.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    free: u64,
+    used: Option<u64>,
+    available: u64,
+}
+
+impl Store {
+    /// What the store takes. Walks all of it.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn usage(&self) -> Result<Usage> {
+        let mut usage = Usage::default();
+        self.each_object(|_, _, stat| {
+            usage.objects += 1;
+            usage.object_bytes += stat.disk;
+            Ok(())
+        })?;
+        for name in self.disk.list(&self.partial_dir())? {
+            let path = self.partial_dir().join(name);
+            let Some(stat) = self.disk.stat(&path)? else {
+                continue;
+            };
+            match path.extension().is_some_and(|e| e == "data") {
+                true => {
+                    usage.partials += 1;
+                    usage.partial_bytes += stat.disk;
+                }
+                false => usage.other_bytes += stat.disk,
+            }
+        }
+        for dir in ["objects/tmp", "trees", "artifacts"] {
+            let dir = self.root.join(dir);
+            for name in self.disk.list(&dir)? {
+                let stat = self.disk.stat(&dir.join(name))?;
+                usage.other_bytes += stat.map_or(0, |stat| stat.disk);
+            }
+        }
+        Ok(usage)
+    }
+
+    /// Bytes that are free on the file system of the store.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn free_bytes(&self) -> Result<u64> {
+        Ok(self.disk.space(&self.root)?.free)
+    }
+
+    /// Calls `each` for every complete object.
+    pub(super) fn each_object(
+        &self,
+        each: impl FnMut(Digest, PathBuf, Stat) -> Result<()>,
+    ) -> Result<()> {
+        self.each_sharded(&self.root.join("objects/sha256"), each)
+    }
+
+    /// Calls `each` for every file `dir/ab/<hex>`; other names are not ours.
+    pub(super) fn each_sharded(
+        &self,
+        dir: &Path,
+        mut each: impl FnMut(Digest, PathBuf, Stat) -> Result<()>,
+    ) -> Result<()> {
+        for shard in self.disk.list(dir)? {
+            let shard = dir.join(shard);
+            for name in self.disk.list(&shard)? {
+                let path = shard.join(&name);
+                let digest = name.to_str().and_then(|n| Digest::from_hex(n).ok());
+                if let Some(digest) = digest
+                    && let Some(stat) = self.disk.stat(&path)?
+                {
+                    each(digest, path, stat)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses what cannot fit, evicting first where that helps; the guard holds the reservation.
+    /// The artifact should be recorded, and held while it arrives. Reservations of this process
+    /// count, those of others show as they fill the disk. The store is walked only where
+    /// `max_bytes` is set or something must be evicted.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::NoSpace`] with the arithmetic; nothing was evicted then.
+    pub fn admit(self: &Arc<Self>, artifact: &Artifact) -> Result<Reservation> {
+        let sizes = artifact.objects.iter().map(|o| (o.id, o.size));
+        let wanted = Arc::new(Wanted {
+            reference: artifact.reference.clone(),
+            objects: sizes.collect(),
+        });
+        let mut reservations = self.reservations.lock();
+        reservations.retain(|other| other.strong_count() > 0);
+        let mut admitted: Vec<Arc<Wanted>> = Vec::new();
+        admitted.extend(reservations.iter().filter_map(std::sync::Weak::upgrade));
+        let mut others = BTreeMap::new();
+        for other in &admitted {
+            others.extend(other.objects.iter().map(|(id, size)| (*id, *size)));
+        }
+        let reserved = self.outstanding(&others)?;
+        others.extend(wanted.objects.iter().map(|(id, size)| (*id, *size)));
+        let needed = self.outstanding(&others)?;
+        if needed > 0 {
+            self.need_writable()?;
+            let mut room = self.room()?;
+            if needed > room.available {
+                admitted.push(Arc::clone(&wanted));
+                let missing = needed - room.available;
+                let could = self.evict(missing, &admitted, true)?;
+                if could >= missing {
+                    self.evict(missing, &admitted, false)?;
+                    room = self.room()?;
+                }
+                if needed > room.available {
+                    let own = needed - reserved;
+                    return Err(self.too_large(&wanted.reference, own, reserved, room, could));
+                }
+            }
+        }
+        reservations.push(Arc::downgrade(&wanted));
+        Ok(Reservation { wanted })
+    }
+
+    /// Bytes of `objects` that are not on the disk yet.
+    fn outstanding(&self, objects: &BTreeMap<ObjectId, u64>) -> Result<u64> {
+        let mut sum = 0u64;
+        for (id, size) in objects {
+            let content = self.content_of(id)?;
+            let path = content.map(|digest| self.object_path(&digest));
+            if let Some(path) = path
+                && self.disk.stat(&path)?.is_some_and(|stat| stat.len == *size)
+            {
+                continue;
+            }
+            let data = Paths::of(&self.partial_stem(id)).data;
+            let there = self.disk.stat(&data)?.map_or(0, |stat| stat.disk);
+            sum = sum.saturating_add(size.saturating_sub(there));
+        }
+        Ok(sum)
+    }
+
+    fn room(&self) -> Result<Room> {
+        let free = self.disk.space(&self.root)?.free;
+        let mut available = free.saturating_sub(self.config.min_free.0);
+        let mut used = None;
+        if let Some(ByteSize(limit)) = self.config.max_bytes {
+            let bytes = self.usage()?.bytes();
+            available = available.min(limit.saturating_sub(bytes));
+            used = Some(bytes);
+        }
+        Ok(Room {
+            free,
+            used,
+            available,
+        })
+    }
+
+    fn too_large(
+        &self,
+        reference: &str,
+        own: u64,
+        reserved: u64,
+        room: Room,
+        could: u64,
+    ) -> StoreError {
+        let mut message = format!("{reference} does not fit: needs {}", ByteSize(own));
+        if reserved > 0 {
+            message += &format!(" beside {} promised to others", ByteSize(reserved));
+        }
+        message += &format!(
+            ", {} available ({} free on the file system of {}, of which {} stay free",
+            ByteSize(room.available),
+            ByteSize(room.free),
+            self.root.display(),
+            self.config.min_free
+        );
+        if let (Some(limit), Some(used)) = (self.config.max_bytes, room.used) {
+            message += &format!("; {} of store.max_bytes {limit} used", ByteSize(used));
+        }
+        message += &format!("), could evict {}", ByteSize(could));
+        // What is pinned is most often the answer; a list that cannot be read is not.
+        let mut pinned: Vec<String> = self
+            .records()
+            .unwrap_or_default()
+            .into_iter()
+            .filter(|r| !r.pins.is_empty())
+            .map(|r| r.reference)
+            .collect();
+        if !pinned.is_empty() {
+            let more = pinned.len().saturating_sub(5);
+            pinned.truncate(5);
+            message += &format!("; pinned: {}", pinned.join(", "));
+            if more > 0 {
+                message += &format!(" and {more} more");
+            }
+        }
+        StoreError::new(StoreErrorKind::NoSpace, message)
+    }
+}

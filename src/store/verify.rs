@@ -1,0 +1,328 @@
+//! Verification: reads everything again and compares it with its name.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    thread,
+};
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use parking_lot::Mutex;
+
+use super::{
+    Result, Store, StoreError,
+    collect::partial_id,
+    hash_file,
+    partial::Paths,
+    presence::{Bits, map_len},
+};
+use crate::{
+    digest::{Digest, ObjectId},
+    disk::Open,
+};
+
+/// Objects read at once: a disk is rarely faster with more, and a busy node keeps its cores.
+const READERS: usize = 2;
+
+/// What to verify.
+#[derive(Debug, Clone, Copy)]
+pub enum VerifyScope<'r> {
+    /// The artifacts with these references.
+    References(&'r [String]),
+    /// Everything in the store.
+    All,
+}
+
+/// Something that is not what its name promises.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Damage {
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub what: String,
+    /// References of the artifacts that need it.
+    pub references: Vec<String>,
+    /// Whether it was removed, so that it is fetched again.
+    pub removed: bool,
+}
+
+/// What a verification found.
+#[derive(Debug, Clone, Default, serde::Serialize)]
+pub struct VerifyReport {
+    /// Complete objects read.
+    pub objects: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// References asked for that are not in the store, or only in part.
+    pub missing: Vec<String>,
+    /// What is damaged.
+    pub damaged: Vec<Damage>,
+}
+
+/// How far a verification is; given to the callback after each read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct VerifyProgress {
+    /// Bytes read now.
+    pub bytes: u64,
+    /// Bytes to read in all.
+    pub total: u64,
+}
+
+/// An object to read.
+struct Check {
+    digest: Digest,
+    path: PathBuf,
+    len: u64,
+}
+
+impl Store {
+    /// Hashes complete objects from the disk (not from the page cache, where it can be dropped),
+    /// and checks trees, records and chunk maps. With `repair`, what is damaged is removed; who
+    /// wants it fetches it again. `progress` stops the run by saying false.
+    ///
+    /// # Errors
+    /// What the disk says, except that a file which cannot be read is damaged.
+    pub fn verify(
+        &self,
+        scope: VerifyScope<'_>,
+        repair: bool,
+        progress: impl Fn(VerifyProgress) -> bool + Sync,
+    ) -> Result<VerifyReport> {
+        if repair {
+            self.need_writable()?;
+        }
+        let mut report = VerifyReport::default();
+        let mut users: BTreeMap<Digest, BTreeSet<String>> = BTreeMap::new();
+        self.verify_records(scope, repair, &mut report, &mut users)?;
+        let mut checks = Vec::new();
+        match scope {
+            VerifyScope::All => {
+                self.each_object(|digest, path, stat| {
+                    let len = stat.len;
+                    checks.push(Check { digest, path, len });
+                    Ok(())
+                })?;
+                self.verify_maps(repair, &mut report)?;
+            }
+            VerifyScope::References(_) => {
+                for digest in users.keys() {
+                    let path = self.object_path(digest);
+                    if let Some(stat) = self.disk.stat(&path)? {
+                        let (digest, len) = (*digest, stat.len);
+                        checks.push(Check { digest, path, len });
+                    }
+                }
+            }
+        }
+        let bad = self.hash_all(&checks, progress, &mut report)?;
+        for (check, what) in bad {
+            if repair {
+                self.disk.unlink(&check.path)?;
+            }
+            let references = users.get(&check.digest);
+            report.damaged.push(Damage {
+                path: check.path.clone(),
+                what,
+                references: references.into_iter().flatten().cloned().collect(),
+                removed: repair,
+            });
+        }
+        Ok(report)
+    }
+
+    /// Hashes objects with a few threads; those that are not what they should be, and why.
+    fn hash_all<'c>(
+        &self,
+        checks: &'c [Check],
+        progress: impl Fn(VerifyProgress) -> bool + Sync,
+        report: &mut VerifyReport,
+    ) -> Result<Vec<(&'c Check, String)>> {
+        let total = checks.iter().map(|check| check.len).sum();
+        let next = AtomicUsize::new(0);
+        let stop = AtomicBool::new(false);
+        let bad = Mutex::new(Vec::new());
+        let counts = Mutex::new((0, 0));
+        let seen = |bytes| {
+            counts.lock().1 += bytes;
+            if !progress(VerifyProgress { bytes, total }) {
+                stop.store(true, Ordering::Relaxed);
+            }
+            !stop.load(Ordering::Relaxed)
+        };
+        let read = || {
+            while !stop.load(Ordering::Relaxed)
+                && let Some(check) = checks.get(next.fetch_add(1, Ordering::Relaxed))
+            {
+                let found = self.check_object(check, seen)?;
+                counts.lock().0 += 1;
+                if let Some(what) = found {
+                    bad.lock().push((check, what));
+                }
+            }
+            Ok::<(), StoreError>(())
+        };
+        thread::scope(|scope| {
+            let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(read)).collect();
+            readers.into_iter().try_for_each(|reader| {
+                reader
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+        })?;
+        (report.objects, report.bytes) = counts.into_inner();
+        Ok(bad.into_inner())
+    }
+
+    /// What is wrong with an object, if anything.
+    fn check_object(&self, check: &Check, seen: impl FnMut(u64) -> bool) -> Result<Option<String>> {
+        let handle = match self.disk.open(&check.path, Open::Read) {
+            Ok(handle) => handle,
+            // Collected meanwhile.
+            Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        // Advice: what stays cached is verified as it would be read.
+        let _ = posix_fadvise(handle.file(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        Ok(match hash_file(handle.file(), seen) {
+            Ok(Some(digest)) if digest != check.digest => {
+                Some(format!("its content has the digest {digest}"))
+            }
+            Ok(_) => None,
+            Err(error) => Some(format!("it cannot be read: {error}")),
+        })
+    }
+
+    /// Checks records and trees, and gathers which references need which objects.
+    fn verify_records(
+        &self,
+        scope: VerifyScope<'_>,
+        repair: bool,
+        report: &mut VerifyReport,
+        users: &mut BTreeMap<Digest, BTreeSet<String>>,
+    ) -> Result<()> {
+        let dir = self.root.join("artifacts");
+        let paths: Vec<PathBuf> = match scope {
+            VerifyScope::References(references) => {
+                references.iter().map(|r| self.record_path(r)).collect()
+            }
+            VerifyScope::All => {
+                let names = self.disk.list(&dir)?.into_iter();
+                let paths = names.map(|name| dir.join(name));
+                paths
+                    .filter(|p| p.extension().is_some_and(|e| e == "json"))
+                    .collect()
+            }
+        };
+        for (at, path) in paths.iter().enumerate() {
+            let Some(record) = self.read_record(path)? else {
+                if self.disk.stat(path)?.is_some() {
+                    self.damaged(
+                        path.clone(),
+                        "its checksum does not fit",
+                        Vec::new(),
+                        repair,
+                        report,
+                    )?;
+                }
+                if let VerifyScope::References(references) = scope {
+                    report.missing.push(references[at].clone());
+                }
+                continue;
+            };
+            let Some(artifact) = self.read_tree(&record.digest)? else {
+                let path = self.tree_path(&record.digest);
+                if self.disk.stat(&path)?.is_some() {
+                    self.damaged(
+                        path,
+                        "its digest does not fit",
+                        vec![record.reference.clone()],
+                        repair,
+                        report,
+                    )?;
+                }
+                report.missing.push(record.reference);
+                continue;
+            };
+            let mut whole = true;
+            for object in &artifact.objects {
+                let content = self.content_of(&object.id)?;
+                let stat = match &content {
+                    Some(digest) => self.disk.stat(&self.object_path(digest))?,
+                    None => None,
+                };
+                whole &= stat.is_some();
+                if let Some(digest) = content {
+                    users
+                        .entry(digest)
+                        .or_default()
+                        .insert(record.reference.clone());
+                }
+            }
+            if !whole && matches!(scope, VerifyScope::References(_)) {
+                report.missing.push(record.reference);
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the chunk maps of partial objects. Their size is that of the data file.
+    fn verify_maps(&self, repair: bool, report: &mut VerifyReport) -> Result<()> {
+        for name in self.disk.list(&self.partial_dir())? {
+            let Some(id) = partial_id(&name) else {
+                continue;
+            };
+            let paths = Paths::of(&self.partial_stem(&id));
+            if self.partial_dir().join(&name) == paths.map && !self.map_is_good(&id, &paths)? {
+                // Under the lock that opening takes: nobody reads it between check and removal.
+                let _structure = match repair {
+                    true => Some(self.lock_partials()?),
+                    false => None,
+                };
+                if !self.map_is_good(&id, &paths)? {
+                    self.damaged(
+                        paths.map,
+                        "its checksum does not fit",
+                        Vec::new(),
+                        repair,
+                        report,
+                    )?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn map_is_good(&self, id: &ObjectId, paths: &Paths) -> Result<bool> {
+        let Some(data) = self.disk.stat(&paths.data)? else {
+            // Left over: it is removed before anyone could believe it.
+            return Ok(true);
+        };
+        match self.read_small(&paths.map, map_len(id, data.len)) {
+            Ok(Some(bytes)) => Ok(Bits::from_map_file(&bytes, id, data.len).is_some()),
+            Ok(None) => Ok(true),
+            Err(error) if error.kind() == super::StoreErrorKind::Damaged => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn damaged(
+        &self,
+        path: PathBuf,
+        what: &str,
+        references: Vec<String>,
+        repair: bool,
+        report: &mut VerifyReport,
+    ) -> Result<()> {
+        if repair {
+            self.disk.unlink(&path)?;
+        }
+        report.damaged.push(Damage {
+            path,
+            what: what.to_owned(),
+            references,
+            removed: repair,
+        });
+        Ok(())
+    }
+}

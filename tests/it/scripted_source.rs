@@ -1,0 +1,181 @@
+//! A source that does what the test says: errors, short and wrong bodies, stalls, other generations.
+
+use std::{
+    collections::VecDeque,
+    ops::Range,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream};
+use hearth::{
+    digest::{Digest, ObjectId},
+    reference::Reference,
+    source::{ByteStream, Source, SourceError, SourceErrorKind},
+    tree::{Artifact, Location, Object, Recipe},
+};
+
+/// What happens to one request.
+#[derive(Debug, Clone, Copy)]
+pub enum Fault {
+    /// The request is refused.
+    Refuse(SourceErrorKind),
+    /// The body breaks off with an error after this many bytes.
+    Break(u64),
+    /// The body just ends after this many bytes.
+    Short(u64),
+    /// The body goes on for longer than asked.
+    Long,
+    /// The first byte of the body is wrong.
+    Flip,
+    /// Nothing is ever answered.
+    Stall,
+}
+
+/// Content and what happens to the requests for it.
+#[derive(Debug)]
+pub struct Scripted {
+    pub data: Bytes,
+    faults: Mutex<VecDeque<Option<Fault>>>,
+    log: Mutex<Vec<Range<u64>>>,
+    /// Bytes in a frame, and the pause before each.
+    frame: usize,
+    pace: Duration,
+    always_wrong: AtomicBool,
+}
+
+impl Scripted {
+    pub fn new(size: usize) -> Self {
+        Self {
+            data: content(size),
+            faults: Mutex::default(),
+            log: Mutex::default(),
+            frame: 64 << 10,
+            pace: Duration::ZERO,
+            always_wrong: AtomicBool::new(false),
+        }
+    }
+
+    /// Frames of `frame` bytes with a pause before each.
+    pub fn paced(mut self, frame: usize, pace: Duration) -> Self {
+        (self.frame, self.pace) = (frame, pace);
+        self
+    }
+
+    /// The next requests meet these faults, in order.
+    pub fn script(self, faults: impl IntoIterator<Item = Option<Fault>>) -> Self {
+        self.faults.lock().unwrap().extend(faults);
+        self
+    }
+
+    pub fn serve_wrong_bytes(&self, wrong: bool) {
+        self.always_wrong.store(wrong, Ordering::Relaxed);
+    }
+
+    /// The ranges asked for so far.
+    pub fn requests(&self) -> Vec<Range<u64>> {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// An object with the content, named by its digest.
+    pub fn object(&self) -> Object {
+        self.object_as(ObjectId::Sha256(Digest::of(&self.data)))
+    }
+
+    pub fn object_as(&self, id: ObjectId) -> Object {
+        Object {
+            id,
+            size: self.data.len() as u64,
+            git_sha1: None,
+            recipe: Recipe::Raw(Location {
+                path: "weights.bin".into(),
+                generation: Some("1".into()),
+                offset: 0,
+            }),
+        }
+    }
+
+    pub fn source(self: &Arc<Self>) -> Arc<dyn Source> {
+        Arc::clone(self) as Arc<dyn Source>
+    }
+}
+
+/// Bytes that differ everywhere, so that a misplaced range shows.
+pub fn content(size: usize) -> Bytes {
+    let mut x = 0x9e37_79b9_7f4a_7c15u64;
+    let mut data = Vec::with_capacity(size + 8);
+    while data.len() < size {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        data.extend_from_slice(&x.to_le_bytes());
+    }
+    data.truncate(size);
+    data.into()
+}
+
+#[async_trait::async_trait]
+impl Source for Scripted {
+    async fn resolve(&self, reference: &Reference) -> Result<Artifact, SourceError> {
+        Err(SourceError::new(
+            SourceErrorKind::NotFound,
+            reference.to_string(),
+            "not scripted",
+        ))
+    }
+
+    async fn read(
+        &self,
+        location: &Location,
+        range: Range<u64>,
+    ) -> Result<ByteStream, SourceError> {
+        assert!(!range.is_empty());
+        self.log.lock().unwrap().push(range.clone());
+        let fault = self.faults.lock().unwrap().pop_front().flatten();
+        let what = format!("{} at scripted", location.path);
+        let mut body = self
+            .data
+            .slice(range.start as usize..range.end as usize)
+            .to_vec();
+        let mut broken = false;
+        match fault {
+            None => {}
+            Some(Fault::Refuse(kind)) => return Err(SourceError::new(kind, what, "scripted")),
+            Some(Fault::Stall) => std::future::pending().await,
+            Some(Fault::Break(at)) => {
+                body.truncate(at as usize);
+                broken = true;
+            }
+            Some(Fault::Short(at)) => body.truncate(at as usize),
+            Some(Fault::Long) => body.push(0),
+            Some(Fault::Flip) => body[0] ^= 1,
+        }
+        if self.always_wrong.load(Ordering::Relaxed) {
+            body[0] ^= 1;
+        }
+        let pace = self.pace;
+        let frames: Vec<_> = body
+            .chunks(self.frame)
+            .map(Bytes::copy_from_slice)
+            .map(Ok)
+            .collect();
+        let end = broken.then(|| {
+            Err(SourceError::new(
+                SourceErrorKind::Unavailable,
+                what,
+                "the connection was reset",
+            ))
+        });
+        let frames = stream::iter(frames.into_iter().chain(end)).then(move |frame| async move {
+            if !pace.is_zero() {
+                tokio::time::sleep(pace).await;
+            }
+            frame
+        });
+        Ok(frames.boxed())
+    }
+}
