@@ -71,6 +71,9 @@ pub enum FsError {
     },
 }
 
+/// Name and value of an extended attribute.
+type Xattr = (Box<[u8]>, Box<[u8]>);
+
 /// What an inode is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileKind {
@@ -533,7 +536,7 @@ impl View {
         Ok((number, inode))
     }
 
-    fn xattrs(&self, ino: u64) -> Result<&[(Box<[u8]>, Box<[u8]>)], FsError> {
+    fn xattrs(&self, ino: u64) -> Result<&[Xattr], FsError> {
         if ino >= UPPER {
             return Ok(&[]);
         }

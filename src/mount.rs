@@ -133,9 +133,10 @@ impl MountError {
                 Some("load the kernel module (`modprobe fuse`); in a container, give it /dev/fuse")
             }
             MountErrorKind::NoHelper => Some("install the package `fuse3`, or mount as root"),
-            MountErrorKind::Denied => {
-                Some("mount as root (CAP_SYS_ADMIN), or on a directory that you own and may write")
-            }
+            MountErrorKind::Denied => Some(
+                "mount as root (CAP_SYS_ADMIN), or on a directory that you own, with /dev/fuse open \
+                 to all (mode 0666)",
+            ),
             MountErrorKind::System => None,
         }
     }

@@ -82,6 +82,7 @@ impl Contents for Fetched {
             .get(object as usize)
             .ok_or(FsError::Damaged("a file names no object"))?;
         let handle: Arc<Handle> = self.engine.open(object, &self.source)?;
+        handle.expect_reads();
         Ok(handle)
     }
 }

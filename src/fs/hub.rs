@@ -17,7 +17,7 @@ use super::Shadow;
 use crate::{
     digest::{ObjectId, to_hex},
     reference::{HubKind, HubRepo},
-    tree::{Artifact, Kind, Meta, Object, TreeBuilder, TreeError},
+    tree::{Artifact, Kind, Meta, Object, Recipe, TreeBuilder, TreeError},
 };
 
 const TAG: &str = "Signature: 8a477f597d28d172789f06886806bc55\n\
@@ -50,7 +50,7 @@ pub enum LayoutError {
     },
 }
 
-/// The layout of `artifact`, whose root is directory `root` of `repo` (empty: all of it).
+/// The layout of `artifact`, which is directory or file `root` of `repo` (empty: all of it).
 ///
 /// # Errors
 /// Names that cannot stand in a tree.
@@ -92,7 +92,18 @@ pub fn layout(artifact: &Artifact, repo: &HubRepo, root: &str) -> Result<Layout,
             .map_err(tree_error)?;
     }
     let mut seen = HashSet::new();
-    for (path, inode, object) in artifact.tree.files() {
+    let files = artifact.tree.files();
+    let mut root = root.trim_matches('/');
+    if let [(name, _, object)] = &files[..]
+        && let Some(Recipe::Raw(location)) =
+            artifact.objects.get(*object as usize).map(|o| &o.recipe)
+        && location.path == root
+        && root.rsplit('/').next() == Some(name)
+    {
+        // The root is that file itself.
+        root = root.rsplit_once('/').map_or("", |(dir, _)| dir);
+    }
+    for (path, inode, object) in files {
         let meta = artifact.tree.get(inode).map(|i| &i.meta);
         let mtime = meta.map_or(mtime, |m| m.mtime.0);
         let Some(content) = artifact.objects.get(object as usize) else {
@@ -108,7 +119,7 @@ pub fn layout(artifact: &Artifact, repo: &HubRepo, root: &str) -> Result<Layout,
                 )
                 .map_err(tree_error)?;
         }
-        let path = match root.trim_matches('/') {
+        let path = match root {
             "" => path,
             root => format!("{root}/{path}"),
         };

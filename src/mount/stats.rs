@@ -2,6 +2,16 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+/// Counts up.
+#[derive(Debug, Default)]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(super) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Relaxed);
+    }
+}
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
         /// What a mount has served since it was made.
@@ -9,11 +19,11 @@ macro_rules! counters {
         pub struct Stats { $($(#[$doc])* pub $name: u64),* }
 
         #[derive(Debug, Default)]
-        pub(super) struct Counters { $(pub(super) $name: AtomicU64),* }
+        pub(super) struct Counters { $(pub(super) $name: Counter),* }
 
         impl Counters {
             pub(super) fn snapshot(&self) -> Stats {
-                Stats { $($name: self.$name.load(Relaxed)),* }
+                Stats { $($name: self.$name.0.load(Relaxed)),* }
             }
         }
     };
@@ -38,15 +48,10 @@ counters! {
     read_bytes,
     /// READ requests that had to wait for content.
     waited_reads,
-    /// Requests answered with an error other than "no such file".
+    /// Requests answered with EIO, ESTALE or EACCES.
     errors,
     /// Files let go.
     releases,
     /// Inodes forgotten by the kernel.
     forgets,
-}
-
-/// Adds to a counter.
-pub(super) fn count(counter: &AtomicU64, by: u64) {
-    counter.fetch_add(by, Relaxed);
 }

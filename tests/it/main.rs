@@ -1,7 +1,9 @@
 //! Tests that need nothing but a temporary directory.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod fetch;
 mod http_faults;
+mod fs;
 mod layers;
 mod scripted;
 mod scripted_source;

@@ -3,5 +3,6 @@
 
 mod http;
 mod hub;
+mod mount;
 mod servers;
 mod sources;
