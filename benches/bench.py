@@ -16,13 +16,9 @@ def hearth_object(path):
     with open(path, "rb") as f: h = hashlib.file_digest(f, "sha256").hexdigest()
     return STORE / "objects/sha256" / h[:2] / h
 def hearth_reads(at):
-    """FUSE READ requests the mount has answered, from `status DIR --json`."""
-    def find(v):
-        for k, w in v.items() if isinstance(v, dict) else enumerate(v) if isinstance(v, list) else ():
-            if k in ("reads", "fuse_reads", "read_requests") and isinstance(w, int): return w
-            if (r := find(w)) is not None: return r
-    out = subprocess.run(hearth("status", at, "--json"), capture_output=True, text=True, timeout=30)
-    return find(json.loads(out.stdout)) if out.returncode == 0 else None
+    """FUSE READ requests the mount has answered."""
+    out = subprocess.run(hearth("status", at, "--json"), capture_output=True, timeout=30, check=True).stdout
+    return json.loads(out)["mount"]["reads"]
 
 def remote(o, path): return f":s3,provider=Minio,env_auth=true,endpoint='{o.s3}',force_path_style=true,list_version=2:models{path}"
 RCLONE = ["rclone", "copy", "--multi-thread-streams", "8", "--multi-thread-cutoff", "64M", "--transfers", "4", "--buffer-size", "16M", "--ignore-checksum"]
@@ -41,7 +37,7 @@ def copies(o, model):
     if HEARTH: tools = {"hearth s3": hearth("warm", f"s3://models/{model}/"), "hearth http": hearth("warm", web + "/"), **tools}
     return {k: v if isinstance(v, str) else [str(x) for x in v] for k, v in tools.items()}
 
-def mounts(o, model=None):
+def mounts(o, model, fill=True):
     """A lazy mount in the foreground: name -> (command, where the model's files are below the mount)."""
     (RUN / "s3fs.pw").write_text("test:testtest"); (RUN / "s3fs.pw").chmod(0o600)
     at = {t: MNT / t for t in ("hearth", "rclone", "s3fs")}
@@ -49,7 +45,7 @@ def mounts(o, model=None):
         "rclone": (["rclone", "mount", remote(o, ""), at["rclone"], "--vfs-cache-mode", "full", "--cache-dir", CACHE / "rclone", "--read-only"], at["rclone"] / model),
         "s3fs": (["s3fs", "models", at["s3fs"], "-f", "-o", f"url={o.s3},use_path_request_style,use_cache={CACHE}/s3fs,passwd_file={RUN}/s3fs.pw,ro"], at["s3fs"] / model),
     }
-    if HEARTH: tools = {"hearth": (hearth("mount", f"s3://models/{model}/", at["hearth"], "--foreground"), at["hearth"]), **tools}
+    if HEARTH: tools = {"hearth": (hearth("mount", f"s3://models/{model}/", at["hearth"], "--foreground", *([] if fill else ["--no-fill"])), at["hearth"]), **tools}
     return tools
 def mount(o, tools, t):
     if t != "hearth": (CACHE / t).mkdir(parents=True, exist_ok=True)
@@ -137,7 +133,7 @@ def cold(n):
 def fresh_mount(o, name, model, what, *args):
     """Empty caches, a probe that is ready, a new mount, one measurement at once."""
     fresh(); (CACHE / name).mkdir()
-    tools = mounts(o, model)
+    tools = mounts(o, model, fill=what != "rand")  # what random reads fetch, not what the background fill does
     big = [tools[name][1] / f.name for f in files(model) if f.stat().st_size > 16 * MIB]
     probe = Probe(what, *(big if what == "load" else big[:1]), *args)
     drop()
@@ -180,8 +176,8 @@ def native(n):
             for x in paths: t.add(x, **rows[x])
         if HEARTH:
             after = hearth_reads(MNT / "hearth")
-            print(f"FUSE READ requests of hearth's mount during all of this: {'unknown' if None in (before, after) else after - before}")
-            if None not in (before, after): target("complete, FUSE READ requests", after - before, "<=", 0)
+            print(f"FUSE READ requests of hearth's mount during all of this: {after - before}")
+            target("complete, FUSE READ requests", after - before, "<=", 0)
     cols = {c: ".0f" for c in ("seq cold", "seq hot", "mmap cold", "mmap hot", "4K cold", "4K hot")}
     t.show("complete 1 GiB file: MB/s sequential and mmap, random 4K IOPS (peers: from their disk cache)", cols,
            [("hearth", ["direct", "rclone", "s3fs"], c) for c in cols])
