@@ -133,7 +133,8 @@ class Table:
             line = [f"{tool} (n={len(rows)})"]
             for c, f in cols.items():
                 v = [r[c] for r in rows if r.get(c) is not None]
-                line.append(f"{statistics.median(v):{f}} [{min(v):{f}}-{max(v):{f}}]" if v else "")
+                spread = f" [{min(v):{f}}-{max(v):{f}}]" if len(v) > 1 else ""
+                line.append(f"{statistics.median(v):{f}}{spread}" if v else "")
             cells.append(line)
         width = [max(len(r[i]) for r in cells) for i in range(len(cells[0]))]
         print(f"\n## {title}\n")

@@ -22,10 +22,10 @@ elif what == "seq":
     while k := os.readv(fd, [buf]): n += k
     out["s"] = time.monotonic() - t
     assert n == os.fstat(fd).st_size
-elif what == "mmap":  # one word of every page
+elif what == "mmap":  # every word, through the page tables
     t = time.monotonic()
     with open(paths[0], "rb") as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) as m:
-        a = np.frombuffer(m, np.uint8)[::4096]
+        a = np.frombuffer(m, np.uint64, len(m) // 8)
         int(a.sum())
         out["s"] = time.monotonic() - t
         del a
