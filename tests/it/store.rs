@@ -1,6 +1,9 @@
 //! The store on a real file system.
 
+mod artifacts;
+mod crash;
 mod objects;
+mod sim;
 
 use std::sync::Arc;
 
