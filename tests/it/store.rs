@@ -2,7 +2,9 @@
 
 mod artifacts;
 mod crash;
+mod model;
 mod objects;
+mod processes;
 mod sim;
 
 use std::sync::Arc;
