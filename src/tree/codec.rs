@@ -429,10 +429,10 @@ mod tests {
                 _ => ObjectId::Located(digest),
             },
             size: u64::from(seed) * 1000,
-            git_sha1: (seed % 3 == 0).then_some([seed; 20]),
+            git_sha1: seed.is_multiple_of(3).then_some([seed; 20]),
             recipe: Recipe::Raw(Location {
                 path: format!("key/{seed}"),
-                generation: (seed % 2 == 0).then(|| format!("\"etag {seed}\"")),
+                generation: seed.is_multiple_of(2).then(|| format!("\"etag {seed}\"")),
                 offset: u64::from(seed) << 40,
             }),
         }

@@ -3,4 +3,4 @@
 mod fetch;
 mod layers;
 mod scripted_source;
-//mod store;
+mod store;

@@ -1,5 +1,7 @@
 //! The store on a real file system.
 
+#![expect(clippy::unwrap_used, reason = "a panic fails the test")]
+
 mod artifacts;
 mod crash;
 mod model;
