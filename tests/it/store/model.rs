@@ -98,7 +98,7 @@ fn run(ops: Vec<Op>) {
                 model.present[index as usize] = true;
                 model.claimed[index as usize] = false;
                 if lease.chunks().is_empty() {
-                    leases.swap_remove(at);
+                    drop(leases.swap_remove(at));
                 }
             }
             Op::Release { lease } if !leases.is_empty() => {
