@@ -106,9 +106,6 @@ pub struct Meta {
     pub xattrs: Vec<Xattr>,
 }
 
-/// An extended attribute: name, value.
-pub type Xattr = (Box<[u8]>, Box<[u8]>);
-
 impl Meta {
     /// A plain file: 0444, root, `mtime` seconds since the epoch.
     pub const fn file(mtime: i64) -> Self {

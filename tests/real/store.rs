@@ -110,10 +110,11 @@ fn fill_a_full_disk(root: &Path, mode: WriteMode) {
     let mut full = false;
     while let Some(mut lease) = partial.claim(0..partial.chunks()).unwrap() {
         let index = lease.chunks().start;
+        drop(lease.split_off(index + 1));
         let range = hearth::chunk::bytes(index, bytes.len() as u64);
         buf.clear();
         let _ = buf.append(&bytes[range.start as usize..range.end as usize]);
-        let Err(error) = lease.commit(&buf, mode) else {
+        let Err(error) = lease.commit(index, &buf, mode) else {
             continue;
         };
         assert!(!full, "{error}");

@@ -151,10 +151,10 @@ fn a_large_object_survives_power_failures() {
                 .objects
                 .push((id, Digest::of(&bytes), bytes.clone()));
             let partial = store.partial(&id, bytes.len() as u64).unwrap();
-            let mut lease = partial.claim(0..3).unwrap().unwrap();
+            let lease = partial.claim(0..3).unwrap().unwrap();
             for index in 0..3 {
                 lease
-                    .commit(chunk_of(&bytes, index), WriteMode::Direct)
+                    .commit(index, chunk_of(&bytes, index), WriteMode::Direct)
                     .unwrap();
                 if index < 2 {
                     partial.checkpoint().unwrap();
@@ -182,9 +182,9 @@ fn a_discarded_object_never_comes_back() {
             .unwrap()
             .objects
             .push((id, Digest::of(&bytes), bytes.clone()));
-        let mut lease = partial.claim(0..1).unwrap().unwrap();
+        let lease = partial.claim(0..1).unwrap().unwrap();
         lease
-            .commit(chunk_of(&bytes, 0), WriteMode::Cached)
+            .commit(0, chunk_of(&bytes, 0), WriteMode::Cached)
             .unwrap();
         partial.checkpoint().unwrap();
         expected.lock().unwrap().chunks.push((id, 0));

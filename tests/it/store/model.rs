@@ -18,21 +18,41 @@ static KNOWN: LazyLock<(Vec<u8>, Artifact)> = LazyLock::new(|| {
 
 #[derive(Debug, Clone)]
 enum Op {
-    Claim { who: usize, from: u64, to: u64 },
-    Commit { lease: usize, direct: bool },
-    Release { lease: usize },
-    Checkpoint { who: usize },
-    Reopen { who: usize },
-    Discard { who: usize },
-    Finish { who: usize },
-    Collect { who: usize },
+    Claim {
+        who: usize,
+        from: u64,
+        to: u64,
+    },
+    Commit {
+        lease: usize,
+        chunk: u64,
+        direct: bool,
+    },
+    Release {
+        lease: usize,
+    },
+    Checkpoint {
+        who: usize,
+    },
+    Reopen {
+        who: usize,
+    },
+    Discard {
+        who: usize,
+    },
+    Finish {
+        who: usize,
+    },
+    Collect {
+        who: usize,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
     let who = 0..2usize;
     prop_oneof![
         4 => (who.clone(), 0..CHUNKS, 0..=CHUNKS).prop_map(|(who, from, to)| Op::Claim { who, from, to }),
-        6 => (any::<usize>(), any::<bool>()).prop_map(|(lease, direct)| Op::Commit { lease, direct }),
+        6 => (any::<usize>(), any::<u64>(), any::<bool>()).prop_map(|(lease, chunk, direct)| Op::Commit { lease, chunk, direct }),
         1 => any::<usize>().prop_map(|lease| Op::Release { lease }),
         1 => who.clone().prop_map(|who| Op::Checkpoint { who }),
         1 => who.clone().prop_map(|who| Op::Reopen { who }),
@@ -46,10 +66,19 @@ fn op() -> impl Strategy<Value = Op> {
 struct Model {
     present: [bool; CHUNKS as usize],
     claimed: [bool; CHUNKS as usize],
+    /// By the lease that claims it.
+    written: [bool; CHUNKS as usize],
     complete: bool,
 }
 
 impl Model {
+    fn release(&mut self, lease: &Lease) {
+        for index in lease.chunks() {
+            self.claimed[index as usize] = false;
+            self.written[index as usize] = false;
+        }
+    }
+
     /// What a claim must give: the first run of absent and unclaimed chunks.
     fn claim(&self, from: u64, to: u64) -> Option<std::ops::Range<u64>> {
         let free = |&index: &u64| !self.present[index as usize] && !self.claimed[index as usize];
@@ -86,34 +115,35 @@ fn run(ops: Vec<Op>) {
                     leases.push((who, lease));
                 }
             }
-            Op::Commit { lease, direct } if !leases.is_empty() => {
-                let at = lease % leases.len();
-                let lease = &mut leases[at].1;
-                let index = lease.chunks().start;
+            Op::Commit {
+                lease,
+                chunk,
+                direct,
+            } if !leases.is_empty() => {
+                let lease = &leases[lease % leases.len()].1;
+                let run = lease.chunks();
+                let index = run.start + chunk % (run.end - run.start);
                 let mode = match direct {
                     true => WriteMode::Direct,
                     false => WriteMode::Cached,
                 };
-                lease.commit(chunk_of(bytes, index), mode).unwrap();
-                model.present[index as usize] = true;
-                model.claimed[index as usize] = false;
-                if lease.chunks().is_empty() {
-                    drop(leases.swap_remove(at));
+                let done = lease.commit(index, chunk_of(bytes, index), mode);
+                // Once per lease, even where it was discarded since.
+                assert_eq!(done.is_ok(), !model.written[index as usize]);
+                if done.is_ok() {
+                    model.present[index as usize] = true;
+                    model.written[index as usize] = true;
                 }
             }
             Op::Release { lease } if !leases.is_empty() => {
                 let (_, lease) = leases.swap_remove(lease % leases.len());
-                lease
-                    .chunks()
-                    .for_each(|at| model.claimed[at as usize] = false);
+                model.release(&lease);
             }
             Op::Commit { .. } | Op::Release { .. } => {}
             Op::Checkpoint { who } => partials[who].checkpoint().unwrap(),
             Op::Reopen { who } => {
                 for (_, lease) in leases.extract_if(.., |(owner, _)| *owner == who) {
-                    lease
-                        .chunks()
-                        .for_each(|at| model.claimed[at as usize] = false);
+                    model.release(&lease);
                 }
                 if !model.complete {
                     stores[who] = open(dir.path());
@@ -160,7 +190,7 @@ fn run(ops: Vec<Op>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn an_object_behaves_as_its_model(ops in prop::collection::vec(op(), 1..40)) {
         run(ops);
@@ -177,6 +207,7 @@ fn a_lease_survives_a_discard() {
         },
         Op::Commit {
             lease: 0,
+            chunk: 0,
             direct: false,
         },
         Op::Discard { who: 1 },
@@ -187,6 +218,7 @@ fn a_lease_survives_a_discard() {
         },
         Op::Commit {
             lease: 0,
+            chunk: 0,
             direct: true,
         },
     ]);
