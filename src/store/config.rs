@@ -122,7 +122,10 @@ impl FromStr for ByteSize {
 impl Serialize for ByteSize {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         // The largest unit that divides it, so that reading it back gives the same number.
-        match UNITS.iter().find(|(_, u)| self.0 > 0 && self.0 % u == 0) {
+        match UNITS
+            .iter()
+            .find(|(_, u)| self.0 > 0 && self.0.is_multiple_of(*u))
+        {
             Some((name, unit)) if *unit > 1 => {
                 serializer.collect_str(&format_args!("{}{name}", self.0 / unit))
             }

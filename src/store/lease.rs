@@ -1,6 +1,8 @@
 //! Leases: the right to fill chunks.
 
-use std::{ops::Range, sync::Arc};
+use std::{collections::BTreeSet, ops::Range, sync::Arc};
+
+use parking_lot::Mutex;
 
 use super::{Partial, Result, StoreError, StoreErrorKind};
 use crate::chunk;
@@ -21,11 +23,19 @@ pub enum WriteMode {
 pub struct Lease {
     partial: Arc<Partial>,
     chunks: Range<u64>,
+    /// Chunks that were or are being written: none is written twice. So a present chunk is never
+    /// written, and an object whose chunks are all present has no writer.
+    started: Mutex<BTreeSet<u64>>,
 }
 
 impl Lease {
     pub(super) fn new(partial: Arc<Partial>, chunks: Range<u64>) -> Self {
-        Self { partial, chunks }
+        let started = Mutex::default();
+        Self {
+            partial,
+            chunks,
+            started,
+        }
     }
 
     /// The object.
@@ -44,7 +54,8 @@ impl Lease {
     ///
     /// # Errors
     /// [`StoreErrorKind::NoSpace`] and what the disk says: the chunks stay absent and leased.
-    /// [`StoreErrorKind::Invalid`] for data that is not whole chunks of this lease.
+    /// [`StoreErrorKind::Invalid`] for data that is not whole chunks of this lease, or chunks that
+    /// were committed before.
     pub fn commit(&self, first: u64, data: &[u8], mode: WriteMode) -> Result<()> {
         let size = self.partial.size();
         let len = data.len() as u64;
@@ -59,7 +70,22 @@ impl Lease {
             );
             return Err(StoreError::new(StoreErrorKind::Invalid, message));
         }
-        self.partial.fill(&done, data, mode)
+        let mut started = self.started.lock();
+        if started.range(done.clone()).next().is_some() {
+            let message = format!(
+                "object {}: chunks {done:?} are committed twice",
+                self.partial.id()
+            );
+            return Err(StoreError::new(StoreErrorKind::Invalid, message));
+        }
+        started.extend(done.clone());
+        drop(started);
+        self.partial.fill(&done, data, mode).inspect_err(|_| {
+            let mut started = self.started.lock();
+            done.for_each(|index| {
+                started.remove(&index);
+            });
+        })
     }
 
     /// Splits the chunks from `at` on off, into a lease of their own.
@@ -68,7 +94,12 @@ impl Lease {
         let tail = at..self.chunks.end;
         self.partial.split(&self.chunks, at);
         self.chunks.end = at;
-        Self::new(Arc::clone(&self.partial), tail)
+        let started = self.started.get_mut().split_off(&at);
+        Self {
+            partial: Arc::clone(&self.partial),
+            chunks: tail,
+            started: Mutex::new(started),
+        }
     }
 }
 

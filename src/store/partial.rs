@@ -362,7 +362,8 @@ impl Partial {
     fn write_direct(&self, data: &[u8], offset: u64) -> Result<usize> {
         let align = crate::disk::DIRECT_ALIGN;
         let len = data.len() / align * align;
-        let aligned = data.as_ptr().addr() % align == 0 && offset % align as u64 == 0;
+        let aligned =
+            data.as_ptr().addr().is_multiple_of(align) && offset.is_multiple_of(align as u64);
         let Some(direct) = &self.direct else {
             return Ok(0);
         };

@@ -7,4 +7,4 @@ mod fs;
 mod layers;
 mod scripted;
 mod scripted_source;
-//mod store;
+mod store;

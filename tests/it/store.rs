@@ -1,6 +1,13 @@
 //! The store on a real file system.
 
+#![expect(clippy::unwrap_used, reason = "a panic fails the test")]
+
+mod artifacts;
+mod crash;
+mod model;
 mod objects;
+mod processes;
+mod sim;
 
 use std::sync::Arc;
 
@@ -45,9 +52,10 @@ fn chunk_of(content: &[u8], index: u64) -> &[u8] {
 
 /// Fills what is absent and unclaimed.
 fn fill(partial: &Arc<Partial>, content: &[u8], mode: WriteMode) {
-    while let Some(mut lease) = partial.claim(0..partial.chunks()).unwrap() {
-        let at = lease.chunks().start;
-        lease.commit(chunk_of(content, at), mode).unwrap();
+    while let Some(lease) = partial.claim(0..partial.chunks()).unwrap() {
+        for at in lease.chunks() {
+            lease.commit(at, chunk_of(content, at), mode).unwrap();
+        }
     }
 }
 

@@ -6,3 +6,4 @@ mod hub;
 mod mount;
 mod servers;
 mod sources;
+mod store;

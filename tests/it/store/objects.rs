@@ -23,10 +23,11 @@ fn an_object_is_filled_finished_and_found() {
         partial.allocate().unwrap();
         let mut buf = AlignedBuf::with_capacity(2 * MIB);
         assert_eq!(buf.append(&bytes[..2 * MIB]), 2 * MIB);
-        let mut lease = partial.claim(0..9).unwrap().unwrap();
+        let lease = partial.claim(0..9).unwrap().unwrap();
         assert_eq!(lease.chunks(), 0..4);
-        lease.commit(&buf, mode).unwrap();
-        assert_eq!(lease.chunks(), 2..4);
+        lease.commit(0, &buf, mode).unwrap();
+        let twice = lease.commit(1, &buf, mode).unwrap_err();
+        assert_eq!(twice.kind(), StoreErrorKind::Invalid);
         assert_eq!(partial.present_run(0), 0..2);
         assert_eq!(partial.missing(0..9).collect::<Vec<_>>(), [2, 3]);
         assert_eq!(partial.present_bytes(), 2 * CHUNK_SIZE);
@@ -36,7 +37,7 @@ fn an_object_is_filled_finished_and_found() {
         );
         buf.clear();
         let rest = buf.append(&bytes[2 * MIB..]);
-        lease.commit(&buf[..rest], mode).unwrap();
+        lease.commit(2, &buf[..rest], mode).unwrap();
         let mut read = vec![0; 6000];
         partial.read_at(&mut read, 2 * CHUNK_SIZE - 3000).unwrap();
         assert_eq!(read, bytes[2 * MIB - 3000..][..6000]);
@@ -121,18 +122,19 @@ fn claims_exclude_each_other_across_opens_and_die_with_their_owner() {
     assert_eq!(ours.claim(2..10).unwrap().unwrap().chunks(), 9..10);
     assert!(ours.claim(2..9).unwrap().is_none());
     assert!(theirs.claim(2..9).unwrap().is_none());
-    a.commit(chunk_of(&bytes, 2), WriteMode::Cached).unwrap();
+    a.commit(2, chunk_of(&bytes, 2), WriteMode::Cached).unwrap();
     assert!(theirs.present(2));
-    a.truncate(4);
+    drop(a.split_off(4));
+    assert_eq!(a.chunks(), 2..4);
     assert_eq!(theirs.claim(2..5).unwrap().unwrap().chunks(), 4..5);
     drop(a);
     assert_eq!(theirs.claim(2..5).unwrap().unwrap().chunks(), 3..5);
     drop((b, theirs, two));
     assert_eq!(ours.claim(2..10).unwrap().unwrap().chunks(), 3..10);
     // Whole chunks only.
-    let mut lease = ours.claim(9..10).unwrap().unwrap();
+    let lease = ours.claim(9..10).unwrap().unwrap();
     for bad in [&bytes[..5], &bytes[..2 * MIB]] {
-        let error = lease.commit(bad, WriteMode::Cached).unwrap_err();
+        let error = lease.commit(9, bad, WriteMode::Cached).unwrap_err();
         assert_eq!(error.kind(), StoreErrorKind::Invalid);
     }
     assert!(!ours.present(9));

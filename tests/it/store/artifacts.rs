@@ -1,0 +1,330 @@
+//! Artifacts: records, holds, pins, space, collection, verification.
+
+use std::{
+    fs,
+    os::unix::fs::FileExt as _,
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
+
+use super::*;
+use hearth::{
+    disk::{Disk as _, RealDisk},
+    store::{CollectOptions, StoreErrorKind, VerifyScope},
+};
+
+/// Records an artifact and stores its contents.
+fn warm(store: &Arc<Store>, reference: &str, contents: &[&[u8]], located: bool) -> Artifact {
+    let artifact = artifact(reference, contents, located);
+    store.record(&artifact).unwrap();
+    let objects = artifact.objects.iter().zip(contents);
+    let batch: Vec<_> = objects
+        .map(|(object, bytes)| (object.id, bytes.to_vec().into()))
+        .collect();
+    store.put(&batch).unwrap();
+    artifact
+}
+
+/// Makes a reference look as if it was used `seconds` ago.
+fn age(store: &Store, reference: &str, seconds: u64) {
+    let file = fs::File::open(record_path(store, reference)).unwrap();
+    file.set_modified(SystemTime::now() - Duration::from_secs(seconds))
+        .unwrap();
+}
+
+fn record_path(store: &Store, reference: &str) -> PathBuf {
+    let name = Digest::of(reference.as_bytes()).hex();
+    store.root().join(format!("artifacts/{name}.json"))
+}
+
+fn object_path(store: &Store, bytes: &[u8]) -> PathBuf {
+    let hex = Digest::of(bytes).hex();
+    store
+        .root()
+        .join("objects/sha256")
+        .join(&hex[..2])
+        .join(hex)
+}
+
+fn is_complete(store: &Store, object: &Object) -> bool {
+    store.complete(&object.id).unwrap().is_some()
+}
+
+fn collect_to(store: &Store, target: u64) -> hearth::store::CollectReport {
+    let options = CollectOptions {
+        target_bytes: Some(target),
+        dry_run: false,
+    };
+    store.collect(&options).unwrap()
+}
+
+#[test]
+fn artifacts_are_recorded_and_read_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let reference = "hf://org/name@main?include=*.safetensors";
+    assert!(store.artifact(reference).unwrap().is_none());
+    assert_eq!(
+        store.hold(reference).unwrap_err().kind(),
+        StoreErrorKind::NotFound
+    );
+    let (a, b) = (content(1, 10), content(2, 20));
+    let artifact = artifact(reference, &[&a, &b], false);
+    let digest = store.record(&artifact).unwrap();
+    assert_eq!(store.record(&artifact).unwrap(), digest);
+    let (record, found) = store.artifact(reference).unwrap().unwrap();
+    assert_eq!(found, artifact);
+    assert_eq!(
+        (record.digest, record.objects, record.bytes),
+        (digest, 2, 30)
+    );
+    store.pin(reference, "pod/../x y").unwrap();
+    store.pin(reference, "a").unwrap();
+    let records = store.records().unwrap();
+    assert_eq!(records.len(), 1);
+    assert_eq!(records[0].pins, ["a", "pod/../x y"]);
+    let error = store.remove(reference).unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::InUse);
+    assert!(error.to_string().contains("pod/../x y"), "{error}");
+    assert!(store.unpin(reference, "a").unwrap());
+    assert!(!store.unpin(reference, "a").unwrap());
+    assert!(store.unpin(reference, "pod/../x y").unwrap());
+    age(&store, reference, 1000);
+    let hold = open(dir.path()).hold(reference).unwrap();
+    assert!(store.records().unwrap()[0].used.elapsed().unwrap() < Duration::from_secs(500));
+    let error = store.remove(reference).unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::InUse);
+    drop(hold);
+    assert!(store.remove(reference).unwrap());
+    assert!(!store.remove(reference).unwrap());
+    for bad in ["", &"x".repeat(300)] {
+        let error = store.pin(reference, bad).unwrap_err();
+        assert_eq!(error.kind(), StoreErrorKind::Invalid);
+    }
+}
+
+#[test]
+fn damaged_records_and_trees_count_as_absent() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let bytes = content(3, 100);
+    let artifact = warm(&store, "s3://b/p/", &[&bytes], false);
+    let tree = store.root().join("trees").join(artifact.digest().hex());
+    for path in [tree, record_path(&store, "s3://b/p/")] {
+        let good = fs::read(&path).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 0x10;
+            fs::write(&path, &bad).unwrap();
+            // Some bits of a zstd frame mean nothing; then the content is right all the same.
+            if let Some((_, found)) = store.artifact("s3://b/p/").unwrap() {
+                assert_eq!(found, artifact, "{} byte {at}", path.display());
+            }
+            fs::write(&path, &good[..at]).unwrap();
+            assert!(store.artifact("s3://b/p/").unwrap().is_none());
+        }
+        let report = store.verify(VerifyScope::All, true, |_| true).unwrap();
+        assert_eq!(report.damaged.len(), 1);
+        assert!(!path.exists());
+        store.record(&artifact).unwrap();
+        assert!(store.artifact("s3://b/p/").unwrap().is_some());
+    }
+}
+
+#[test]
+fn a_collection_removes_what_nothing_leads_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let (shared, a, b) = (content(1, 9000), content(2, 9000), content(3, 9000));
+    let one = warm(&store, "one", &[&shared, &a], true);
+    let two = warm(&store, "two", &[&shared, &b], false);
+    let id = ObjectId::located("orphan", "1", 2 * CHUNK_SIZE);
+    let partial = store.partial(&id, 2 * CHUNK_SIZE).unwrap();
+    fill(&partial, &content(9, 2 * MIB), WriteMode::Cached);
+    assert_eq!(
+        store.collect(&CollectOptions::default()).unwrap().objects,
+        0
+    );
+    assert!(store.remove("one").unwrap());
+    let held = store.complete(&one.objects[1].id).unwrap().unwrap();
+    // What is open stays: an object by its flock, a partial by its span.
+    let report = open(dir.path())
+        .collect(&CollectOptions::default())
+        .unwrap();
+    assert_eq!((report.objects, report.partials), (0, 0));
+    drop((held, partial));
+    let dry = CollectOptions {
+        dry_run: true,
+        ..CollectOptions::default()
+    };
+    let foreseen = store.collect(&dry).unwrap();
+    let report = store.collect(&CollectOptions::default()).unwrap();
+    assert_eq!((report.objects, report.partials), (1, 1));
+    assert_eq!((foreseen.objects, foreseen.bytes), (1, report.bytes));
+    assert!(report.bytes >= 9000 + 2 * CHUNK_SIZE);
+    assert!(!is_complete(&store, &one.objects[1]));
+    assert!(two.objects.iter().all(|object| is_complete(&store, object)));
+    assert!(
+        is_complete(&store, &one.objects[0]),
+        "still known by its other name"
+    );
+    assert_eq!(fs::read_dir(store.root().join("trees")).unwrap().count(), 1);
+}
+
+#[test]
+fn the_least_recently_used_goes_first_but_never_what_is_pinned_or_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let contents: Vec<_> = (0..5).map(|seed| content(seed, 50_000)).collect();
+    let names = ["pinned", "held", "old", "older", "new"];
+    let artifacts: Vec<_> = names
+        .iter()
+        .zip(&contents)
+        .map(|(name, bytes)| warm(&store, name, &[bytes], false))
+        .collect();
+    for (name, seconds) in [("pinned", 900), ("held", 800), ("old", 500), ("older", 600)] {
+        age(&store, name, seconds);
+    }
+    store.pin("pinned", "test").unwrap();
+    let hold = open(dir.path()).hold("held").unwrap();
+    age(&store, "held", 800);
+    let used = store.usage().unwrap().bytes();
+    let report = collect_to(&store, used - 60_000);
+    assert_eq!(report.evicted, ["older", "old"]);
+    let report = collect_to(&store, 0);
+    assert_eq!(report.evicted, ["new"]);
+    assert!(is_complete(&store, &artifacts[0].objects[0]));
+    // Recorded anew, the generation that is held stays.
+    warm(&store, "held", &[&content(77, 10)], false);
+    collect_to(&store, 0);
+    assert!(is_complete(&store, &artifacts[1].objects[0]));
+    drop(hold);
+    store.unpin("pinned", "test").unwrap();
+    let report = collect_to(&store, 0);
+    assert_eq!(report.evicted.len(), 2);
+    assert_eq!(store.usage().unwrap().objects, 0);
+}
+
+#[test]
+fn what_cannot_fit_is_refused_with_the_arithmetic() {
+    let dir = tempfile::tempdir().unwrap();
+    let limited = Config {
+        max_bytes: Some(ByteSize(5 << 20)),
+        ..config()
+    };
+    let store = Store::open(&dir.path().join("store"), &limited).unwrap();
+    let one = content(1, 2 * MIB);
+    warm(&store, "one", &[&one], false);
+    let big = artifact("big", &[&content(2, 4 * MIB), &one], false);
+    store.record(&big).unwrap();
+    store.pin("one", "test").unwrap();
+    let error = store.admit(&big).unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::NoSpace);
+    for part in [
+        "big does not fit: needs 4.0 MiB",
+        "could evict 0 B",
+        "pinned: one",
+        "max_bytes 5.0 MiB",
+    ] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    // `one` goes as an artifact, but its object belongs to `big` too.
+    store.unpin("one", "test").unwrap();
+    assert!(store.admit(&big).is_err());
+    assert!(store.artifact("one").unwrap().is_some(), "evicted in vain");
+    let big = artifact("big", &[&content(2, 4 * MIB)], false);
+    store.record(&big).unwrap();
+    let reservation = store.admit(&big).unwrap();
+    assert!(store.artifact("one").unwrap().is_none());
+    // What is promised is promised; what has arrived does not count twice.
+    let small = artifact("small", &[&content(3, MIB)], false);
+    store.record(&small).unwrap();
+    let error = store.admit(&small).unwrap_err();
+    assert!(error.to_string().contains("4.0 MiB promised"), "{error}");
+    let bytes = content(2, 4 * MIB);
+    let partial = store
+        .partial(&big.objects[0].id, bytes.len() as u64)
+        .unwrap();
+    fill(&partial, &bytes, WriteMode::Cached);
+    assert!(store.admit(&small).is_err());
+    drop((reservation, partial));
+    store.remove("big").unwrap();
+    let _small = store.admit(&small).unwrap();
+    // On the free space of the file system.
+    let full = Config {
+        min_free: ByteSize(u64::MAX / 2),
+        ..config()
+    };
+    let store = Store::open(&dir.path().join("store"), &full).unwrap();
+    assert_eq!(
+        store.admit(&small).unwrap_err().kind(),
+        StoreErrorKind::NoSpace
+    );
+}
+
+#[test]
+fn a_flipped_bit_is_found_and_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let (a, b) = (content(1, 3 * MIB), content(2, 100));
+    let artifact = warm(&store, "ref", &[&a, &b], true);
+    let total = (a.len() + b.len()) as u64;
+    let clean = store.verify(VerifyScope::All, false, |p| p.total == total);
+    let clean = clean.unwrap();
+    assert_eq!(
+        (clean.objects, clean.bytes, clean.damaged.len()),
+        (2, total, 0)
+    );
+    let path = object_path(&store, &a);
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&[!a[MIB]], MIB as u64).unwrap();
+    for (repair, references) in [(false, ["ref".to_owned()]), (true, ["ref".to_owned()])] {
+        let scope = VerifyScope::References(&references);
+        let report = store.verify(scope, repair, |_| true).unwrap();
+        assert_eq!(report.damaged.len(), 1);
+        let damage = &report.damaged[0];
+        assert_eq!((&damage.path, damage.removed), (&path, repair));
+        assert_eq!(damage.references, references);
+    }
+    assert!(!is_complete(&store, &artifact.objects[0]));
+    assert!(is_complete(&store, &artifact.objects[1]));
+    let references = ["ref".to_owned(), "nothing".to_owned()];
+    let scope = VerifyScope::References(&references);
+    let report = store.verify(scope, false, |_| true).unwrap();
+    assert_eq!(report.missing, references);
+}
+
+#[test]
+fn a_newer_or_damaged_store_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let path = store.root().join("hearth.json");
+    for (text, kind) in [
+        (
+            "{\"format\":99,\"id\":\"x\",\"more\":1}",
+            StoreErrorKind::NewerFormat,
+        ),
+        ("{", StoreErrorKind::Damaged),
+    ] {
+        fs::write(&path, text).unwrap();
+        let error = Store::open(store.root(), &config()).unwrap_err();
+        assert_eq!(error.kind(), kind);
+        assert!(error.to_string().contains("store"), "{error}");
+    }
+}
+
+#[test]
+fn stores_made_at_once_are_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a/b/store");
+    let ids: Vec<String> = std::thread::scope(|scope| {
+        let open = || Store::open(&path, &config()).unwrap().id().to_owned();
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(open)).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    assert!(ids.iter().all(|id| *id == ids[0] && id.len() == 32));
+    let mode = fs::metadata(&path).unwrap();
+    use std::os::unix::fs::PermissionsExt as _;
+    assert_eq!(mode.permissions().mode() & 0o7777, 0o700);
+    assert!(RealDisk.boot_id().unwrap() != [0; 16]);
+}
