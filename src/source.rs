@@ -270,7 +270,7 @@ fn origin(locator: &Locator) -> Option<String> {
 }
 
 /// Makes `ring` the process's TLS implementation. Must run before the first HTTP client is built.
-pub(crate) fn install_tls() {
+pub fn install_tls() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         // An error means that the process has chosen one already, which serves as well.

@@ -146,6 +146,7 @@ async fn demo(config: &Config, args: &Args) -> anyhow::Result<Vec<Row>> {
 async fn eager(url: &str, files: &Path, to: &Path) -> anyhow::Result<(f64, Loaded)> {
     output::note("1/3  download everything, then load it");
     std::fs::create_dir_all(to)?;
+    crate::source::install_tls();
     let client = reqwest::Client::builder().no_proxy().build()?;
     let bar = output::byte_bar("downloading", directory_size(files)?);
     let started = Instant::now();

@@ -2,8 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod fetch;
-mod http_faults;
 mod fs;
+mod http_faults;
 mod layers;
 mod scripted;
 mod scripted_source;
