@@ -6,29 +6,32 @@
 //! `STATE` and `USED` lie beyond any file. Each process has the data open once, and shares `USED`
 //! while it does.
 
+mod claims;
+mod files;
+
+pub(super) use files::Paths;
+use files::{open_live, read_map, rebuild_live};
+
 use std::{
     collections::BTreeMap,
     fs::File,
     ops::Range,
-    path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    path::Path,
+    sync::{Arc, atomic::AtomicBool},
 };
 
 use parking_lot::{Mutex, MutexGuard};
 
 use super::{
-    Complete, Lease, Result, Store, StoreError, StoreErrorKind, WriteMode,
+    Complete, Result, Store, StoreError, StoreErrorKind,
     layout::FileLock,
     objects::check_digest,
-    presence::{Bits, Live, Scope, map_len},
+    presence::{Bits, Live, Scope},
 };
 use crate::{
-    chunk::{self, CHUNK_SIZE},
+    chunk,
     digest::{Digest, ObjectId},
-    disk::{DiskFile, Open, SharedMap, Span, conflict, lock_span, unlock_span},
+    disk::{DiskFile, Open, Span, lock_span, unlock_span},
 };
 
 /// Most bytes of an object: what ext4 allows for a file.
@@ -54,24 +57,6 @@ pub struct Partial {
     state: Mutex<()>,
     /// Runs that leases of this process hold: start -> end.
     claims: Mutex<BTreeMap<u64, u64>>,
-}
-
-/// The files of a partial object.
-#[derive(Debug)]
-pub(super) struct Paths {
-    pub(super) data: PathBuf,
-    pub(super) map: PathBuf,
-    pub(super) live: PathBuf,
-}
-
-impl Paths {
-    pub(super) fn of(stem: &Path) -> Self {
-        Self {
-            data: stem.with_extension("data"),
-            map: stem.with_extension("map"),
-            live: stem.with_extension("live"),
-        }
-    }
 }
 
 /// The state lock of an object, against threads and processes.
@@ -285,128 +270,6 @@ impl Partial {
         Ok(None)
     }
 
-    /// Claims the first run of absent and unclaimed chunks within `want`, up to its first present
-    /// or claimed chunk. `None` where there is no such chunk: all are here or on their way.
-    ///
-    /// # Errors
-    /// Where the system cannot lock.
-    pub fn claim(self: &Arc<Self>, want: Range<u64>) -> Result<Option<Lease>> {
-        let file = self.data.file();
-        let fail = |e| StoreError::io(self.paths.data.display(), &e);
-        let end = want.end.min(self.chunks());
-        let mut from = want.start;
-        let mut claims = self.claims.lock();
-        if self.live.finished() {
-            return Ok(None);
-        }
-        while let Some(mut run) = self.first_free(&claims, from..end) {
-            from = loop {
-                if lock_span(file, &run, Span::Exclusive, false).map_err(fail)? {
-                    // Another process may have filled some of it between the look and the lock.
-                    let Some(start) = self.first_missing(run.clone()) else {
-                        unlock_span(file, &run).map_err(fail)?;
-                        break run.end;
-                    };
-                    let stop = (start..run.end).find(|&index| self.present(index));
-                    let free = start..stop.unwrap_or(run.end);
-                    for rest in [run.start..free.start, free.end..run.end] {
-                        if !rest.is_empty() {
-                            unlock_span(file, &rest).map_err(fail)?;
-                        }
-                    }
-                    claims.insert(free.start, free.end);
-                    return Ok(Some(Lease::new(Arc::clone(self), free)));
-                }
-                match conflict(file, &run).map_err(fail)? {
-                    Some(theirs) if theirs.start > run.start => run.end = theirs.start,
-                    Some(theirs) => break theirs.end,
-                    // Given back meanwhile.
-                    None => {}
-                }
-            };
-        }
-        Ok(None)
-    }
-
-    /// The first run within `range` that is absent and not claimed in this process.
-    fn first_free(&self, claims: &BTreeMap<u64, u64>, range: Range<u64>) -> Option<Range<u64>> {
-        let mut start = range.start;
-        loop {
-            start = self.first_missing(start..range.end)?;
-            match claims.range(..=start).next_back() {
-                Some((_, &end)) if end > start => start = end,
-                _ => break,
-            }
-        }
-        let claimed = claims.range(start..range.end).next().map(|(&at, _)| at);
-        let limit = claimed.unwrap_or(range.end);
-        let present = (start..limit).find(|&index| self.present(index));
-        Some(start..present.unwrap_or(limit))
-    }
-
-    /// Writes the data of whole chunks, then says that they are here.
-    pub(super) fn fill(&self, chunks: &Range<u64>, data: &[u8], mode: WriteMode) -> Result<()> {
-        let offset = chunks.start * CHUNK_SIZE;
-        let done = match mode {
-            WriteMode::Direct => self.write_direct(data, offset)?,
-            WriteMode::Cached => 0,
-        };
-        if done < data.len() {
-            self.data.write_at(&data[done..], offset + done as u64)?;
-        }
-        chunks.clone().for_each(|index| self.live.set(index));
-        Ok(())
-    }
-
-    /// Writes what it can of `data` past the page cache, from its front; how many bytes.
-    fn write_direct(&self, data: &[u8], offset: u64) -> Result<usize> {
-        let align = crate::disk::DIRECT_ALIGN;
-        let len = data.len() / align * align;
-        let aligned =
-            data.as_ptr().addr().is_multiple_of(align) && offset.is_multiple_of(align as u64);
-        let Some(direct) = &self.direct else {
-            return Ok(0);
-        };
-        if len == 0 || !aligned || !self.direct_works.load(Ordering::Relaxed) {
-            return Ok(0);
-        }
-        match direct.write_at(&data[..len], offset) {
-            Ok(()) => Ok(len),
-            Err(error) if error.errno() == Some(libc::EINVAL) => {
-                self.direct_works.store(false, Ordering::Relaxed);
-                Ok(0)
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// Gives back the chunks of a lease.
-    pub(super) fn release(&self, held: &Range<u64>) {
-        if held.is_empty() {
-            return;
-        }
-        let mut claims = self.claims.lock();
-        claims.remove(&held.start);
-        self.unlock_chunks(held);
-    }
-
-    /// Makes two claims of one.
-    pub(super) fn split(&self, held: &Range<u64>, at: u64) {
-        let mut claims = self.claims.lock();
-        for part in [held.start..at, at..held.end] {
-            if !part.is_empty() {
-                claims.insert(part.start, part.end);
-            }
-        }
-    }
-
-    fn unlock_chunks(&self, chunks: &Range<u64>) {
-        if let Err(error) = unlock_span(self.data.file(), chunks) {
-            // Other processes will wait for these chunks until this one closes the file.
-            tracing::warn!(object = %self.id, %error, "cannot give chunks back");
-        }
-    }
-
     /// pread from present chunks; the caller has checked [`Partial::present`].
     ///
     /// # Errors
@@ -586,65 +449,6 @@ impl Partial {
             _threads: threads,
         })
     }
-}
-
-impl Store {
-    /// Removes what says which chunks are here; durable before it returns.
-    fn forget_presence(&self, paths: &Paths) -> Result<()> {
-        self.disk.unlink(&paths.live)?;
-        if self.disk.unlink(&paths.map)? {
-            self.disk.sync_dir(&self.partial_dir())?;
-        }
-        Ok(())
-    }
-}
-
-/// The chunks in a map file; none where it is missing or damaged.
-pub(super) fn read_map(store: &Store, path: &Path, id: &ObjectId, size: u64) -> Result<Bits> {
-    let bytes = match store.read_small(path, map_len(id, size)) {
-        Ok(Some(bytes)) => bytes,
-        Ok(None) => return Ok(Bits::new(chunk::count(size))),
-        Err(error) if error.kind() == StoreErrorKind::Damaged => Vec::new(),
-        Err(error) => return Err(error),
-    };
-    Ok(Bits::from_map_file(&bytes, id, size).unwrap_or_else(|| {
-        tracing::warn!(path = %path.display(), "damaged chunk map: its chunks count as absent");
-        Bits::new(chunk::count(size))
-    }))
-}
-
-/// Maps the live words, if they belong to this object in this boot.
-fn open_live(store: &Store, paths: &Paths, scope: &Scope) -> Result<Option<Live>> {
-    let file = match store.disk.open(&paths.live, Open::Write) {
-        Ok(file) => file,
-        Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    if file.stat()?.len != scope.live_len() {
-        return Ok(None);
-    }
-    let map = SharedMap::new(file.file(), scope.live_len())
-        .map_err(|e| StoreError::io(paths.live.display(), &e))?;
-    Ok(Live::new(map, scope))
-}
-
-/// Makes the live words anew from the durable map. Written in full, since a store to a mapped hole
-/// on a full disk is a SIGBUS.
-fn rebuild_live(store: &Store, paths: &Paths, scope: &Scope) -> Result<Live> {
-    let bits = read_map(store, &paths.map, &scope.id, scope.size)?;
-    let temp = store.write_temp(&scope.live_file(&bits), false)?;
-    if let Err(error) = store.disk.rename(&temp, &paths.live) {
-        // The error of the rename says what is wrong.
-        let _ = store.disk.unlink(&temp);
-        return Err(error.into());
-    }
-    open_live(store, paths, scope)?.ok_or_else(|| {
-        let message = format!(
-            "{} does not hold what was written to it",
-            paths.live.display()
-        );
-        StoreError::new(StoreErrorKind::Io, message)
-    })
 }
 
 fn other_size(id: &ObjectId, size: u64) -> StoreError {

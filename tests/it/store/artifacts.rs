@@ -328,3 +328,53 @@ fn stores_made_at_once_are_one() {
     assert_eq!(mode.permissions().mode() & 0o7777, 0o700);
     assert!(RealDisk.boot_id().unwrap() != [0; 16]);
 }
+
+/// Warms again and again while another process collects without end: what was recorded and seen
+/// complete stays.
+#[test]
+fn a_collection_never_takes_what_a_warm_has_seen() {
+    let dir = tempfile::tempdir().unwrap();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let store = open(dir.path());
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                store.collect(&CollectOptions::default()).unwrap();
+            }
+        });
+        let warmers: Vec<_> = (0..3u64)
+            .map(|who| {
+                let path = dir.path();
+                scope.spawn(move || {
+                    let store = open(path);
+                    for round in 0..60 {
+                        let large = content(round % 3, MIB + 10);
+                        let small = content(round % 5, 100);
+                        let reference = format!("ref-{who}");
+                        // Located: equal content arrives under names that differ.
+                        let artifact = artifact(&reference, &[&large, &small], true);
+                        store.record(&artifact).unwrap();
+                        let ids: Vec<_> = artifact.objects.iter().map(|o| o.id).collect();
+                        if store.complete(&ids[0]).unwrap().is_none() {
+                            let partial = store.partial(&ids[0], large.len() as u64).unwrap();
+                            fill(&partial, &large, WriteMode::Cached);
+                            partial.finish(Digest::of(&large)).unwrap();
+                        }
+                        store.put(&[(ids[1], small.into())]).unwrap();
+                        for id in &ids {
+                            assert!(store.complete(id).unwrap().is_some(), "{who} lost {id}");
+                        }
+                        assert!(store.remove(&reference).unwrap());
+                    }
+                })
+            })
+            .collect();
+        let done: Vec<_> = warmers.into_iter().map(|w| w.join()).collect();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(done.iter().all(Result::is_ok));
+    });
+    let store = open(dir.path());
+    store.collect(&CollectOptions::default()).unwrap();
+    let usage = store.usage().unwrap();
+    assert_eq!((usage.objects, usage.partials), (0, 0));
+}
