@@ -346,7 +346,8 @@ fn commit(
     let data = buf.filled();
     flight.lease.read().commit(index, data, mode)?;
     metrics::global().store_written_bytes.add(data.len() as u64);
-    handle.verifier().committed(index, buf, pool.is_roomy());
+    let partial = Arc::clone(flight.lease.read().partial());
+    handle.verifier().committed(index, buf, &partial, pool.is_roomy());
     handle.arrived(index);
     Ok(())
 }

@@ -15,12 +15,12 @@ use super::buffer::ChunkBuf;
 use crate::{
     chunk,
     digest::{Digest, ObjectId},
-    store::{Partial, StoreError},
+    store::{Partial, StoreError, StoreErrorKind},
     tree::Object,
 };
 
 /// Chunks of one object that may wait in memory for the frontier.
-const BACKLOG: usize = 12;
+const BACKLOG: usize = 48;
 
 pub(super) struct Verifier {
     frontier: Mutex<Frontier>,
@@ -56,15 +56,19 @@ impl Verifier {
         }
     }
 
-    /// Notes that chunk `index` was committed with this content, and hashes what can be hashed
-    /// from memory. Keeps the content for later only if `may_wait`: what waits takes memory that
-    /// the chunk at the frontier may need to arrive. Blocking.
-    pub(super) fn committed(&self, index: u64, data: &Arc<ChunkBuf>, may_wait: bool) {
+    /// Notes that chunk `index` was committed with this content, and hashes as far as the chunks
+    /// that are here go. Keeps the content for later only if `may_wait`: what waits takes memory
+    /// that the chunk at the frontier may need to arrive. Blocking.
+    pub(super) fn committed(
+        &self,
+        index: u64,
+        data: &Arc<ChunkBuf>,
+        partial: &Partial,
+        may_wait: bool,
+    ) {
         {
             let mut backlog = self.backlog.lock();
-            if backlog.len() < BACKLOG || backlog.keys().next_back().is_some_and(|&l| index < l) {
-                backlog.insert(index, Arc::clone(data));
-            }
+            backlog.insert(index, Arc::clone(data));
             if backlog.len() > BACKLOG {
                 backlog.pop_last();
             }
@@ -72,13 +76,7 @@ impl Verifier {
         // Whoever holds the frontier takes what is left here; look again after letting go, since
         // a chunk may have been left between its last look and that.
         while let Some(mut frontier) = self.frontier.try_lock() {
-            let mut moved = false;
-            while let Some(data) = self.take(frontier.next) {
-                frontier.update(data.filled());
-                moved = true;
-            }
-            drop(frontier);
-            if !moved {
+            if !self.advance(&mut frontier, partial) {
                 break;
             }
         }
@@ -87,21 +85,39 @@ impl Verifier {
         }
     }
 
+    /// Hashes from the frontier on, from memory or from the store; whether it got anywhere.
+    fn advance(&self, frontier: &mut Frontier, partial: &Partial) -> bool {
+        let from = frontier.next;
+        loop {
+            let index = frontier.next;
+            if let Some(data) = self.take(index) {
+                frontier.update(data.filled());
+            } else if index < partial.chunks() && partial.present(index) {
+                // It did not fit into the backlog, or was here before.
+                let bytes = chunk::bytes(index, partial.size());
+                let mut buffer = vec![0; (bytes.end - bytes.start) as usize];
+                if partial.read_at(&mut buffer, bytes.start).is_err() {
+                    break; // said by whoever needs it: the judge
+                }
+                frontier.update(&buffer);
+            } else {
+                break;
+            }
+        }
+        frontier.next > from
+    }
+
     /// Hashes the rest, reading it back from the store, and judges. All chunks must be present.
     /// Blocking.
     pub(super) fn judge(&self, object: &Object, partial: &Partial) -> Result<Verdict, StoreError> {
         let mut frontier = self.frontier.lock();
-        let mut buffer = Vec::new();
-        while frontier.next < chunk::count(object.size) {
-            let index = frontier.next;
-            if let Some(data) = self.take(index) {
-                frontier.update(data.filled());
-                continue;
-            }
-            let bytes = chunk::bytes(index, object.size);
-            buffer.resize((bytes.end - bytes.start) as usize, 0);
-            partial.read_at(&mut buffer, bytes.start)?;
-            frontier.update(&buffer);
+        self.advance(&mut frontier, partial);
+        if frontier.next < partial.chunks() {
+            // Says what is wrong with the chunk that could not be read.
+            let bytes = chunk::bytes(frontier.next, partial.size());
+            partial.read_at(&mut vec![0; (bytes.end - bytes.start) as usize], bytes.start)?;
+            let message = format!("object {}: chunk {} is missing", object.id, frontier.next);
+            return Err(StoreError::new(StoreErrorKind::Damaged, message));
         }
         let sha256 = Digest::from_bytes(frontier.sha256.clone().finalize().into());
         let sha1 = frontier.sha1.clone().map(|h| h.finalize().into());
