@@ -347,7 +347,9 @@ fn commit(
     flight.lease.read().commit(index, data, mode)?;
     metrics::global().store_written_bytes.add(data.len() as u64);
     let partial = Arc::clone(flight.lease.read().partial());
-    handle.verifier().committed(index, buf, &partial, pool.is_roomy());
+    // What demand holds is for demand alone.
+    let may_wait = flight.class != Class::Demand && pool.is_roomy();
+    handle.verifier().committed(index, buf, &partial, may_wait);
     handle.arrived(index);
     Ok(())
 }
