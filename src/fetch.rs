@@ -14,6 +14,7 @@ mod dispatch;
 mod flight;
 mod handle;
 mod limits;
+mod recent;
 mod retry;
 mod safetensors;
 mod small;
@@ -39,9 +40,11 @@ use self::{
     buffer::Pool,
     dispatch::Queue,
     limits::{Bandwidth, DemandGate},
+    recent::Recent,
     small::SmallObjects,
 };
 use crate::{
+    chunk::CHUNK_SIZE,
     digest::ObjectId,
     metrics::{self, Metric},
     source::{Source, SourceError, SourceErrorKind},
@@ -106,7 +109,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             max_connections: 16,
-            memory: crate::store::ByteSize(96 << 20),
+            memory: crate::store::ByteSize(128 << 20),
             warm_bandwidth: None,
             verify: VerifyPolicy::Complete,
             patience: Duration::from_secs(60),
@@ -145,6 +148,7 @@ struct Inner {
     config: Config,
     runtime: tokio::runtime::Handle,
     pool: Arc<Pool>,
+    recent: Recent,
     gate: Arc<DemandGate>,
     bandwidth: Bandwidth,
     queue: Queue,
@@ -164,6 +168,7 @@ impl Engine {
             small_slots: Semaphore::new(config.max_connections.max(1)),
             store,
             pool: Pool::new(config.memory.0),
+            recent: Recent::new((config.memory.0 / CHUNK_SIZE / 2) as usize),
             gate: Arc::default(),
             bandwidth: Bandwidth::new(config.warm_bandwidth.map(|b| b.0)),
             queue: Queue::new(config.max_connections),

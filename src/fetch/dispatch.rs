@@ -37,6 +37,8 @@ const MAX_READAHEAD: usize = 256;
 const MAX_OBJECTS: usize = 4;
 /// How often to look again for chunks that another process had claimed.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How long memory is kept after the last work.
+const LINGER: Duration = Duration::from_secs(2);
 /// How long one number of connections is measured.
 const MEASURE: Duration = Duration::from_millis(500);
 /// How long a number of connections that was found good is kept.
@@ -233,16 +235,16 @@ impl Queue {
                     return;
                 };
                 engine.queue.fill(&engine);
-                let idle = engine.queue.is_idle();
-                if idle {
+                engine.queue.is_idle()
+            };
+            let limit = if idle { LINGER } else { LOOK_AGAIN };
+            let woken = tokio::time::timeout(limit, wake.notified()).await.is_ok();
+            if idle && !woken {
+                if let Some(engine) = engine.upgrade() {
+                    engine.recent.clear();
                     engine.pool.shrink();
                 }
-                idle
-            };
-            if idle {
                 wake.notified().await;
-            } else {
-                let _ = tokio::time::timeout(LOOK_AGAIN, wake.notified()).await;
             }
         }
     }

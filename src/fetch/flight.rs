@@ -13,7 +13,7 @@ use parking_lot::RwLock;
 
 use super::{
     Class, FetchError, Inner,
-    buffer::{ChunkBuf, ChunkWriter, Pool},
+    buffer::{ChunkBuf, ChunkWriter},
     handle::Handle,
     retry::Retry,
 };
@@ -274,11 +274,11 @@ impl<'a> Run<'a> {
         drop(writer);
         let handle = Arc::clone(self.handle);
         let flight = Arc::clone(self.flight);
-        let pool = Arc::clone(&self.engine.pool);
+        let engine = Arc::clone(self.engine);
         self.writes.push_back(
             self.engine
                 .runtime
-                .spawn_blocking(move || commit(&handle, &flight, index, &buf, &pool)),
+                .spawn_blocking(move || commit(&handle, &flight, index, &buf, &engine)),
         );
         Ok(())
     }
@@ -336,20 +336,26 @@ fn commit(
     flight: &Flight,
     index: u64,
     buf: &Arc<ChunkBuf>,
-    pool: &Pool,
+    engine: &Inner,
 ) -> Result<(), StoreError> {
-    let mode = if handle.is_read() {
-        WriteMode::Cached
-    } else {
-        WriteMode::Direct
+    // What a reader follows closely is served from memory and need not go through the page cache;
+    // what one will come to later had better be there.
+    let mode = match (flight.class, handle.is_read()) {
+        (Class::Readahead, _) | (_, false) => WriteMode::Direct,
+        (Class::Demand | Class::Warm, true) => WriteMode::Cached,
     };
     let data = buf.filled();
     flight.lease.read().commit(index, data, mode)?;
     metrics::global().store_written_bytes.add(data.len() as u64);
     let partial = Arc::clone(flight.lease.read().partial());
     // What demand holds is for demand alone.
-    let may_wait = flight.class != Class::Demand && pool.is_roomy();
+    let may_wait = flight.class != Class::Demand && engine.pool.is_roomy();
     handle.verifier().committed(index, buf, &partial, may_wait);
+    if mode == WriteMode::Direct && handle.is_read() && engine.pool.is_roomy() {
+        engine.recent.keep(handle, index);
+    } else {
+        handle.forget(index);
+    }
     handle.arrived(index);
     Ok(())
 }

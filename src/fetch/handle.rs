@@ -1,5 +1,7 @@
 //! One object being read or fetched: who brings which chunk, and who waits for what.
 
+mod whole;
+
 use std::{
     collections::HashMap,
     ops::Range,
@@ -11,7 +13,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::StreamExt as _;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
@@ -19,16 +20,15 @@ use super::{
     Class, FetchError, FetchErrorKind, Inner, VerifyPolicy,
     buffer::ChunkBuf,
     flight::{self, Flight},
-    retry::Retry,
     safetensors::Tensors,
     stream::Streams,
-    verify::{Verdict, Verifier, judge_bytes},
+    verify::Verifier,
 };
 use crate::{
     chunk::{self, CHUNK_SIZE},
     digest::ObjectId,
     metrics,
-    source::{Source, SourceError, SourceErrorKind},
+    source::Source,
     store::{Complete, Lease, Partial, StoreErrorKind},
     tree::{Object, Recipe},
 };
@@ -51,7 +51,8 @@ pub struct Handle {
     me: Weak<Handle>,
     state: RwLock<State>,
     flights: Mutex<Vec<Arc<Flight>>>,
-    arriving: Mutex<HashMap<u64, Arc<ChunkBuf>>>,
+    /// Chunks that are arriving, or have just arrived.
+    in_memory: Mutex<HashMap<u64, Arc<ChunkBuf>>>,
     changed: Notify,
     waiting: AtomicUsize,
     verifier: Verifier,
@@ -113,7 +114,7 @@ impl Handle {
             engine: Arc::downgrade(engine),
             state: RwLock::new(state),
             flights: Mutex::default(),
-            arriving: Mutex::default(),
+            in_memory: Mutex::default(),
             changed: Notify::new(),
             waiting: AtomicUsize::new(0),
             streams: Mutex::default(),
@@ -185,13 +186,10 @@ impl Handle {
                     return Ok(false);
                 }
                 let bytes = offset..offset + buf.len() as u64;
-                if !chunk::covering(&bytes).all(|c| partial.present(c)) {
+                if !self.copy_present(&partial, &bytes, buf)? {
                     return Ok(false);
                 }
                 self.note(&bytes, &partial);
-                partial
-                    .read_at(buf, offset)
-                    .map_err(|e| FetchError::store(self, &e))?;
                 Ok(true)
             }
             State::Small | State::Streamed => Ok(false),
@@ -239,43 +237,6 @@ impl Handle {
         }
     }
 
-    /// The whole object, complete and verified.
-    ///
-    /// # Errors
-    /// As [`Handle::read`]; [`FetchErrorKind::Corrupt`] where the content is wrong twice.
-    pub async fn ensure(self: &Arc<Self>, class: Class) -> Result<Arc<Complete>, FetchError> {
-        let state = self.state.read().clone();
-        let partial = match state {
-            State::Complete(complete) => return Ok(complete),
-            State::Small => {
-                self.small(class).await?;
-                return self.complete().ok_or_else(|| {
-                    FetchError::new(
-                        self,
-                        FetchErrorKind::NoSpace,
-                        &"the store could not keep it",
-                    )
-                });
-            }
-            State::Streamed => {
-                let why = "the store could not make a place for it";
-                return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
-            }
-            State::Partial(partial) => partial,
-        };
-        for last_try in [false, true] {
-            let engine = self.engine()?;
-            engine.queue.bring_all(self, &partial, class).await?;
-            match self.finish(&partial).await {
-                Err(error) if error.kind() == FetchErrorKind::Corrupt && !last_try => {
-                    tracing::warn!(object = %self.id(), %error, "fetching again");
-                }
-                other => return other,
-            }
-        }
-        unreachable!("the last try returns")
-    }
-
     // --- what flights and the dispatcher need ---
 
     pub(super) fn object(&self) -> &Object {
@@ -296,12 +257,16 @@ impl Handle {
 
     /// Chunk `index` has begun to arrive in `buf`.
     pub(super) fn arriving(&self, index: u64, buf: &Arc<ChunkBuf>) {
-        self.arriving.lock().insert(index, Arc::clone(buf));
+        self.in_memory.lock().insert(index, Arc::clone(buf));
+    }
+
+    /// Lets go of the buffer of a chunk that is in the store.
+    pub(super) fn forget(&self, index: u64) {
+        self.in_memory.lock().remove(&index);
     }
 
     /// Chunk `index` is present.
     pub(super) fn arrived(&self, index: u64) {
-        self.arriving.lock().remove(&index);
         self.wake();
         let bytes = chunk::bytes(index, self.size());
         let new = bytes.end - bytes.start;
@@ -321,7 +286,7 @@ impl Handle {
         self.flights.lock().retain(|f| !Arc::ptr_eq(f, flight));
         if flight.failure().is_some() {
             // What had begun to arrive and was not committed will arrive in another buffer.
-            self.arriving
+            self.in_memory
                 .lock()
                 .retain(|_, buf| Arc::strong_count(buf) > 1);
         }
@@ -473,24 +438,12 @@ impl Handle {
         out: &mut [u8],
         carriers: &mut Vec<Arc<Flight>>,
     ) -> Result<(), FetchError> {
-        let within = {
-            let start = chunk::bytes(index, self.size()).start;
-            (piece.start - start) as usize..(piece.end - start) as usize
-        };
         let _waiting = Waiting::new(&self.waiting);
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            if partial.present(index) {
-                return partial
-                    .read_at(out, piece.start)
-                    .map_err(|e| FetchError::store(self, &e));
-            }
-            if let Some(buf) = self.arriving.lock().get(&index)
-                && let Some(arrived) = buf.filled().get(within.clone())
-            {
-                out.copy_from_slice(arrived);
+            if self.copy_piece(partial, index, &piece, out)? {
                 return Ok(());
             }
             carriers.retain(|f| !f.is_done() || f.failure().is_some());
@@ -508,6 +461,51 @@ impl Handle {
                 let _ = tokio::time::timeout(OTHER_PROCESS, changed).await;
             }
         }
+    }
+
+    /// Fills `data` with `bytes` from memory and from the store; false where some are missing.
+    fn copy_present(
+        &self,
+        partial: &Partial,
+        bytes: &Range<u64>,
+        data: &mut [u8],
+    ) -> Result<bool, FetchError> {
+        let mut rest = data;
+        for index in chunk::covering(bytes) {
+            let whole = chunk::bytes(index, self.size());
+            let piece = whole.start.max(bytes.start)..whole.end.min(bytes.end);
+            let (now, later) = rest.split_at_mut((piece.end - piece.start) as usize);
+            if !self.copy_piece(partial, index, &piece, now)? {
+                return Ok(false);
+            }
+            rest = later;
+        }
+        Ok(true)
+    }
+
+    /// Fills `out` with `piece` of chunk `index`, if it is in memory or in the store.
+    fn copy_piece(
+        &self,
+        partial: &Partial,
+        index: u64,
+        piece: &Range<u64>,
+        out: &mut [u8],
+    ) -> Result<bool, FetchError> {
+        let start = index * CHUNK_SIZE;
+        let within = (piece.start - start) as usize..(piece.end - start) as usize;
+        let in_memory = self.in_memory.lock().get(&index).cloned();
+        if let Some(buf) = in_memory
+            && let Some(arrived) = buf.filled().get(within)
+        {
+            out.copy_from_slice(arrived);
+            return Ok(true);
+        }
+        if !partial.present(index) {
+            return Ok(false);
+        }
+        let read = partial.read_at(out, piece.start);
+        read.map_err(|e| FetchError::store(self, &e))?;
+        Ok(true)
     }
 
     /// Sees to it that the missing chunks of `wanted` are on their way at demand priority, and
@@ -570,145 +568,6 @@ impl Handle {
             .fetch_streamed_bytes
             .add(data.len() as u64);
         Ok(data)
-    }
-
-    /// Receives `bytes` of the object into memory, with retries.
-    async fn receive(&self, bytes: Range<u64>, class: Class) -> Result<Bytes, FetchError> {
-        let engine = self.engine()?;
-        let _demand = (class == Class::Demand).then(|| engine.gate.enter());
-        let Recipe::Raw(location) = &self.object.recipe;
-        let mut data = Vec::with_capacity((bytes.end - bytes.start) as usize);
-        let mut retry = Retry::new(engine.config.patience);
-        while (data.len() as u64) < bytes.end - bytes.start {
-            let before = data.len();
-            let start = bytes.start + before as u64 + location.offset;
-            let end = bytes.end + location.offset;
-            let attempt = async {
-                metrics::global().fetch_requests.add(1);
-                let mut body = self.source.read(location, start..end).await?;
-                while let Some(frame) = body.next().await {
-                    let frame = frame?;
-                    if data.len() + frame.len() > (bytes.end - bytes.start) as usize {
-                        let message = "the body is longer than asked for";
-                        return Err(SourceError::new(
-                            SourceErrorKind::Corrupt,
-                            &self.name,
-                            message,
-                        ));
-                    }
-                    data.extend_from_slice(&frame);
-                }
-                Ok(())
-            };
-            // A small object or one FUSE request: short enough for one time limit.
-            let limit = engine.config.stall_timeout * 2;
-            let failure = match tokio::time::timeout(limit, attempt).await {
-                Ok(Ok(())) if data.len() as u64 == bytes.end - bytes.start => break,
-                Ok(Ok(())) => SourceError::new(
-                    SourceErrorKind::Unavailable,
-                    &self.name,
-                    "the body ended early",
-                ),
-                Ok(Err(error)) => error,
-                Err(_) => SourceError::new(
-                    SourceErrorKind::Unavailable,
-                    &self.name,
-                    "no answer for too long",
-                ),
-            };
-            if data.len() > before {
-                retry.progress();
-            }
-            let Some(pause) = retry.pause(&failure) else {
-                return Err(FetchError::source(self, &failure));
-            };
-            metrics::global().fetch_retries.add(1);
-            tokio::time::sleep(pause).await;
-        }
-        class.received().add(data.len() as u64);
-        Ok(data.into())
-    }
-
-    /// The whole content of a small object; stored, verified and complete on return, unless the
-    /// disk is full.
-    async fn small(self: &Arc<Self>, class: Class) -> Result<Bytes, FetchError> {
-        let _one = self.finishing.lock().await;
-        if self.complete().is_some() {
-            return self.read_complete(0, self.size() as usize);
-        }
-        let engine = self.engine()?;
-        let mut wrong = None;
-        for _ in 0..2 {
-            let _slot = engine.small_slot().await;
-            let data = if self.size() == 0 {
-                Bytes::new()
-            } else {
-                self.receive(0..self.size(), class).await?
-            };
-            match judge_bytes(&self.object, &data) {
-                Verdict::Bad { expected, found } => wrong = Some(self.poison(&expected, &found)),
-                Verdict::Good(_) => {
-                    match engine.small.put(self.object.id, data.clone()).await {
-                        Ok(complete) => *self.state.write() = State::Complete(complete),
-                        Err(Some(e)) if cannot_keep(e.kind()) && !self.strict() => {
-                            tracing::debug!(object = %self.id(), "served without being stored");
-                        }
-                        Err(Some(e)) => return Err(FetchError::store(self, &e)),
-                        Err(None) => return Err(FetchError::cancelled(self)),
-                    }
-                    return Ok(data);
-                }
-            }
-        }
-        Err(wrong.unwrap_or_else(|| FetchError::cancelled(self)))
-    }
-
-    /// Verifies an object whose chunks are all present and makes it complete.
-    async fn finish(self: &Arc<Self>, partial: &Arc<Partial>) -> Result<Arc<Complete>, FetchError> {
-        let _one = self.finishing.lock().await;
-        if let Some(complete) = self.complete() {
-            return Ok(complete);
-        }
-        let engine = self.engine()?;
-        let (handle, partial) = (Arc::clone(self), Arc::clone(partial));
-        let finished = engine
-            .runtime
-            .spawn_blocking(move || handle.finish_blocking(&partial));
-        finished.await.map_err(|_| FetchError::cancelled(self))?
-    }
-
-    fn finish_blocking(&self, partial: &Arc<Partial>) -> Result<Arc<Complete>, FetchError> {
-        let failed = |e| FetchError::store(self, &e);
-        let engine = self.engine()?;
-        // Another process may have finished it.
-        if let Some(complete) = engine.store.complete(self.id()).map_err(failed)? {
-            *self.state.write() = State::Complete(Arc::clone(&complete));
-            return Ok(complete);
-        }
-        match self.verifier.judge(&self.object, partial).map_err(failed)? {
-            Verdict::Good(digest) => {
-                let complete = partial.finish(digest).map_err(failed)?;
-                metrics::global().store_objects_completed.add(1);
-                *self.state.write() = State::Complete(Arc::clone(&complete));
-                self.poisoned.store(false, Ordering::Relaxed);
-                self.wake();
-                Ok(complete)
-            }
-            Verdict::Bad { expected, found } => {
-                let error = self.poison(&expected, &found);
-                partial.discard().map_err(failed)?;
-                self.verifier.reset(&self.object);
-                Err(error)
-            }
-        }
-    }
-
-    fn poison(&self, expected: &str, found: &str) -> FetchError {
-        self.poisoned.store(true, Ordering::Relaxed);
-        metrics::global().fetch_corrupt_objects.add(1);
-        let message = format!("the content is wrong: expected {expected}, received {found}");
-        tracing::error!(object = %self.id(), path = %self.name, expected, found, "wrong content");
-        FetchError::new(self, FetchErrorKind::Corrupt, &message)
     }
 }
 

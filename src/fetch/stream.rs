@@ -11,7 +11,7 @@ use crate::chunk::CHUNK_SIZE;
 /// Read ahead of a stream that has just been recognised, in bytes.
 const FIRST_WINDOW: u64 = 2 * CHUNK_SIZE;
 /// Read ahead of a long stream, in bytes.
-pub(super) const MAX_WINDOW: u64 = 64 * CHUNK_SIZE;
+const MAX_WINDOW: u64 = 32 * CHUNK_SIZE;
 /// Streams remembered per object.
 const MAX_STREAMS: usize = 16;
 /// A stream is recognised once this much was read in order.

@@ -115,7 +115,10 @@ impl Verifier {
         if frontier.next < partial.chunks() {
             // Says what is wrong with the chunk that could not be read.
             let bytes = chunk::bytes(frontier.next, partial.size());
-            partial.read_at(&mut vec![0; (bytes.end - bytes.start) as usize], bytes.start)?;
+            partial.read_at(
+                &mut vec![0; (bytes.end - bytes.start) as usize],
+                bytes.start,
+            )?;
             let message = format!("object {}: chunk {} is missing", object.id, frontier.next);
             return Err(StoreError::new(StoreErrorKind::Damaged, message));
         }

@@ -1,0 +1,205 @@
+//! Whole objects: small ones in memory, large ones chunk by chunk; verified, then complete.
+
+use std::{
+    ops::Range,
+    sync::{Arc, atomic::Ordering},
+};
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+
+use super::{Handle, State, cannot_keep};
+use crate::{
+    fetch::{
+        Class, FetchError, FetchErrorKind,
+        retry::Retry,
+        verify::{Verdict, judge_bytes},
+    },
+    metrics,
+    source::{SourceError, SourceErrorKind},
+    store::{Complete, Partial},
+    tree::Recipe,
+};
+
+impl Handle {
+    /// The whole object, complete and verified.
+    ///
+    /// # Errors
+    /// As [`Handle::read`]; [`FetchErrorKind::Corrupt`] where the content is wrong twice.
+    pub async fn ensure(self: &Arc<Self>, class: Class) -> Result<Arc<Complete>, FetchError> {
+        let state = self.state.read().clone();
+        let partial = match state {
+            State::Complete(complete) => return Ok(complete),
+            State::Small => {
+                self.small(class).await?;
+                return self.complete().ok_or_else(|| {
+                    FetchError::new(
+                        self,
+                        FetchErrorKind::NoSpace,
+                        &"the store could not keep it",
+                    )
+                });
+            }
+            State::Streamed => {
+                let why = "the store could not make a place for it";
+                return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
+            }
+            State::Partial(partial) => partial,
+        };
+        for last_try in [false, true] {
+            let engine = self.engine()?;
+            engine.queue.bring_all(self, &partial, class).await?;
+            match self.finish(&partial).await {
+                Err(error) if error.kind() == FetchErrorKind::Corrupt && !last_try => {
+                    tracing::warn!(object = %self.id(), %error, "fetching again");
+                }
+                other => return other,
+            }
+        }
+        unreachable!("the last try returns")
+    }
+
+    /// Receives `bytes` of the object into memory, with retries.
+    pub(super) async fn receive(
+        &self,
+        bytes: Range<u64>,
+        class: Class,
+    ) -> Result<Bytes, FetchError> {
+        let engine = self.engine()?;
+        let _demand = (class == Class::Demand).then(|| engine.gate.enter());
+        let Recipe::Raw(location) = &self.object.recipe;
+        let mut data = Vec::with_capacity((bytes.end - bytes.start) as usize);
+        let mut retry = Retry::new(engine.config.patience);
+        while (data.len() as u64) < bytes.end - bytes.start {
+            let before = data.len();
+            let start = bytes.start + before as u64 + location.offset;
+            let end = bytes.end + location.offset;
+            let attempt = async {
+                metrics::global().fetch_requests.add(1);
+                let mut body = self.source.read(location, start..end).await?;
+                while let Some(frame) = body.next().await {
+                    let frame = frame?;
+                    if data.len() + frame.len() > (bytes.end - bytes.start) as usize {
+                        let message = "the body is longer than asked for";
+                        return Err(SourceError::new(
+                            SourceErrorKind::Corrupt,
+                            &self.name,
+                            message,
+                        ));
+                    }
+                    data.extend_from_slice(&frame);
+                }
+                Ok(())
+            };
+            // A small object or one FUSE request: short enough for one time limit.
+            let limit = engine.config.stall_timeout * 2;
+            let failure = match tokio::time::timeout(limit, attempt).await {
+                Ok(Ok(())) if data.len() as u64 == bytes.end - bytes.start => break,
+                Ok(Ok(())) => SourceError::new(
+                    SourceErrorKind::Unavailable,
+                    &self.name,
+                    "the body ended early",
+                ),
+                Ok(Err(error)) => error,
+                Err(_) => SourceError::new(
+                    SourceErrorKind::Unavailable,
+                    &self.name,
+                    "no answer for too long",
+                ),
+            };
+            if data.len() > before {
+                retry.progress();
+            }
+            let Some(pause) = retry.pause(&failure) else {
+                return Err(FetchError::source(self, &failure));
+            };
+            metrics::global().fetch_retries.add(1);
+            tokio::time::sleep(pause).await;
+        }
+        class.received().add(data.len() as u64);
+        Ok(data.into())
+    }
+
+    /// The whole content of a small object; stored, verified and complete on return, unless the
+    /// disk is full.
+    pub(super) async fn small(self: &Arc<Self>, class: Class) -> Result<Bytes, FetchError> {
+        let _one = self.finishing.lock().await;
+        if self.complete().is_some() {
+            return self.read_complete(0, self.size() as usize);
+        }
+        let engine = self.engine()?;
+        let mut wrong = None;
+        for _ in 0..2 {
+            let _slot = engine.small_slot().await;
+            let data = if self.size() == 0 {
+                Bytes::new()
+            } else {
+                self.receive(0..self.size(), class).await?
+            };
+            match judge_bytes(&self.object, &data) {
+                Verdict::Bad { expected, found } => wrong = Some(self.poison(&expected, &found)),
+                Verdict::Good(_) => {
+                    match engine.small.put(self.object.id, data.clone()).await {
+                        Ok(complete) => *self.state.write() = State::Complete(complete),
+                        Err(Some(e)) if cannot_keep(e.kind()) && !self.strict() => {
+                            tracing::debug!(object = %self.id(), "served without being stored");
+                        }
+                        Err(Some(e)) => return Err(FetchError::store(self, &e)),
+                        Err(None) => return Err(FetchError::cancelled(self)),
+                    }
+                    return Ok(data);
+                }
+            }
+        }
+        Err(wrong.unwrap_or_else(|| FetchError::cancelled(self)))
+    }
+
+    /// Verifies an object whose chunks are all present and makes it complete.
+    async fn finish(self: &Arc<Self>, partial: &Arc<Partial>) -> Result<Arc<Complete>, FetchError> {
+        let _one = self.finishing.lock().await;
+        if let Some(complete) = self.complete() {
+            return Ok(complete);
+        }
+        let engine = self.engine()?;
+        let (handle, partial) = (Arc::clone(self), Arc::clone(partial));
+        let finished = engine
+            .runtime
+            .spawn_blocking(move || handle.finish_blocking(&partial));
+        finished.await.map_err(|_| FetchError::cancelled(self))?
+    }
+
+    fn finish_blocking(&self, partial: &Arc<Partial>) -> Result<Arc<Complete>, FetchError> {
+        let failed = |e| FetchError::store(self, &e);
+        let engine = self.engine()?;
+        // Another process may have finished it.
+        if let Some(complete) = engine.store.complete(self.id()).map_err(failed)? {
+            *self.state.write() = State::Complete(Arc::clone(&complete));
+            return Ok(complete);
+        }
+        match self.verifier.judge(&self.object, partial).map_err(failed)? {
+            Verdict::Good(digest) => {
+                let complete = partial.finish(digest).map_err(failed)?;
+                metrics::global().store_objects_completed.add(1);
+                *self.state.write() = State::Complete(Arc::clone(&complete));
+                self.poisoned.store(false, Ordering::Relaxed);
+                self.wake();
+                Ok(complete)
+            }
+            Verdict::Bad { expected, found } => {
+                let error = self.poison(&expected, &found);
+                self.in_memory.lock().clear();
+                partial.discard().map_err(failed)?;
+                self.verifier.reset(&self.object);
+                Err(error)
+            }
+        }
+    }
+
+    fn poison(&self, expected: &str, found: &str) -> FetchError {
+        self.poisoned.store(true, Ordering::Relaxed);
+        metrics::global().fetch_corrupt_objects.add(1);
+        let message = format!("the content is wrong: expected {expected}, received {found}");
+        tracing::error!(object = %self.id(), path = %self.name, expected, found, "wrong content");
+        FetchError::new(self, FetchErrorKind::Corrupt, &message)
+    }
+}
