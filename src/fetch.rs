@@ -190,11 +190,29 @@ impl Engine {
         object: &Object,
         source: &Arc<dyn Source>,
     ) -> Result<Arc<Handle>, FetchError> {
-        let mut handles = self.inner.handles.lock();
-        if let Some(handle) = handles.get(&object.id).and_then(Weak::upgrade) {
-            return Ok(handle);
+        let known = |handles: &HashMap<ObjectId, Weak<Handle>>| {
+            handles.get(&object.id).and_then(Weak::upgrade)
+        };
+        let shared = |handle: Arc<Handle>| match handle.size() == object.size {
+            true => {
+                handle.also_from(object, source);
+                Ok(handle)
+            }
+            false => Err(FetchError::other_size(
+                handle.name(),
+                object.size,
+                handle.size(),
+            )),
+        };
+        if let Some(handle) = known(&self.inner.handles.lock()) {
+            return shared(handle);
         }
+        // Not under the lock: the store may have to wait for another process.
         let handle = Handle::new(&self.inner, object, source)?;
+        let mut handles = self.inner.handles.lock();
+        if let Some(handle) = known(&handles) {
+            return shared(handle);
+        }
         if handles.len() > 64 && handles.len().is_power_of_two() {
             handles.retain(|_, handle| handle.strong_count() > 0);
         }
@@ -311,6 +329,14 @@ impl FetchError {
         Self {
             kind,
             message: format!("{name}: {error}").into(),
+        }
+    }
+
+    fn other_size(name: &str, claimed: u64, real: u64) -> Self {
+        let message = format!("{name}: the origin claims {claimed} bytes, its digest has {real}");
+        Self {
+            kind: FetchErrorKind::Corrupt,
+            message: message.into(),
         }
     }
 

@@ -158,7 +158,10 @@ impl Node {
         match source.resolve(reference).await {
             Ok(artifact) => {
                 let artifact = Arc::new(artifact);
-                self.record(&artifact).await?;
+                // A store that cannot be written still serves what it has.
+                if self.store().writable() {
+                    self.record(&artifact).await?;
+                }
                 Ok(Resolved {
                     artifact,
                     source,

@@ -49,6 +49,9 @@ pub(super) struct Queue {
     jobs: Mutex<Vec<Arc<Job>>>,
     ahead: Mutex<VecDeque<Ahead>>,
     running: AtomicUsize,
+    /// Of these, read-ahead: it has as many connections again, so that it never waits for warm
+    /// work that stands still.
+    running_ahead: AtomicUsize,
     wake: Arc<Notify>,
     sequence: AtomicU64,
     connections: Mutex<Connections>,
@@ -147,6 +150,7 @@ impl Queue {
             jobs: Mutex::default(),
             ahead: Mutex::default(),
             running: AtomicUsize::new(0),
+            running_ahead: AtomicUsize::new(0),
             wake: Arc::default(),
             sequence: AtomicU64::new(0),
             connections: Mutex::new(Connections::new(max)),
@@ -165,7 +169,7 @@ impl Queue {
         partial: &Arc<Partial>,
         class: Class,
     ) -> Result<(), FetchError> {
-        if partial.all_present() {
+        if handle.all_present(partial) {
             return Ok(());
         }
         let job = Arc::new(Job {
@@ -186,7 +190,7 @@ impl Queue {
         self.wake();
         loop {
             let look_again = handle.changed_within(LOOK_AGAIN * 5);
-            if partial.all_present() {
+            if handle.all_present(partial) {
                 return Ok(());
             }
             if let Some(error) = job.failed.get() {
@@ -265,7 +269,10 @@ impl Queue {
                 connections.measure(received(), saturated);
                 connections.limit
             };
-            if running >= limit || !(self.start_ahead(engine) || self.start_job(engine, limit)) {
+            let ahead = self.running_ahead.load(Ordering::Relaxed);
+            let started = (ahead < limit && self.start_ahead(engine))
+                || (running < limit && self.start_job(engine, limit));
+            if !started {
                 return;
             }
         }
@@ -307,11 +314,17 @@ impl Queue {
             .jobs
             .lock()
             .iter()
-            .filter(|job| job.failed.get().is_none() && !job.partial.all_present())
+            .filter(|job| job.failed.get().is_none() && !job.handle.all_present(&job.partial))
             .take(MAX_OBJECTS)
             .cloned()
             .collect();
-        let share = limit.div_ceil(jobs.len().max(1));
+        // What is being read comes one after the other, as readers want it; else several at once,
+        // so that several cores hash.
+        let in_order = jobs.first().is_some_and(|job| job.handle.is_read());
+        let share = match in_order {
+            true => limit,
+            false => limit.div_ceil(jobs.len().max(1)),
+        };
         let segment = if share > 1 {
             SHORT_SEGMENT
         } else {
@@ -351,6 +364,9 @@ impl Queue {
             class
         };
         self.running.fetch_add(1, Ordering::Relaxed);
+        if class == Class::Readahead {
+            self.running_ahead.fetch_add(1, Ordering::Relaxed);
+        }
         if let Some(job) = &job {
             job.running.fetch_add(1, Ordering::Relaxed);
         }
@@ -359,6 +375,9 @@ impl Queue {
         engine.runtime.clone().spawn(async move {
             super::flight::run(Arc::clone(&engine), handle, Arc::clone(&flight)).await;
             engine.queue.running.fetch_sub(1, Ordering::Relaxed);
+            if class == Class::Readahead {
+                engine.queue.running_ahead.fetch_sub(1, Ordering::Relaxed);
+            }
             if let Some(job) = job {
                 job.running.fetch_sub(1, Ordering::Relaxed);
                 if let Some(error) = flight.failure() {

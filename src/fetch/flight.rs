@@ -38,6 +38,8 @@ pub(super) struct Flight {
     end: AtomicU64,
     lease: RwLock<Lease>,
     pub(super) class: Class,
+    /// A reader waits for it, whatever its class: it stands back for nobody.
+    urgent: AtomicBool,
     failed: OnceLock<FetchError>,
     done: AtomicBool,
 }
@@ -51,6 +53,7 @@ impl Flight {
             end: AtomicU64::new(chunks.end),
             lease: RwLock::new(lease),
             class,
+            urgent: AtomicBool::new(class == Class::Demand),
             failed: OnceLock::new(),
             done: AtomicBool::new(false),
         })
@@ -61,6 +64,23 @@ impl Flight {
         !self.done.load(Ordering::Acquire)
             && chunk < self.end.load(Ordering::Acquire)
             && chunk >= self.next.load(Ordering::Acquire)
+    }
+
+    /// A reader waits for it now.
+    pub(super) fn hurry(&self) {
+        self.urgent.store(true, Ordering::Relaxed);
+    }
+
+    fn is_urgent(&self) -> bool {
+        self.urgent.load(Ordering::Relaxed)
+    }
+
+    /// Takes chunk `index` on, unless it was given away.
+    fn take_on(&self, index: u64) -> bool {
+        // Whoever gives the tail away holds the lease for itself.
+        let _lease = self.lease.read();
+        self.next.store(index, Ordering::Release);
+        index < self.end.load(Ordering::Acquire)
     }
 
     /// Whether `chunk` is one that this flight is to bring, or has brought.
@@ -84,7 +104,8 @@ impl Flight {
     /// Gives up the chunks from `chunk` on, where they are not about to arrive, so that a reader
     /// who waits for them can fetch them at once.
     pub(super) fn yield_from(&self, chunk: u64) -> Option<Lease> {
-        let mut lease = self.lease.write();
+        // Chunks are being written: no time to wait for that here. It is near, then.
+        let mut lease = self.lease.try_write()?;
         if self.class == Class::Demand
             || !self.brings(chunk)
             || chunk < self.next.load(Ordering::Acquire) + 2
@@ -109,7 +130,6 @@ impl Drop for Landing {
 /// Runs the flight to its end. An error is kept in the flight for whoever waits for its chunks.
 pub(super) async fn run(engine: Arc<Inner>, handle: Arc<Handle>, flight: Arc<Flight>) {
     let landing = Landing(Arc::clone(&flight), Arc::clone(&handle));
-    let _demand = (flight.class == Class::Demand).then(|| engine.gate.enter());
     if let Err(error) = Run::new(&engine, &handle, &flight).bring().await {
         if !matches!(error.kind(), super::FetchErrorKind::NoSpace) {
             tracing::debug!(object = %handle.id(), %error, "fetch failed");
@@ -126,6 +146,7 @@ struct Run<'a> {
     /// Writes under way, oldest first.
     writes: std::collections::VecDeque<tokio::task::JoinHandle<Result<(), StoreError>>>,
     received: &'static Metric,
+    routes_tried: usize,
 }
 
 impl<'a> Run<'a> {
@@ -136,11 +157,14 @@ impl<'a> Run<'a> {
             flight,
             writes: Default::default(),
             received: flight.class.received(),
+            routes_tried: 0,
         }
     }
 
     async fn bring(mut self) -> Result<(), FetchError> {
+        let demand = (self.flight.class == Class::Demand).then(|| self.engine.gate.enter());
         let result = self.receive().await;
+        drop(demand);
         // What was received is worth writing, also after an error.
         let mut first = Ok(());
         while let Some(write) = self.writes.pop_front() {
@@ -162,11 +186,18 @@ impl<'a> Run<'a> {
                 Err(Stop::Final(error)) => return Err(error),
                 Err(Stop::Source(error)) => error,
             };
+            self.engine.throttled(&error);
             let Some(pause) = retry.pause(&error) else {
+                // The same content may be had elsewhere.
+                if self.routes_tried + 1 < self.handle.routes() {
+                    self.routes_tried += 1;
+                    self.handle.next_route();
+                    tracing::debug!(%error, "trying another origin");
+                    continue;
+                }
                 return Err(FetchError::source(self.handle, &error));
             };
             tracing::debug!(%error, ?pause, "trying again");
-            self.engine.throttled(&error);
             metrics::global().fetch_retries.add(1);
             tokio::time::sleep(pause).await;
         }
@@ -192,12 +223,13 @@ impl<'a> Run<'a> {
         let _open = OpenRequest::new(self.engine);
         let mut expected = chunk::run_bytes(&(index..end), size).end - start;
         while expected > 0 {
-            if self.flight.class != Class::Demand {
-                if self.flight.class == Class::Warm {
+            // Between chunks only: what has begun to arrive is finished.
+            if partly.is_none() {
+                if self.flight.class == Class::Warm && !self.flight.is_urgent() {
                     self.engine.gate.yield_to_demand().await;
                 }
-                if index >= self.flight.end.load(Ordering::Acquire) {
-                    return Ok(());
+                if !self.flight.take_on(index) {
+                    return Ok(()); // the tail was given away
                 }
             }
             let next = tokio::time::timeout(self.engine.config.stall_timeout, body.next());
@@ -214,7 +246,7 @@ impl<'a> Run<'a> {
             }
             expected -= frame.len() as u64;
             self.received.add(frame.len() as u64);
-            if self.flight.class == Class::Warm {
+            if self.flight.class == Class::Warm && !self.flight.is_urgent() {
                 self.engine.bandwidth.spend(frame.len()).await;
             }
             retry.progress();
@@ -222,8 +254,8 @@ impl<'a> Run<'a> {
                 let mut writer = match partly.take() {
                     Some(writer) => writer,
                     None => {
-                        if index >= self.flight.end.load(Ordering::Acquire) {
-                            return Ok(()); // the tail was given away
+                        if !self.flight.take_on(index) {
+                            return Ok(());
                         }
                         self.buffer(index).await?
                     }
@@ -285,17 +317,17 @@ impl<'a> Run<'a> {
 
     /// Asks for the range; a demand request that stays without an answer is asked a second time.
     async fn open(&self, range: std::ops::Range<u64>) -> Result<ByteStream, Stop> {
-        let object = self.handle.object();
-        let Recipe::Raw(location) = &object.recipe;
+        let route = self.handle.route();
+        let Recipe::Raw(location) = &route.recipe;
         let range = range.start + location.offset..range.end + location.offset;
         let asked = Instant::now();
         let ask = || {
             metrics::global().fetch_requests.add(1);
-            self.handle.source().read(location, range.clone())
+            route.source.read(location, range.clone())
         };
         let first = ask();
         tokio::pin!(first);
-        let hedge = if self.flight.class == Class::Warm {
+        let hedge = if self.flight.class == Class::Warm && !self.flight.is_urgent() {
             self.engine.config.stall_timeout
         } else {
             (self.engine.answer_time() * 4).max(SHORTEST_HEDGE)
@@ -307,7 +339,17 @@ impl<'a> Run<'a> {
                 let second = ask();
                 tokio::pin!(second);
                 let either = async {
-                    tokio::select! { a = &mut first => a, b = &mut second => b }
+                    // The first to answer well; an error counts only if both fail.
+                    tokio::select! {
+                        a = &mut first => match a {
+                            Ok(body) => Ok(body),
+                            Err(_) => second.await,
+                        },
+                        b = &mut second => match b {
+                            Ok(body) => Ok(body),
+                            Err(_) => first.await,
+                        },
+                    }
                 };
                 match tokio::time::timeout(self.engine.config.stall_timeout, either).await {
                     Ok(answer) => answer,
@@ -345,18 +387,22 @@ fn commit(
         (Class::Demand | Class::Warm, true) => WriteMode::Cached,
     };
     let data = buf.filled();
+    let partial = Arc::clone(flight.lease.read().partial());
+    let generation = partial.generation();
     flight.lease.read().commit(index, data, mode)?;
     metrics::global().store_written_bytes.add(data.len() as u64);
-    let partial = Arc::clone(flight.lease.read().partial());
-    // What demand holds is for demand alone.
-    let may_wait = flight.class != Class::Demand && engine.pool.is_roomy();
-    handle.verifier().committed(index, buf, &partial, may_wait);
+    handle.verifier().offer(index, generation, buf);
     if mode == WriteMode::Direct && handle.is_read() && engine.pool.is_roomy() {
         engine.recent.keep(handle, index);
     } else {
         handle.forget(index);
     }
-    handle.arrived(index);
+    handle.arrived(&partial, index);
+    handle.verifier().advance(handle.object(), &partial);
+    // What demand holds is for demand alone.
+    if flight.class == Class::Demand || !engine.pool.is_roomy() {
+        handle.verifier().withdraw(index);
+    }
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 mod whole;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     ops::Range,
     sync::{
         Arc, Weak,
@@ -35,6 +35,10 @@ use crate::{
 
 /// How often to look whether another process has brought what it claimed.
 const OTHER_PROCESS: Duration = Duration::from_millis(5);
+/// How long a reader waits for what another process has claimed.
+const OTHER_PROCESS_PATIENCE: Duration = Duration::from_millis(200);
+/// Origins of equal content that are remembered.
+const MAX_ROUTES: usize = 4;
 /// After the disk was full, reads go straight to the origin for this long before trying again.
 const FULL_DISK: Duration = Duration::from_secs(5);
 /// Present chunks are made durable after this many new bytes.
@@ -46,7 +50,8 @@ const LONGEST_READ: usize = 16 << 20;
 pub struct Handle {
     object: Object,
     name: String,
-    source: Arc<dyn Source>,
+    /// Where its bytes can be had; the one in use first.
+    routes: Mutex<VecDeque<Arc<Route>>>,
     engine: Weak<Inner>,
     me: Weak<Handle>,
     state: RwLock<State>,
@@ -57,7 +62,14 @@ pub struct Handle {
     waiting: AtomicUsize,
     verifier: Verifier,
     streams: Mutex<Streams>,
-    tensors: Mutex<Option<Arc<Tensors>>>,
+    /// `None` inside where the header is no safetensors header.
+    tensors: Mutex<Option<Option<Arc<Tensors>>>>,
+    /// Called when content turned out wrong.
+    on_wrong: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
+    /// Chunks below this were all here, as of a generation.
+    prefix: Mutex<(u32, u64)>,
+    /// The last time the content was wrong, and until when that is taken for granted.
+    wrong: Mutex<Option<Wrong>>,
     /// Somebody reads it while it arrives: write through the page cache.
     read: AtomicBool,
     /// Content was wrong once: from now on nothing unverified is served.
@@ -66,6 +78,12 @@ pub struct Handle {
     since_checkpoint: AtomicU64,
     /// Single flight of small objects and of the final check.
     finishing: tokio::sync::Mutex<()>,
+}
+
+/// An origin that has the content.
+pub(super) struct Route {
+    pub(super) source: Arc<dyn Source>,
+    pub(super) recipe: Recipe,
 }
 
 /// Where the content is.
@@ -96,21 +114,31 @@ impl Handle {
         let Recipe::Raw(location) = &object.recipe;
         let name = location.path.clone();
         let failed = |e| FetchError::store_named(&name, &e);
-        let state = match engine.store.complete(&object.id).map_err(failed)? {
+        let complete = || engine.store.complete(&object.id).map_err(failed);
+        let state = match complete()? {
             Some(complete) => State::Complete(complete),
             None if object.size <= CHUNK_SIZE => State::Small,
             None => match engine.store.partial(&object.id, object.size) {
-                Ok(partial) => State::Partial(partial),
+                // Another process may have completed it in between.
+                Ok(partial) => match complete()? {
+                    Some(complete) => State::Complete(complete),
+                    None => State::Partial(partial),
+                },
                 Err(e) if cannot_keep(e.kind()) => State::Streamed,
                 Err(e) => return Err(failed(e)),
             },
         };
+        if let State::Complete(complete) = &state
+            && complete.size != object.size
+        {
+            return Err(FetchError::other_size(&name, object.size, complete.size));
+        }
         Ok(Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
             name,
             verifier: Verifier::new(object),
             object: object.clone(),
-            source: Arc::clone(source),
+            routes: Mutex::new(VecDeque::from([route(object, source)])),
             engine: Arc::downgrade(engine),
             state: RwLock::new(state),
             flights: Mutex::default(),
@@ -119,6 +147,9 @@ impl Handle {
             waiting: AtomicUsize::new(0),
             streams: Mutex::default(),
             tensors: Mutex::default(),
+            on_wrong: Mutex::default(),
+            prefix: Mutex::default(),
+            wrong: Mutex::default(),
             read: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             full_since: Mutex::default(),
@@ -157,6 +188,12 @@ impl Handle {
             State::Complete(complete) => Some(Arc::clone(complete)),
             _ => None,
         }
+    }
+
+    /// Has `call` run, from a thread that may block, each time the content turned out wrong after
+    /// some of it may have been served.
+    pub fn on_wrong(&self, call: impl Fn() + Send + Sync + 'static) {
+        self.on_wrong.lock().push(Box::new(call));
     }
 
     /// Tells that somebody reads the object while it arrives: what comes in goes through the page
@@ -243,8 +280,44 @@ impl Handle {
         &self.object
     }
 
-    pub(super) fn source(&self) -> &Arc<dyn Source> {
-        &self.source
+    /// The origin in use.
+    pub(super) fn route(&self) -> Arc<Route> {
+        Arc::clone(&self.routes.lock()[0])
+    }
+
+    /// How many origins there are.
+    pub(super) fn routes(&self) -> usize {
+        self.routes.lock().len()
+    }
+
+    /// Uses another origin from now on.
+    pub(super) fn next_route(&self) {
+        self.routes.lock().rotate_left(1);
+    }
+
+    /// Another user has the object, perhaps from elsewhere: what is asked for next comes from
+    /// there.
+    pub(super) fn also_from(&self, object: &Object, source: &Arc<dyn Source>) {
+        let mut routes = self.routes.lock();
+        let same = |r: &Arc<Route>| Arc::ptr_eq(&r.source, source) && r.recipe == object.recipe;
+        if routes.front().is_some_and(same) {
+            return;
+        }
+        routes.retain(|r| !same(r));
+        routes.push_front(route(object, source));
+        routes.truncate(MAX_ROUTES);
+    }
+
+    /// Whether all chunks are here; remembers how far they were.
+    pub(super) fn all_present(&self, partial: &Partial) -> bool {
+        let mut prefix = self.prefix.lock();
+        let generation = partial.generation();
+        if prefix.0 != generation {
+            *prefix = (generation, 0);
+        }
+        let missing = partial.first_missing(prefix.1..partial.chunks());
+        prefix.1 = missing.unwrap_or(partial.chunks());
+        missing.is_none()
     }
 
     pub(super) fn verifier(&self) -> &Verifier {
@@ -265,8 +338,18 @@ impl Handle {
         self.in_memory.lock().remove(&index);
     }
 
-    /// Chunk `index` is present.
-    pub(super) fn arrived(&self, index: u64) {
+    /// Chunk `index` is present. The last one has the object verified, whoever asked for it.
+    pub(super) fn arrived(&self, partial: &Arc<Partial>, index: u64) {
+        if self.is_read()
+            && self.all_present(partial)
+            && let (Some(engine), Some(me)) = (self.engine.upgrade(), self.me.upgrade())
+        {
+            engine.runtime.spawn(async move {
+                if let Err(error) = me.ensure(Class::Warm).await {
+                    tracing::debug!(%error, "could not be completed");
+                }
+            });
+        }
         self.wake();
         let bytes = chunk::bytes(index, self.size());
         let new = bytes.end - bytes.start;
@@ -277,7 +360,7 @@ impl Handle {
                 .compare_exchange(since, 0, Ordering::Relaxed, Ordering::Relaxed)
                 .is_ok()
         {
-            self.checkpoint();
+            checkpoint(partial);
         }
     }
 
@@ -330,15 +413,6 @@ impl Handle {
         flight
     }
 
-    /// Makes what is present durable. Blocking.
-    fn checkpoint(&self) {
-        if let State::Partial(partial) = self.state.read().clone()
-            && let Err(error) = partial.checkpoint()
-        {
-            tracing::warn!(object = %self.id(), %error, "progress could not be made durable");
-        }
-    }
-
     fn strict(&self) -> bool {
         self.poisoned.load(Ordering::Relaxed)
             || self
@@ -381,19 +455,22 @@ impl Handle {
         }
         let known = self.tensors.lock().clone();
         let tensors = match known {
-            Some(tensors) => tensors,
+            Some(known) => known,
             None => {
+                let here = std::cell::Cell::new(true);
                 let parsed = Tensors::read(self.size(), |at, buf| {
                     let range = at..at + buf.len() as u64;
-                    chunk::covering(&range).all(|c| partial.present(c))
-                        && partial.read_at(buf, at).is_ok()
+                    here.set(chunk::covering(&range).all(|c| partial.present(c)));
+                    here.get() && partial.read_at(buf, at).is_ok()
                 });
-                let tensors = Arc::new(parsed?);
-                *self.tensors.lock() = Some(Arc::clone(&tensors));
+                let tensors = parsed.map(Arc::new);
+                if tensors.is_some() || here.get() {
+                    *self.tensors.lock() = Some(tensors.clone());
+                }
                 tensors
             }
         };
-        tensors.end_of_start_in(bytes)
+        tensors?.end_of_start_in(bytes)
     }
 
     /// Fills `data` with `bytes`, chunk by chunk, as they arrive.
@@ -439,10 +516,18 @@ impl Handle {
         carriers: &mut Vec<Arc<Flight>>,
     ) -> Result<(), FetchError> {
         let _waiting = Waiting::new(&self.waiting);
+        let mut elsewhere_since = None;
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
+            if self.strict() {
+                // Found wrong meanwhile.
+                let complete = self.ensure(Class::Demand).await?;
+                use std::os::unix::fs::FileExt as _;
+                let read = complete.file().read_exact_at(out, piece.start);
+                return read.map_err(|e| FetchError::new(self, FetchErrorKind::Disk, &e));
+            }
             if self.copy_piece(partial, index, &piece, out)? {
                 return Ok(());
             }
@@ -458,6 +543,13 @@ impl Handle {
             *carriers = self.demand(partial, index..index + 1)?;
             if carriers.is_empty() {
                 // Claimed, but not in this process; or just now landed.
+                let since = *elsewhere_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > OTHER_PROCESS_PATIENCE {
+                    // It may be slow, or stopped: no reader waits for that.
+                    let data = self.receive(piece.clone(), Class::Demand).await?;
+                    out.copy_from_slice(&data);
+                    return Ok(());
+                }
                 let _ = tokio::time::timeout(OTHER_PROCESS, changed).await;
             }
         }
@@ -528,6 +620,7 @@ impl Handle {
                 Some(flight) => {
                     let lease = flight.yield_from(missing);
                     if lease.is_none() {
+                        flight.hurry();
                         carriers.push(flight);
                     }
                     lease
@@ -538,7 +631,7 @@ impl Handle {
             };
             from = missing + 1;
             if let Some(lease) = lease {
-                let flight = self.cover(&self.engine()?, lease, wanted.end);
+                let flight = self.cover(&self.engine()?, partial, lease, wanted.end);
                 from = flight.end().max(from);
                 carriers.push(flight);
             }
@@ -546,12 +639,18 @@ impl Handle {
         Ok(carriers)
     }
 
-    /// Launches the part of `lease` below `end` as demand, and the rest as read-ahead.
-    fn cover(self: &Arc<Self>, engine: &Arc<Inner>, mut lease: Lease, end: u64) -> Arc<Flight> {
+    /// Launches the part of `lease` below `end` as demand; the rest is for read-ahead.
+    fn cover(
+        self: &Arc<Self>,
+        engine: &Arc<Inner>,
+        partial: &Arc<Partial>,
+        mut lease: Lease,
+        end: u64,
+    ) -> Arc<Flight> {
         let chunks = lease.chunks();
         if chunks.end > end && end > chunks.start {
-            let rest = lease.split_off(end);
-            self.launch(engine, rest, Class::Readahead);
+            drop(lease.split_off(end));
+            engine.queue.read_ahead(self, partial, end..chunks.end);
         }
         self.launch(engine, lease, Class::Demand)
     }
@@ -573,15 +672,45 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        if self.since_checkpoint.load(Ordering::Relaxed) > 0 {
-            self.checkpoint();
+        if self.since_checkpoint.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        // Syncing takes time that whoever lets go last may not have.
+        match (self.engine.upgrade(), self.state.get_mut()) {
+            (Some(engine), State::Partial(partial)) => {
+                let partial = Arc::clone(partial);
+                engine.runtime.spawn_blocking(move || checkpoint(&partial));
+            }
+            (None, State::Partial(partial)) => checkpoint(partial),
+            _ => {}
         }
     }
+}
+
+/// Makes what is present durable. Blocking.
+fn checkpoint(partial: &Partial) {
+    if let Err(error) = partial.checkpoint() {
+        tracing::warn!(object = %partial.id(), %error, "progress could not be made durable");
+    }
+}
+
+fn route(object: &Object, source: &Arc<dyn Source>) -> Arc<Route> {
+    Arc::new(Route {
+        source: Arc::clone(source),
+        recipe: object.recipe.clone(),
+    })
 }
 
 /// Whether content can still be served, just not kept.
 fn cannot_keep(kind: StoreErrorKind) -> bool {
     matches!(kind, StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly)
+}
+
+/// Content that was wrong.
+struct Wrong {
+    error: FetchError,
+    times: u32,
+    until: Instant,
 }
 
 /// Counts those who wait, so that nobody is woken in vain.

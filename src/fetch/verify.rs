@@ -24,10 +24,13 @@ const BACKLOG: usize = 48;
 
 pub(super) struct Verifier {
     frontier: Mutex<Frontier>,
-    backlog: Mutex<BTreeMap<u64, Arc<ChunkBuf>>>,
+    /// Chunks by index, with the generation that they were committed to.
+    backlog: Mutex<BTreeMap<u64, (u32, Arc<ChunkBuf>)>>,
 }
 
 struct Frontier {
+    /// What was hashed belongs to this generation of the partial object.
+    generation: u32,
     next: u64,
     sha256: Sha256,
     sha1: Option<Sha1>,
@@ -35,116 +38,109 @@ struct Frontier {
 
 /// What the content turned out to be.
 pub(super) enum Verdict {
-    Good(Digest),
+    /// The digest, and the generation of the partial object that has it.
+    Good(Digest, u32),
     /// What was expected, and what was found.
-    Bad {
-        expected: String,
-        found: String,
-    },
+    Bad { expected: String, found: String },
 }
 
 impl Verifier {
     pub(super) fn new(object: &Object) -> Self {
-        let sha1 = object.git_sha1.map(|_| git_hasher(object.size));
         Self {
-            frontier: Mutex::new(Frontier {
-                next: 0,
-                sha256: Sha256::new(),
-                sha1,
-            }),
+            frontier: Mutex::new(Frontier::new(object, 0)),
             backlog: Mutex::new(BTreeMap::new()),
         }
     }
 
-    /// Notes that chunk `index` was committed with this content, and hashes as far as the chunks
-    /// that are here go. Keeps the content for later only if `may_wait`: what waits takes memory
-    /// that the chunk at the frontier may need to arrive. Blocking.
-    pub(super) fn committed(
-        &self,
-        index: u64,
-        data: &Arc<ChunkBuf>,
-        partial: &Partial,
-        may_wait: bool,
-    ) {
-        {
-            let mut backlog = self.backlog.lock();
-            backlog.insert(index, Arc::clone(data));
-            if backlog.len() > BACKLOG {
-                backlog.pop_last();
-            }
-        }
-        // Whoever holds the frontier takes what is left here; look again after letting go, since
-        // a chunk may have been left between its last look and that.
-        while let Some(mut frontier) = self.frontier.try_lock() {
-            if !self.advance(&mut frontier, partial) {
-                break;
-            }
-        }
-        if !may_wait {
-            self.backlog.lock().remove(&index);
+    /// Keeps the content of a chunk that was committed to `generation` for [`Verifier::advance`].
+    pub(super) fn offer(&self, index: u64, generation: u32, data: &Arc<ChunkBuf>) {
+        let mut backlog = self.backlog.lock();
+        backlog.insert(index, (generation, Arc::clone(data)));
+        if backlog.len() > BACKLOG {
+            backlog.pop_last();
         }
     }
 
-    /// Hashes from the frontier on, from memory or from the store; whether it got anywhere.
-    fn advance(&self, frontier: &mut Frontier, partial: &Partial) -> bool {
-        let from = frontier.next;
-        loop {
-            let index = frontier.next;
-            if let Some(data) = self.take(index) {
-                frontier.update(data.filled());
-            } else if index < partial.chunks() && partial.present(index) {
-                // It did not fit into the backlog, or was here before.
-                let bytes = chunk::bytes(index, partial.size());
-                let mut buffer = vec![0; (bytes.end - bytes.start) as usize];
-                if partial.read_at(&mut buffer, bytes.start).is_err() {
-                    break; // said by whoever needs it: the judge
-                }
-                frontier.update(&buffer);
-            } else {
+    /// Lets go of a chunk that was offered: what waits takes memory that the chunk at the frontier
+    /// may need to arrive.
+    pub(super) fn withdraw(&self, index: u64) {
+        self.backlog.lock().remove(&index);
+    }
+
+    /// Hashes as far as the chunks that are here go, unless another thread is at it, which then
+    /// does so. Blocking.
+    pub(super) fn advance(&self, object: &Object, partial: &Partial) {
+        // Look again after letting go: a chunk may have come between the last look and that.
+        while let Some(mut frontier) = self.frontier.try_lock() {
+            let before = frontier.next;
+            self.hash_on(&mut frontier, object, partial);
+            if frontier.next <= before {
                 break;
             }
         }
-        frontier.next > from
+    }
+
+    /// Hashes from the frontier on, from memory or from the store.
+    fn hash_on(&self, frontier: &mut Frontier, object: &Object, partial: &Partial) {
+        let generation = partial.generation();
+        if frontier.generation != generation {
+            *frontier = Frontier::new(object, generation);
+        }
+        while frontier.next < partial.chunks() && partial.present(frontier.next) {
+            let index = frontier.next;
+            if let Some(data) = self.take(index, generation) {
+                frontier.update(data.filled());
+                continue;
+            }
+            // It did not fit into the backlog, or was here before.
+            let bytes = chunk::bytes(index, partial.size());
+            let mut buffer = vec![0; (bytes.end - bytes.start) as usize];
+            if partial.read_at(&mut buffer, bytes.start).is_err() {
+                break; // said by whoever needs it: the judge
+            }
+            frontier.update(&buffer);
+        }
     }
 
     /// Hashes the rest, reading it back from the store, and judges. All chunks must be present.
     /// Blocking.
     pub(super) fn judge(&self, object: &Object, partial: &Partial) -> Result<Verdict, StoreError> {
         let mut frontier = self.frontier.lock();
-        self.advance(&mut frontier, partial);
+        self.hash_on(&mut frontier, object, partial);
         if frontier.next < partial.chunks() {
             // Says what is wrong with the chunk that could not be read.
             let bytes = chunk::bytes(frontier.next, partial.size());
-            partial.read_at(
-                &mut vec![0; (bytes.end - bytes.start) as usize],
-                bytes.start,
-            )?;
+            let mut buffer = vec![0; (bytes.end - bytes.start) as usize];
+            partial.read_at(&mut buffer, bytes.start)?;
             let message = format!("object {}: chunk {} is missing", object.id, frontier.next);
-            return Err(StoreError::new(StoreErrorKind::Damaged, message));
+            return Err(StoreError::new(StoreErrorKind::Invalid, message));
         }
         let sha256 = Digest::from_bytes(frontier.sha256.clone().finalize().into());
         let sha1 = frontier.sha1.clone().map(|h| h.finalize().into());
-        Ok(verdict(object, sha256, sha1))
+        Ok(verdict(object, sha256, sha1, frontier.generation))
     }
 
-    /// Starts again: the content was wrong.
-    pub(super) fn reset(&self, object: &Object) {
-        self.backlog.lock().clear();
-        let fresh = Self::new(object);
-        *self.frontier.lock() = fresh.frontier.into_inner();
-    }
-
-    fn take(&self, index: u64) -> Option<Arc<ChunkBuf>> {
+    fn take(&self, index: u64, generation: u32) -> Option<Arc<ChunkBuf>> {
         let mut backlog = self.backlog.lock();
         // What was hashed from the store meanwhile is of no use.
         while backlog.keys().next().is_some_and(|&first| first < index) {
             backlog.pop_first();
         }
-        backlog.remove(&index)
+        let (committed, data) = backlog.remove(&index)?;
+        (committed == generation).then_some(data)
     }
 }
 
 impl Frontier {
+    fn new(object: &Object, generation: u32) -> Self {
+        Self {
+            generation,
+            next: 0,
+            sha256: Sha256::new(),
+            sha1: object.git_sha1.map(|_| git_hasher(object.size)),
+        }
+    }
+
     fn update(&mut self, data: &[u8]) {
         self.sha256.update(data);
         if let Some(sha1) = &mut self.sha1 {
@@ -161,10 +157,10 @@ pub(super) fn judge_bytes(object: &Object, data: &[u8]) -> Verdict {
         hasher.update(data);
         hasher.finalize().into()
     });
-    verdict(object, Digest::of(data), sha1)
+    verdict(object, Digest::of(data), sha1, 0)
 }
 
-fn verdict(object: &Object, sha256: Digest, sha1: Option<[u8; 20]>) -> Verdict {
+fn verdict(object: &Object, sha256: Digest, sha1: Option<[u8; 20]>, generation: u32) -> Verdict {
     if let ObjectId::Sha256(expected) = object.id
         && expected != sha256
     {
@@ -178,7 +174,7 @@ fn verdict(object: &Object, sha256: Digest, sha1: Option<[u8; 20]>) -> Verdict {
             expected: format!("git:{}", crate::digest::to_hex(&expected)),
             found: format!("git:{}", crate::digest::to_hex(&found)),
         },
-        _ => Verdict::Good(sha256),
+        _ => Verdict::Good(sha256, generation),
     }
 }
 

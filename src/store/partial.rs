@@ -221,6 +221,12 @@ impl Partial {
         self.live.present(chunk)
     }
 
+    /// Changes whenever chunks that were here are absent again: then what was read before says
+    /// nothing of what is here now.
+    pub fn generation(&self) -> u32 {
+        self.live.generation()
+    }
+
     /// Whether all of `chunks` are here.
     pub fn all_of(&self, chunks: Range<u64>) -> bool {
         self.first_missing(chunks).is_none()
@@ -314,40 +320,39 @@ impl Partial {
         }
     }
 
-    /// All chunks present and content verified to be `digest` by the caller: becomes complete.
+    /// All chunks present and the content of `generation` verified to be `digest` by the caller:
+    /// becomes complete.
     /// Where equal content is stored already, that is kept and this dropped. Idempotent across
     /// processes.
     ///
     /// # Errors
     /// [`StoreErrorKind::Damaged`] where the id promises another digest: nothing changes, the caller
-    /// should [`Partial::discard`]. [`StoreErrorKind::Invalid`] where chunks are absent, and what
-    /// the disk says.
-    pub fn finish(&self, digest: Digest) -> Result<Arc<Complete>> {
+    /// should [`Partial::discard`]. [`StoreErrorKind::Invalid`] where chunks are absent or the
+    /// generation is another by now, and what the disk says.
+    pub fn finish(&self, digest: Digest, generation: u32) -> Result<Arc<Complete>> {
         check_digest(&self.id, &digest)?;
-        loop {
-            if let Some(done) = self.completed()? {
-                return Ok(done);
-            }
-            let generation = self.live.generation();
-            self.need_all()?;
-            self.sync()?;
-            // A collection must not take equal content away before our record leads to it.
-            let _records = self.store.lock_records(Span::Shared)?;
-            let structure = self.store.lock_partials()?;
-            let state = self.lock_state()?;
-            if self.live.finished() {
-                drop((state, structure));
-                return self.completed()?.ok_or_else(|| {
-                    let message = format!("object {} was completed and removed since", self.id);
-                    StoreError::new(StoreErrorKind::NotFound, message)
-                });
-            }
-            if self.live.generation() != generation {
-                continue;
-            }
-            self.need_all()?;
-            return self.publish(digest, &structure, &state);
+        if let Some(done) = self.completed()? {
+            return Ok(done);
         }
+        self.need_all()?;
+        self.sync()?;
+        // A collection must not take equal content away before our record leads to it.
+        let _records = self.store.lock_records(Span::Shared)?;
+        let structure = self.store.lock_partials()?;
+        let state = self.lock_state()?;
+        if self.live.finished() {
+            drop((state, structure));
+            return self.completed()?.ok_or_else(|| {
+                let message = format!("object {} was completed and removed since", self.id);
+                StoreError::new(StoreErrorKind::NotFound, message)
+            });
+        }
+        if self.live.generation() != generation {
+            let message = format!("object {} changed while it was verified", self.id);
+            return Err(StoreError::new(StoreErrorKind::Invalid, message));
+        }
+        self.need_all()?;
+        self.publish(digest, &structure, &state)
     }
 
     /// Gives the synced data its name among the objects. No lease is left, since all chunks are
@@ -398,6 +403,24 @@ impl Partial {
             self.chunks()
         );
         Err(StoreError::new(StoreErrorKind::Invalid, message))
+    }
+
+    /// The object is complete by another way: what is here of it is not needed. Does nothing where
+    /// it is not complete.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn abandon(&self) -> Result<()> {
+        let _structure = self.store.lock_partials()?;
+        let _state = self.lock_state()?;
+        if self.live.finished() || self.store.complete(&self.id)?.is_none() {
+            return Ok(());
+        }
+        self.live.set_finished(true);
+        for path in [&self.paths.map, &self.paths.live, &self.paths.data] {
+            self.store.disk.unlink(path)?;
+        }
+        Ok(())
     }
 
     /// Content turned out wrong: all chunks absent again, durably.

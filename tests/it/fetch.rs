@@ -249,8 +249,9 @@ async fn wrong_content_never_becomes_complete() {
             handle.read(0, 10).await.unwrap_err().kind(),
             FetchErrorKind::Corrupt
         );
-        // The origin is repaired.
+        // The origin is repaired; for a moment it is not asked again.
         bed.source.serve_wrong_bytes(false);
+        tokio::time::sleep(Duration::from_millis(2100)).await;
         bed.check_whole().await;
         check_read(&handle, &bed.source, 0..size).await;
     }
@@ -277,6 +278,7 @@ async fn strict_serves_nothing_unverified() {
         FetchErrorKind::Corrupt
     );
     bed.source.serve_wrong_bytes(false);
+    tokio::time::sleep(Duration::from_millis(1100)).await;
     check_read(&handle, &bed.source, 2 * MIB..2 * MIB + 10).await;
     assert!(handle.complete().is_some());
 }

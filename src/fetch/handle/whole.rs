@@ -3,12 +3,13 @@
 use std::{
     ops::Range,
     sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 
-use super::{Handle, State, cannot_keep};
+use super::{Handle, State, Wrong, cannot_keep};
 use crate::{
     fetch::{
         Class, FetchError, FetchErrorKind,
@@ -20,6 +21,10 @@ use crate::{
     store::{Complete, Partial},
     tree::Recipe,
 };
+
+/// How long content that was wrong twice is not fetched again; doubles each time.
+const HOLD_OFF: Duration = Duration::from_secs(1);
+const LONGEST_HOLD_OFF: Duration = Duration::from_secs(300);
 
 impl Handle {
     /// The whole object, complete and verified.
@@ -46,6 +51,7 @@ impl Handle {
             }
             State::Partial(partial) => partial,
         };
+        self.held_off()?;
         for last_try in [false, true] {
             let engine = self.engine()?;
             engine.queue.bring_all(self, &partial, class).await?;
@@ -67,16 +73,18 @@ impl Handle {
     ) -> Result<Bytes, FetchError> {
         let engine = self.engine()?;
         let _demand = (class == Class::Demand).then(|| engine.gate.enter());
-        let Recipe::Raw(location) = &self.object.recipe;
+        let mut routes_tried = 0;
         let mut data = Vec::with_capacity((bytes.end - bytes.start) as usize);
         let mut retry = Retry::new(engine.config.patience);
         while (data.len() as u64) < bytes.end - bytes.start {
             let before = data.len();
+            let route = self.route();
+            let Recipe::Raw(location) = &route.recipe;
             let start = bytes.start + before as u64 + location.offset;
             let end = bytes.end + location.offset;
             let attempt = async {
                 metrics::global().fetch_requests.add(1);
-                let mut body = self.source.read(location, start..end).await?;
+                let mut body = route.source.read(location, start..end).await?;
                 while let Some(frame) = body.next().await {
                     let frame = frame?;
                     if data.len() + frame.len() > (bytes.end - bytes.start) as usize {
@@ -111,6 +119,12 @@ impl Handle {
                 retry.progress();
             }
             let Some(pause) = retry.pause(&failure) else {
+                if routes_tried + 1 < self.routes() {
+                    routes_tried += 1;
+                    self.next_route();
+                    data.clear();
+                    continue;
+                }
                 return Err(FetchError::source(self, &failure));
             };
             metrics::global().fetch_retries.add(1);
@@ -128,17 +142,22 @@ impl Handle {
             return self.read_complete(0, self.size() as usize);
         }
         let engine = self.engine()?;
+        self.held_off()?;
         let mut wrong = None;
         for _ in 0..2 {
-            let _slot = engine.small_slot().await;
+            let slot = match class {
+                Class::Demand => None,
+                _ => engine.small_slot().await,
+            };
             let data = if self.size() == 0 {
                 Bytes::new()
             } else {
                 self.receive(0..self.size(), class).await?
             };
+            drop(slot);
             match judge_bytes(&self.object, &data) {
                 Verdict::Bad { expected, found } => wrong = Some(self.poison(&expected, &found)),
-                Verdict::Good(_) => {
+                Verdict::Good(..) => {
                     match engine.small.put(self.object.id, data.clone()).await {
                         Ok(complete) => *self.state.write() = State::Complete(complete),
                         Err(Some(e)) if cannot_keep(e.kind()) && !self.strict() => {
@@ -173,12 +192,20 @@ impl Handle {
         let engine = self.engine()?;
         // Another process may have finished it.
         if let Some(complete) = engine.store.complete(self.id()).map_err(failed)? {
+            if complete.size != self.size() {
+                return Err(FetchError::other_size(
+                    self.name(),
+                    self.size(),
+                    complete.size,
+                ));
+            }
+            partial.abandon().map_err(failed)?;
             *self.state.write() = State::Complete(Arc::clone(&complete));
             return Ok(complete);
         }
         match self.verifier.judge(&self.object, partial).map_err(failed)? {
-            Verdict::Good(digest) => {
-                let complete = partial.finish(digest).map_err(failed)?;
+            Verdict::Good(digest, generation) => {
+                let complete = partial.finish(digest, generation).map_err(failed)?;
                 metrics::global().store_objects_completed.add(1);
                 *self.state.write() = State::Complete(Arc::clone(&complete));
                 self.poisoned.store(false, Ordering::Relaxed);
@@ -189,9 +216,20 @@ impl Handle {
                 let error = self.poison(&expected, &found);
                 self.in_memory.lock().clear();
                 partial.discard().map_err(failed)?;
-                self.verifier.reset(&self.object);
+                for call in self.on_wrong.lock().iter() {
+                    call();
+                }
                 Err(error)
             }
+        }
+    }
+
+    /// The error of content that was wrong a short while ago: it is not fetched again for every
+    /// read.
+    fn held_off(&self) -> Result<(), FetchError> {
+        match &*self.wrong.lock() {
+            Some(wrong) if Instant::now() < wrong.until => Err(wrong.error.clone()),
+            _ => Ok(()),
         }
     }
 
@@ -200,6 +238,20 @@ impl Handle {
         metrics::global().fetch_corrupt_objects.add(1);
         let message = format!("the content is wrong: expected {expected}, received {found}");
         tracing::error!(object = %self.id(), path = %self.name, expected, found, "wrong content");
-        FetchError::new(self, FetchErrorKind::Corrupt, &message)
+        let error = FetchError::new(self, FetchErrorKind::Corrupt, &message);
+        let mut wrong = self.wrong.lock();
+        let times = wrong.as_ref().map_or(0, |w| w.times) + 1;
+        // The first time it is fetched again at once.
+        let hold = match times {
+            1 => Duration::ZERO,
+            n => (HOLD_OFF * 2u32.pow((n - 2).min(8))).min(LONGEST_HOLD_OFF),
+        };
+        let until = Instant::now() + hold;
+        *wrong = Some(Wrong {
+            error: error.clone(),
+            times,
+            until,
+        });
+        error
     }
 }

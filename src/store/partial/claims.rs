@@ -69,7 +69,8 @@ impl Partial {
         Some(start..present.unwrap_or(limit))
     }
 
-    /// Writes the data of whole chunks, then says that they are here.
+    /// Writes the data of whole chunks, then says that they are here. Where the object was
+    /// discarded or lost pages meanwhile, that may have been these: they are written again.
     pub(in crate::store) fn fill(
         &self,
         chunks: &Range<u64>,
@@ -77,15 +78,21 @@ impl Partial {
         mode: WriteMode,
     ) -> Result<()> {
         let offset = chunks.start * CHUNK_SIZE;
-        let done = match mode {
-            WriteMode::Direct => self.write_direct(data, offset)?,
-            WriteMode::Cached => 0,
-        };
-        if done < data.len() {
-            self.data.write_at(&data[done..], offset + done as u64)?;
+        loop {
+            let generation = self.generation();
+            let done = match mode {
+                WriteMode::Direct => self.write_direct(data, offset)?,
+                WriteMode::Cached => 0,
+            };
+            if done < data.len() {
+                self.data.write_at(&data[done..], offset + done as u64)?;
+            }
+            chunks.clone().for_each(|index| self.live.set(index));
+            if self.generation() == generation {
+                return Ok(());
+            }
+            chunks.clone().for_each(|index| self.live.clear(index));
         }
-        chunks.clone().for_each(|index| self.live.set(index));
-        Ok(())
     }
 
     /// Writes what it can of `data` past the page cache, from its front; how many bytes.

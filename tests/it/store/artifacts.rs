@@ -358,7 +358,9 @@ fn a_collection_never_takes_what_a_warm_has_seen() {
                         if store.complete(&ids[0]).unwrap().is_none() {
                             let partial = store.partial(&ids[0], large.len() as u64).unwrap();
                             fill(&partial, &large, WriteMode::Cached);
-                            partial.finish(Digest::of(&large)).unwrap();
+                            partial
+                                .finish(Digest::of(&large), partial.generation())
+                                .unwrap();
                         }
                         store.put(&[(ids[1], small.into())]).unwrap();
                         for id in &ids {

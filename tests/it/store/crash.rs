@@ -96,7 +96,14 @@ fn check(root: &Path, expected: &Expected, case: &str) {
             }
         }
         fill(&partial, bytes, WriteMode::Cached);
-        assert_eq!(partial.finish(*digest).unwrap().digest, *digest, "{case}");
+        assert_eq!(
+            partial
+                .finish(*digest, partial.generation())
+                .unwrap()
+                .digest,
+            *digest,
+            "{case}"
+        );
         assert!(store.complete(id).unwrap().is_some(), "{case}");
     }
     let Some(first) = expected.artifacts.first() else {
@@ -161,7 +168,7 @@ fn a_large_object_survives_power_failures() {
                     expected.lock().unwrap().chunks.push((id, index));
                 }
             }
-            partial.finish(digest).unwrap();
+            partial.finish(digest, partial.generation()).unwrap();
             expected.lock().unwrap().complete.push(id);
         });
     }

@@ -158,7 +158,7 @@ fn run(ops: Vec<Op>) {
                 }
             }
             Op::Finish { who } => {
-                let finished = partials[who].finish(digest);
+                let finished = partials[who].finish(digest, partials[who].generation());
                 let all = model.present.iter().all(|present| *present);
                 assert_eq!(finished.is_ok(), all || model.complete, "{finished:?}");
                 model.complete |= all;

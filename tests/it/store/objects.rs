@@ -32,7 +32,10 @@ fn an_object_is_filled_finished_and_found() {
         assert_eq!(partial.missing(0..9).collect::<Vec<_>>(), [2, 3]);
         assert_eq!(partial.present_bytes(), 2 * CHUNK_SIZE);
         assert_eq!(
-            partial.finish(digest).unwrap_err().kind(),
+            partial
+                .finish(digest, partial.generation())
+                .unwrap_err()
+                .kind(),
             StoreErrorKind::Invalid
         );
         buf.clear();
@@ -43,11 +46,14 @@ fn an_object_is_filled_finished_and_found() {
         assert_eq!(read, bytes[2 * MIB - 3000..][..6000]);
         let other = Digest::of(b"other");
         assert_eq!(
-            partial.finish(other).unwrap_err().kind(),
+            partial
+                .finish(other, partial.generation())
+                .unwrap_err()
+                .kind(),
             StoreErrorKind::Damaged
         );
         assert!(partial.completed().unwrap().is_none());
-        let complete = partial.finish(digest).unwrap();
+        let complete = partial.finish(digest, partial.generation()).unwrap();
         assert_eq!(complete.size, bytes.len() as u64);
         assert_eq!(hash_file(complete.file(), |_| true).unwrap(), Some(digest));
         let mode = complete.file().metadata().unwrap().permissions().mode();
@@ -55,7 +61,7 @@ fn an_object_is_filled_finished_and_found() {
         assert!(partial.completed().unwrap().is_some());
         assert!(partial.claim(0..4).unwrap().is_none());
         assert_eq!(partial.discard().unwrap_err().kind(), StoreErrorKind::InUse);
-        assert!(partial.finish(digest).is_ok());
+        assert!(partial.finish(digest, partial.generation()).is_ok());
     }
     let left: Vec<_> = fs::read_dir(store.root().join("partial"))
         .unwrap()
@@ -89,7 +95,7 @@ fn equal_content_of_different_origins_is_stored_once() {
         .iter()
         .map(|partial| {
             use std::os::unix::fs::MetadataExt as _;
-            let complete = partial.finish(digest).unwrap();
+            let complete = partial.finish(digest, partial.generation()).unwrap();
             complete.file().metadata().unwrap().ino()
         })
         .collect();
@@ -151,9 +157,12 @@ fn a_partial_open_elsewhere_notices_that_it_was_finished() {
     let theirs = two.partial(&id, bytes.len() as u64).unwrap();
     fill(&ours, &bytes, WriteMode::Cached);
     assert!(theirs.all_present());
-    ours.finish(digest).unwrap();
+    ours.finish(digest, ours.generation()).unwrap();
     assert_eq!(theirs.completed().unwrap().unwrap().digest, digest);
-    assert_eq!(theirs.finish(digest).unwrap().digest, digest);
+    assert_eq!(
+        theirs.finish(digest, theirs.generation()).unwrap().digest,
+        digest
+    );
     assert_eq!(hash_file(theirs.file(), |_| true).unwrap(), Some(digest));
     assert!(theirs.claim(0..2).unwrap().is_none());
     theirs.checkpoint().unwrap();
@@ -183,7 +192,9 @@ fn discarded_chunks_are_absent_for_all() {
     let again = one.partial(&id, bytes.len() as u64).unwrap();
     assert_eq!(again.present_bytes(), 0);
     fill(&again, &bytes, WriteMode::Direct);
-    again.finish(Digest::of(&bytes)).unwrap();
+    again
+        .finish(Digest::of(&bytes), again.generation())
+        .unwrap();
 }
 
 #[test]
@@ -196,7 +207,10 @@ fn empty_objects_work() {
     assert!(partial.all_present());
     assert!(partial.claim(0..1).unwrap().is_none());
     partial.checkpoint().unwrap();
-    assert_eq!(partial.finish(digest).unwrap().size, 0);
+    assert_eq!(
+        partial.finish(digest, partial.generation()).unwrap().size,
+        0
+    );
     let put = store.put(&[(ObjectId::Sha256(digest), bytes::Bytes::new())]);
     assert_eq!(put.unwrap()[0].size, 0);
 }

@@ -75,7 +75,9 @@ fn child() {
             partial.checkpoint().unwrap();
         }
     }
-    let complete = partial.finish(Digest::of(&bytes)).unwrap();
+    let complete = partial
+        .finish(Digest::of(&bytes), partial.generation())
+        .unwrap();
     assert_eq!(complete.size, LEN as u64);
     println!("\nfinished");
 }
@@ -142,7 +144,9 @@ fn a_killed_process_loses_nothing_and_blocks_nobody() {
             }
         }
         fill(&partial, &bytes, WriteMode::Cached);
-        partial.finish(Digest::of(&bytes)).unwrap();
+        partial
+            .finish(Digest::of(&bytes), partial.generation())
+            .unwrap();
     }
 }
 
