@@ -330,10 +330,14 @@ impl Queue {
         } else {
             LONG_SEGMENT
         };
+        // The first must be through before the next begins, not wait for its turn behind it.
+        if in_order && jobs.iter().any(|job| job.handle.verifier().is_behind()) {
+            return false;
+        }
         // A fair share for each first; then whoever can use more.
         for cap in [share, limit] {
             for job in &jobs {
-                if job.running.load(Ordering::Relaxed) >= cap {
+                if job.running.load(Ordering::Relaxed) >= cap || job.handle.verifier().is_behind() {
                     continue;
                 }
                 match job.next_segment(segment) {

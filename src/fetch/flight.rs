@@ -380,19 +380,14 @@ fn commit(
     buf: &Arc<ChunkBuf>,
     engine: &Inner,
 ) -> Result<(), StoreError> {
-    // What a reader follows closely is served from memory and need not go through the page cache;
-    // what one will come to later had better be there.
-    let mode = match (flight.class, handle.is_read()) {
-        (Class::Readahead, _) | (_, false) => WriteMode::Direct,
-        (Class::Demand | Class::Warm, true) => WriteMode::Cached,
-    };
     let data = buf.filled();
     let partial = Arc::clone(flight.lease.read().partial());
     let generation = partial.generation();
-    flight.lease.read().commit(index, data, mode)?;
+    flight.lease.read().commit(index, data, WriteMode::Direct)?;
     metrics::global().store_written_bytes.add(data.len() as u64);
     handle.verifier().offer(index, generation, buf);
-    if mode == WriteMode::Direct && handle.is_read() && engine.pool.is_roomy() {
+    // What a reader follows closely is served from memory.
+    if flight.class != Class::Demand && handle.is_read() && engine.pool.is_roomy() {
         engine.recent.keep(handle, index);
     } else {
         handle.forget(index);

@@ -5,7 +5,13 @@
 //! read back from the store when the frontier gets there otherwise. One thread hashes at a time;
 //! the others leave their chunk with it.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use parking_lot::Mutex;
 use sha1::Sha1;
@@ -26,6 +32,8 @@ pub(super) struct Verifier {
     frontier: Mutex<Frontier>,
     /// Chunks by index, with the generation that they were committed to.
     backlog: Mutex<BTreeMap<u64, (u32, Arc<ChunkBuf>)>>,
+    /// The frontier's chunk, for those who only look.
+    hashed: AtomicU64,
 }
 
 struct Frontier {
@@ -49,7 +57,16 @@ impl Verifier {
         Self {
             frontier: Mutex::new(Frontier::new(object, 0)),
             backlog: Mutex::new(BTreeMap::new()),
+            hashed: AtomicU64::new(0),
         }
+    }
+
+    /// Whether chunks arrive faster than they are hashed. More of them would have to be read back.
+    /// Not while the frontier is far away: what was here before is being hashed then.
+    pub(super) fn is_behind(&self) -> bool {
+        let backlog = self.backlog.lock();
+        let near = |&first: &u64| first <= self.hashed.load(Ordering::Relaxed) + BACKLOG as u64;
+        backlog.len() > BACKLOG / 2 && backlog.keys().next().is_some_and(near)
     }
 
     /// Keeps the content of a chunk that was committed to `generation` for [`Verifier::advance`].
@@ -88,6 +105,7 @@ impl Verifier {
         }
         while frontier.next < partial.chunks() && partial.present(frontier.next) {
             let index = frontier.next;
+            self.hashed.store(index, Ordering::Relaxed);
             if let Some(data) = self.take(index, generation) {
                 frontier.update(data.filled());
                 continue;

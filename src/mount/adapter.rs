@@ -27,6 +27,7 @@ use super::{
     stats::{Counters, Stats},
 };
 use crate::{
+    disk::AlignedBuf,
     fetch::FetchErrorKind,
     fs::{Attr, BLOCK, Body, Change, FileKind, FsError, Opened, Owner, UPPER, View},
 };
@@ -45,7 +46,7 @@ const REQUEST: u32 = 1 << 20;
 
 thread_local! {
     /// Where this thread reads what it answers.
-    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    static BUFFER: RefCell<Option<AlignedBuf>> = const { RefCell::new(None) };
 }
 
 /// What serves one mount; shared by its threads and tasks.
@@ -277,11 +278,14 @@ impl Filesystem for Adapter {
             return reply.data(&[]);
         }
         BUFFER.with_borrow_mut(|buffer| {
-            if buffer.len() < len {
-                buffer.resize(len, 0);
-            }
-            match body.try_read(offset, &mut buffer[..len]) {
-                Ok(true) => server.answer_read(&buffer[..len], reply),
+            // Aligned, so that the store can read into it past the page cache.
+            let buffer = match buffer {
+                Some(buffer) if buffer.capacity() >= len => buffer,
+                other => other.insert(AlignedBuf::with_capacity(len.max(REQUEST as usize))),
+            };
+            let data = &mut buffer.spare_mut()[..len];
+            match body.try_read(offset, data) {
+                Ok(true) => server.answer_read(data, reply),
                 Ok(false) => {
                     let server = server.clone();
                     self.0.runtime.spawn(async move {

@@ -8,6 +8,7 @@
 
 mod claims;
 mod files;
+mod read;
 
 pub(super) use files::Paths;
 use files::{open_live, read_map, rebuild_live};
@@ -274,14 +275,6 @@ impl Partial {
             return self.store.complete(&self.id);
         }
         Ok(None)
-    }
-
-    /// pread from present chunks; the caller has checked [`Partial::present`].
-    ///
-    /// # Errors
-    /// What the disk says.
-    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        Ok(self.data.read_at(buf, offset)?)
     }
 
     /// Reserves disk space for the whole object (fallocate).

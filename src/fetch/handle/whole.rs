@@ -54,6 +54,7 @@ impl Handle {
         self.held_off()?;
         for last_try in [false, true] {
             let engine = self.engine()?;
+            self.reserve(&partial).await?;
             engine.queue.bring_all(self, &partial, class).await?;
             match self.finish(&partial).await {
                 Err(error) if error.kind() == FetchErrorKind::Corrupt && !last_try => {
@@ -221,6 +222,23 @@ impl Handle {
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// Reserves the space for all of it: writes then need no new blocks, and cannot fail for want
+    /// of space half-way.
+    async fn reserve(&self, partial: &Arc<Partial>) -> Result<(), FetchError> {
+        if self.all_present(partial) {
+            return Ok(());
+        }
+        let partial = Arc::clone(partial);
+        let reserved = self
+            .engine()?
+            .runtime
+            .spawn_blocking(move || partial.allocate());
+        match reserved.await {
+            Ok(done) => done.map_err(|e| FetchError::store(self, &e)),
+            Err(_) => Err(FetchError::cancelled(self)),
         }
     }
 
