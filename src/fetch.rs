@@ -168,7 +168,7 @@ impl Engine {
             small_slots: Semaphore::new(config.max_connections.max(1)),
             store,
             pool: Pool::new(config.memory.0),
-            recent: Recent::new((config.memory.0 / CHUNK_SIZE / 2) as usize),
+            recent: Recent::new((config.memory.0 / CHUNK_SIZE / 4) as usize),
             gate: Arc::default(),
             bandwidth: Bandwidth::new(config.warm_bandwidth.map(|b| b.0)),
             queue: Queue::new(config.max_connections),

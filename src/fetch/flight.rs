@@ -385,7 +385,11 @@ fn commit(
     let generation = partial.generation();
     flight.lease.read().commit(index, data, WriteMode::Direct)?;
     metrics::global().store_written_bytes.add(data.len() as u64);
-    handle.verifier().offer(index, generation, buf);
+    // What demand holds is for demand alone.
+    let may_wait = flight.class != Class::Demand && engine.pool.is_roomy();
+    handle
+        .verifier()
+        .offer(index, generation, may_wait.then_some(buf));
     // What a reader follows closely is served from memory.
     if flight.class != Class::Demand && handle.is_read() && engine.pool.is_roomy() {
         engine.recent.keep(handle, index);
@@ -394,8 +398,7 @@ fn commit(
     }
     handle.arrived(&partial, index);
     handle.verifier().advance(handle.object(), &partial);
-    // What demand holds is for demand alone.
-    if flight.class == Class::Demand || !engine.pool.is_roomy() {
+    if !engine.pool.is_roomy() {
         handle.verifier().withdraw(index);
     }
     Ok(())

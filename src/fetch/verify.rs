@@ -25,13 +25,14 @@ use crate::{
     tree::Object,
 };
 
-/// Chunks of one object that may wait in memory for the frontier.
-const BACKLOG: usize = 48;
+/// Chunks of one object that may wait for the frontier before no more are fetched.
+const BACKLOG: u64 = 24;
 
 pub(super) struct Verifier {
     frontier: Mutex<Frontier>,
-    /// Chunks by index, with the generation that they were committed to.
-    backlog: Mutex<BTreeMap<u64, (u32, Arc<ChunkBuf>)>>,
+    /// Chunks that were committed and not hashed: the generation that they were committed to and,
+    /// for some, the content.
+    waiting: Mutex<BTreeMap<u64, (u32, Option<Arc<ChunkBuf>>)>>,
     /// The frontier's chunk, for those who only look.
     hashed: AtomicU64,
 }
@@ -56,32 +57,33 @@ impl Verifier {
     pub(super) fn new(object: &Object) -> Self {
         Self {
             frontier: Mutex::new(Frontier::new(object, 0)),
-            backlog: Mutex::new(BTreeMap::new()),
+            waiting: Mutex::new(BTreeMap::new()),
             hashed: AtomicU64::new(0),
         }
     }
 
-    /// Whether chunks arrive faster than they are hashed. More of them would have to be read back.
-    /// Not while the frontier is far away: what was here before is being hashed then.
+    /// Whether chunks arrive faster than they are hashed. Not while the frontier is far away: what
+    /// was here before is being hashed then.
     pub(super) fn is_behind(&self) -> bool {
-        let backlog = self.backlog.lock();
-        let near = |&first: &u64| first <= self.hashed.load(Ordering::Relaxed) + BACKLOG as u64;
-        backlog.len() > BACKLOG / 2 && backlog.keys().next().is_some_and(near)
+        let waiting = self.waiting.lock();
+        let near = |&first: &u64| first <= self.hashed.load(Ordering::Relaxed) + 2 * BACKLOG;
+        waiting.len() as u64 > BACKLOG && waiting.keys().next().is_some_and(near)
     }
 
-    /// Keeps the content of a chunk that was committed to `generation` for [`Verifier::advance`].
-    pub(super) fn offer(&self, index: u64, generation: u32, data: &Arc<ChunkBuf>) {
-        let mut backlog = self.backlog.lock();
-        backlog.insert(index, (generation, Arc::clone(data)));
-        if backlog.len() > BACKLOG {
-            backlog.pop_last();
-        }
+    /// Notes a chunk that was committed to `generation`; its content is kept for a while if there
+    /// is one.
+    pub(super) fn offer(&self, index: u64, generation: u32, data: Option<&Arc<ChunkBuf>>) {
+        self.waiting
+            .lock()
+            .insert(index, (generation, data.map(Arc::clone)));
     }
 
-    /// Lets go of a chunk that was offered: what waits takes memory that the chunk at the frontier
-    /// may need to arrive.
+    /// Lets go of the content of a chunk that waits: its memory may be needed for the chunk at the
+    /// frontier to arrive.
     pub(super) fn withdraw(&self, index: u64) {
-        self.backlog.lock().remove(&index);
+        if let Some((_, data)) = self.waiting.lock().get_mut(&index) {
+            *data = None;
+        }
     }
 
     /// Hashes as far as the chunks that are here go, unless another thread is at it, which then
@@ -139,13 +141,12 @@ impl Verifier {
     }
 
     fn take(&self, index: u64, generation: u32) -> Option<Arc<ChunkBuf>> {
-        let mut backlog = self.backlog.lock();
-        // What was hashed from the store meanwhile is of no use.
-        while backlog.keys().next().is_some_and(|&first| first < index) {
-            backlog.pop_first();
+        let mut waiting = self.waiting.lock();
+        while waiting.keys().next().is_some_and(|&first| first < index) {
+            waiting.pop_first();
         }
-        let (committed, data) = backlog.remove(&index)?;
-        (committed == generation).then_some(data)
+        let (committed, data) = waiting.remove(&index)?;
+        data.filter(|_| committed == generation)
     }
 }
 
