@@ -1,12 +1,14 @@
 //! mount: a [`View`] on the kernel's side of `/dev/fuse`. The only room that imports fuser.
 //!
 //! `device` mounts and unmounts, `table` reads the kernel's list of mounts, `adapter` decodes requests,
-//! calls `fs` and answers, `opens` decides between passthrough and FUSE reads, `errno` is the one
+//! calls `fs` and answers, `opens` decides between passthrough and FUSE reads, `stale`
+//! has the kernel drop what turned out wrong, `errno` is the one
 //! table from errors to errno. Called by `daemon` and `cli`.
 //!
 //! Invariants: no thread of a session waits for the network (such requests become tasks of the
 //! runtime); this process never touches a path below its own mount, not even with `stat`; every
-//! answer is immutable, so the kernel may keep it for ever. File handles carry no state: what is
+//! answer is immutable, so the kernel may keep it for ever, except content that was served before it
+//! was verified and then turned out wrong: it is told to drop that. File handles carry no state: what is
 //! open is known by inode, so a successor can take the session over (mounting is apart from serving).
 //! Nothing here survives a crash: the kernel answers ENOTCONN until the mount is taken away.
 
@@ -14,6 +16,7 @@ mod adapter;
 mod device;
 mod errno;
 mod opens;
+mod stale;
 mod stats;
 mod table;
 
@@ -192,13 +195,16 @@ impl Mount {
             settings,
         )
         .map_err(|e| MountError::system(&dir, "FUSE handshake", e))?;
+        server.notify_by(Some(session.notifier()));
         raise_read_ahead(connection, config.read_ahead_kb);
 
         let (tell, ended) = watch::channel(false);
+        let serving = server.clone();
         let thread = std::thread::Builder::new()
             .name("hearth-mount".into())
             .spawn(move || {
                 let result = session.run();
+                serving.notify_by(None);
                 tell.send_replace(true);
                 result
             })

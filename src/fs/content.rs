@@ -48,6 +48,10 @@ pub trait Body: Send + Sync {
     /// # Errors
     /// Bytes that could not be had or kept.
     async fn whole(self: Arc<Self>) -> Result<Arc<dyn Whole>, FsError>;
+
+    /// Has `call` run each time what was read may have been wrong; from then on until it is
+    /// complete nothing unverified is read. `call` must not wait for content.
+    fn on_wrong(&self, call: Box<dyn Fn() + Send + Sync>);
 }
 
 /// A complete file; stays readable while this is held.
@@ -107,6 +111,10 @@ impl Body for Handle {
 
     async fn whole(self: Arc<Self>) -> Result<Arc<dyn Whole>, FsError> {
         Ok(self.ensure(Class::Demand).await?)
+    }
+
+    fn on_wrong(&self, call: Box<dyn Fn() + Send + Sync>) {
+        Handle::on_wrong(self, call);
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     cell::RefCell,
     ffi::OsStr,
+    fs::File,
     io,
     os::unix::ffi::OsStrExt,
     sync::{
@@ -14,16 +15,18 @@ use std::{
 
 use fuser::{
     BackingId, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
+    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
+use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use super::{
     Config,
     errno::errno,
     opens::{Answer, Opens},
+    stale::Stale,
     stats::{Counters, Stats},
 };
 use crate::{
@@ -58,6 +61,9 @@ pub(super) struct Server {
     small_file: u64,
     /// Off once the kernel has refused, for want of privilege or of a suitable store.
     passthrough: AtomicBool,
+    /// While the session runs; afterwards it would keep the connection open.
+    notifier: Mutex<Option<Notifier>>,
+    stale: Stale,
 }
 
 impl std::fmt::Debug for Server {
@@ -78,7 +84,14 @@ impl Server {
             counters: Counters::default(),
             small_file: config.small_file,
             passthrough: AtomicBool::new(config.passthrough),
+            notifier: Mutex::new(None),
+            stale: Stale::default(),
         }
+    }
+
+    /// The session begins, with this way to tell the kernel things, or ends.
+    pub(super) fn notify_by(&self, notifier: Option<Notifier>) {
+        *self.notifier.lock() = notifier;
     }
 
     pub(super) fn stats(&self) -> Stats {
@@ -97,8 +110,44 @@ impl Server {
         errno(error)
     }
 
-    fn answer_open(&self, ino: u64, body: Arc<dyn Body>, reply: ReplyOpen) {
-        let answer = self.opens.open(ino, body, |file| {
+    /// The kernel is to drop what it holds of `ino` once `body` turns out wrong.
+    fn watch(self: &Arc<Self>, ino: u64, body: &dyn Body) {
+        let server = Arc::downgrade(self);
+        body.on_wrong(Box::new(move || {
+            if let Some(server) = server.upgrade() {
+                server.distrust(ino);
+            }
+        }));
+    }
+
+    /// What the kernel holds of `ino` is wrong. Returns at once.
+    fn distrust(self: &Arc<Self>, ino: u64) {
+        if !self.stale.add(ino) {
+            return;
+        }
+        let server = self.clone();
+        let thread = std::thread::Builder::new().name("hearth-stale".into());
+        let started = thread.spawn(move || server.stale.drain(|ino| server.invalidate(ino)));
+        if let Err(error) = started {
+            self.stale.no_thread();
+            tracing::error!(ino, %error, "the kernel keeps wrong bytes of open files: no thread");
+        }
+    }
+
+    /// Lets the kernel drop its pages of `ino`; waits for those that are being read.
+    fn invalidate(&self, ino: u64) {
+        let Some(notifier) = self.notifier.lock().clone() else {
+            return;
+        };
+        // From 0, and no length: to the end.
+        match notifier.inval_inode(INodeNo(ino), 0, 0) {
+            Ok(()) => self.counters.invalidations.add(1),
+            Err(error) => tracing::error!(ino, %error, "the kernel keeps wrong bytes"),
+        }
+    }
+
+    fn answer_open(self: &Arc<Self>, ino: u64, body: Arc<dyn Body>, reply: ReplyOpen) {
+        let register = |file: &File| {
             if !self.passthrough.load(Relaxed) {
                 return None;
             }
@@ -110,23 +159,26 @@ impl Server {
                     }
                 })
                 .ok()
-        });
-        match answer {
+        };
+        let watch = |body: &dyn Body| self.watch(ino, body);
+        match self.opens.open(ino, body, register, watch) {
             Answer::Passthrough(backing) => {
                 self.counters.passthrough_opens.add(1);
                 reply.opened_passthrough(HANDLE, FopenFlags::FOPEN_NOFLUSH, &backing);
             }
-            // Contents never change: what the kernel holds of a file stays good between opens.
-            Answer::Cached => reply.opened(
+            // Contents never change: what the kernel holds of a file stays good between opens,
+            // unless it was wrong.
+            Answer::Cached { keep } if keep && !self.stale.has(ino) => reply.opened(
                 HANDLE,
                 FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
             ),
+            Answer::Cached { .. } => reply.opened(HANDLE, FopenFlags::FOPEN_NOFLUSH),
         }
     }
 
     /// Fetches a small file before its open is answered: then it can be passthrough, and an error
     /// shows where programs expect one.
-    async fn open_small(&self, ino: u64, body: Arc<dyn Body>, reply: ReplyOpen) {
+    async fn open_small(self: Arc<Self>, ino: u64, body: Arc<dyn Body>, reply: ReplyOpen) {
         self.counters.small_fetches.add(1);
         match body.clone().whole().await {
             // The disk is full or broken: reads may still be answered from the origin.
@@ -145,7 +197,10 @@ impl Server {
         }
         // Opened before this process took the session over, or by passthrough that was lost.
         match self.view.open(ino, false)? {
-            Opened::Body(body) => Ok(body),
+            Opened::Body(body) => {
+                self.opens.distrust(ino);
+                Ok(body)
+            }
             Opened::Upper => Err(FsError::Stale),
         }
     }

@@ -50,6 +50,8 @@ counters! {
     waited_reads,
     /// Requests answered with EIO, ESTALE or EACCES.
     errors,
+    /// Times the kernel dropped what it held of a file, since it had turned out wrong.
+    invalidations,
     /// Files let go.
     releases,
     /// Inodes forgotten by the kernel.

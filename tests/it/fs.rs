@@ -41,6 +41,7 @@ impl Body for Data {
     async fn whole(self: Arc<Self>) -> Result<Arc<dyn Whole>, FsError> {
         Ok(self.0.clone())
     }
+    fn on_wrong(&self, _: Box<dyn Fn() + Send + Sync>) {}
 }
 
 struct Bodies(Vec<(Arc<File>, u64)>);

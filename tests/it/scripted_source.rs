@@ -21,7 +21,7 @@ use hearth::{
 
 /// What happens to one request.
 #[derive(Debug, Clone, Copy)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// The request is refused.
     Refuse(SourceErrorKind),
     /// The body breaks off with an error after this many bytes.
@@ -38,8 +38,8 @@ pub enum Fault {
 
 /// Content and what happens to the requests for it.
 #[derive(Debug)]
-pub struct Scripted {
-    pub data: Bytes,
+pub(crate) struct Scripted {
+    pub(crate) data: Bytes,
     faults: Mutex<VecDeque<Option<Fault>>>,
     log: Mutex<Vec<Range<u64>>>,
     /// Bytes in a frame, and the pause before each.
@@ -49,7 +49,7 @@ pub struct Scripted {
 }
 
 impl Scripted {
-    pub fn new(size: usize) -> Self {
+    pub(crate) fn new(size: usize) -> Self {
         Self {
             data: content(size),
             faults: Mutex::default(),
@@ -61,32 +61,32 @@ impl Scripted {
     }
 
     /// Frames of `frame` bytes with a pause before each.
-    pub fn paced(mut self, frame: usize, pace: Duration) -> Self {
+    pub(crate) fn paced(mut self, frame: usize, pace: Duration) -> Self {
         (self.frame, self.pace) = (frame, pace);
         self
     }
 
     /// The next requests meet these faults, in order.
-    pub fn script(self, faults: impl IntoIterator<Item = Option<Fault>>) -> Self {
+    pub(crate) fn script(self, faults: impl IntoIterator<Item = Option<Fault>>) -> Self {
         self.faults.lock().unwrap().extend(faults);
         self
     }
 
-    pub fn serve_wrong_bytes(&self, wrong: bool) {
+    pub(crate) fn serve_wrong_bytes(&self, wrong: bool) {
         self.always_wrong.store(wrong, Ordering::Relaxed);
     }
 
     /// The ranges asked for so far.
-    pub fn requests(&self) -> Vec<Range<u64>> {
+    pub(crate) fn requests(&self) -> Vec<Range<u64>> {
         self.log.lock().unwrap().clone()
     }
 
     /// An object with the content, named by its digest.
-    pub fn object(&self) -> Object {
+    pub(crate) fn object(&self) -> Object {
         self.object_as(ObjectId::Sha256(Digest::of(&self.data)))
     }
 
-    pub fn object_as(&self, id: ObjectId) -> Object {
+    pub(crate) fn object_as(&self, id: ObjectId) -> Object {
         Object {
             id,
             size: self.data.len() as u64,
@@ -99,13 +99,13 @@ impl Scripted {
         }
     }
 
-    pub fn source(self: &Arc<Self>) -> Arc<dyn Source> {
+    pub(crate) fn source(self: &Arc<Self>) -> Arc<dyn Source> {
         Arc::clone(self) as Arc<dyn Source>
     }
 }
 
 /// Bytes that differ everywhere, so that a misplaced range shows.
-pub fn content(size: usize) -> Bytes {
+pub(crate) fn content(size: usize) -> Bytes {
     let mut x = 0x9e37_79b9_7f4a_7c15u64;
     let mut data = Vec::with_capacity(size + 8);
     while data.len() < size {

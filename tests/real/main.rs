@@ -4,6 +4,9 @@
 mod http;
 mod hub;
 mod mount;
+#[path = "../it/scripted_source.rs"]
+#[expect(dead_code, reason = "here only some of it is needed")]
+mod scripted_source;
 mod servers;
 mod sources;
 mod store;

@@ -129,7 +129,7 @@ fn fill_a_full_disk(root: &Path, mode: WriteMode) {
     }
     assert!(full);
     partial.checkpoint().unwrap();
-    let complete = partial.finish(digest).unwrap();
+    let complete = partial.finish(digest, partial.generation()).unwrap();
     let found = hearth::store::hash_file(complete.file(), |_| true).unwrap();
     assert_eq!(found, Some(digest));
 }

@@ -216,10 +216,12 @@ impl Handle {
             Verdict::Bad { expected, found } => {
                 let error = self.poison(&expected, &found);
                 self.in_memory.lock().clear();
-                partial.discard().map_err(failed)?;
+                let discarded = partial.discard();
+                // Also where that failed: what has been served was wrong.
                 for call in self.on_wrong.lock().iter() {
                     call();
                 }
+                discarded.map_err(failed)?;
                 Err(error)
             }
         }
