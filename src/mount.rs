@@ -16,6 +16,7 @@ mod adapter;
 mod device;
 mod errno;
 mod opens;
+mod server;
 mod stale;
 mod stats;
 mod table;
@@ -30,7 +31,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::{runtime::Handle, sync::watch};
 
-use self::adapter::{Adapter, Server};
+use self::{adapter::Adapter, server::Server};
 pub use self::{
     stats::Stats,
     table::{MountInfo, mounted},

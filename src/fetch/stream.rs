@@ -146,7 +146,10 @@ mod tests {
     #[test]
     fn a_hint_opens_the_window_at_once() {
         let mut streams = Streams::default();
-        let ahead = streams.note(&(0..MIB), 1 << 40, Some(20 * MIB));
-        assert_eq!(ahead, Some(MIB..20 * MIB));
+        let ahead = streams.note(&(0..MIB), 1 << 40, Some(12 * MIB));
+        assert_eq!(ahead, Some(MIB..12 * MIB));
+        let ahead = streams.note(&(1 << 30..(1 << 30) + MIB), 1 << 40, Some(2 << 30));
+        let limit = (1 << 30) + MIB + MAX_WINDOW / 2;
+        assert_eq!(ahead, Some((1 << 30) + MIB..limit), "but not for ever");
     }
 }

@@ -3,36 +3,23 @@
 use std::{
     cell::RefCell,
     ffi::OsStr,
-    fs::File,
     io,
     os::unix::ffi::OsStrExt,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use fuser::{
-    BackingId, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags,
-    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
-    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use parking_lot::Mutex;
-use tokio::runtime::Handle;
 
-use super::{
-    Config,
-    errno::errno,
-    opens::{Answer, Opens},
-    stale::Stale,
-    stats::{Counters, Stats},
-};
+use super::{errno::errno, server::Server};
 use crate::{
     disk::AlignedBuf,
-    fetch::FetchErrorKind,
-    fs::{Attr, BLOCK, Body, Change, FileKind, FsError, Opened, Owner, UPPER, View},
+    fs::{Attr, BLOCK, Change, FileKind, FsError, Opened, Owner, UPPER},
 };
 
 /// How long the kernel may keep names and attributes: for ever, since they never change but by its
@@ -40,7 +27,7 @@ use crate::{
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const GENERATION: Generation = Generation(0);
 /// Handles carry nothing: all that is known of an open file is known by its inode.
-const HANDLE: FileHandle = FileHandle(0);
+pub(super) const HANDLE: FileHandle = FileHandle(0);
 /// Requests the kernel sends ahead of any reader (read-ahead) before it holds back.
 const BACKGROUND: u16 = 128;
 /// Bytes of the largest request. What kernels allow unless told otherwise (fs.fuse.max_pages_limit);
@@ -52,174 +39,8 @@ thread_local! {
     static BUFFER: RefCell<Option<AlignedBuf>> = const { RefCell::new(None) };
 }
 
-/// What serves one mount; shared by its threads and tasks.
-pub(super) struct Server {
-    view: Arc<View>,
-    runtime: Handle,
-    opens: Opens<BackingId>,
-    counters: Counters,
-    small_file: u64,
-    /// Off once the kernel has refused, for want of privilege or of a suitable store.
-    passthrough: AtomicBool,
-    /// While the session runs; afterwards it would keep the connection open.
-    notifier: Mutex<Option<Notifier>>,
-    stale: Stale,
-}
-
-impl std::fmt::Debug for Server {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Server").finish_non_exhaustive()
-    }
-}
-
 /// The server as fuser wants it.
 pub(super) struct Adapter(pub(super) Arc<Server>);
-
-impl Server {
-    pub(super) fn new(view: Arc<View>, config: &Config, runtime: Handle) -> Self {
-        Self {
-            view,
-            runtime,
-            opens: Opens::new(),
-            counters: Counters::default(),
-            small_file: config.small_file,
-            passthrough: AtomicBool::new(config.passthrough),
-            notifier: Mutex::new(None),
-            stale: Stale::default(),
-        }
-    }
-
-    /// The session begins, with this way to tell the kernel things, or ends.
-    pub(super) fn notify_by(&self, notifier: Option<Notifier>) {
-        *self.notifier.lock() = notifier;
-    }
-
-    pub(super) fn stats(&self) -> Stats {
-        self.counters.snapshot()
-    }
-
-    /// The errno of an error that is about to be answered; logged here and nowhere else.
-    fn errno(&self, op: &'static str, ino: u64, error: &FsError) -> Errno {
-        match error {
-            FsError::Content { .. } | FsError::Damaged(_) | FsError::Stale => {
-                self.counters.errors.add(1);
-                tracing::warn!(op, ino, %error, "answered with an error");
-            }
-            _ => tracing::debug!(op, ino, %error, "answered with an error"),
-        }
-        errno(error)
-    }
-
-    /// The kernel is to drop what it holds of `ino` once `body` turns out wrong.
-    fn watch(self: &Arc<Self>, ino: u64, body: &dyn Body) {
-        let server = Arc::downgrade(self);
-        body.on_wrong(Box::new(move || {
-            if let Some(server) = server.upgrade() {
-                server.distrust(ino);
-            }
-        }));
-    }
-
-    /// What the kernel holds of `ino` is wrong. Returns at once.
-    fn distrust(self: &Arc<Self>, ino: u64) {
-        if !self.stale.add(ino) {
-            return;
-        }
-        let server = self.clone();
-        let thread = std::thread::Builder::new().name("hearth-stale".into());
-        let started = thread.spawn(move || server.stale.drain(|ino| server.invalidate(ino)));
-        if let Err(error) = started {
-            self.stale.no_thread();
-            tracing::error!(ino, %error, "the kernel keeps wrong bytes of open files: no thread");
-        }
-    }
-
-    /// Lets the kernel drop its pages of `ino`; waits for those that are being read.
-    fn invalidate(&self, ino: u64) {
-        let Some(notifier) = self.notifier.lock().clone() else {
-            return;
-        };
-        // From 0, and no length: to the end.
-        match notifier.inval_inode(INodeNo(ino), 0, 0) {
-            Ok(()) => self.counters.invalidations.add(1),
-            Err(error) => tracing::error!(ino, %error, "the kernel keeps wrong bytes"),
-        }
-    }
-
-    fn answer_open(self: &Arc<Self>, ino: u64, body: Arc<dyn Body>, reply: ReplyOpen) {
-        let register = |file: &File| {
-            if !self.passthrough.load(Relaxed) {
-                return None;
-            }
-            reply
-                .open_backing(file)
-                .inspect_err(|error| {
-                    if self.passthrough.swap(false, Relaxed) {
-                        tracing::info!(%error, "no passthrough: files are read through this process");
-                    }
-                })
-                .ok()
-        };
-        let watch = |body: &dyn Body| self.watch(ino, body);
-        match self.opens.open(ino, body, register, watch) {
-            Answer::Passthrough(backing) => {
-                self.counters.passthrough_opens.add(1);
-                reply.opened_passthrough(HANDLE, FopenFlags::FOPEN_NOFLUSH, &backing);
-            }
-            // Contents never change: what the kernel holds of a file stays good between opens,
-            // unless it was wrong.
-            Answer::Cached { keep } if keep && !self.stale.has(ino) => reply.opened(
-                HANDLE,
-                FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
-            ),
-            Answer::Cached { .. } => reply.opened(HANDLE, FopenFlags::FOPEN_NOFLUSH),
-        }
-    }
-
-    /// Fetches a small file before its open is answered: then it can be passthrough, and an error
-    /// shows where programs expect one.
-    async fn open_small(self: Arc<Self>, ino: u64, body: Arc<dyn Body>, reply: ReplyOpen) {
-        self.counters.small_fetches.add(1);
-        match body.clone().whole().await {
-            // The disk is full or broken: reads may still be answered from the origin.
-            Ok(_)
-            | Err(FsError::Content {
-                kind: FetchErrorKind::NoSpace | FetchErrorKind::Disk,
-                ..
-            }) => self.answer_open(ino, body, reply),
-            Err(error) => reply.error(self.errno("open", ino, &error)),
-        }
-    }
-
-    fn body(&self, ino: u64) -> Result<Arc<dyn Body>, FsError> {
-        if let Some(body) = self.opens.body(ino) {
-            return Ok(body);
-        }
-        // Opened before this process took the session over, or by passthrough that was lost.
-        match self.view.open(ino, false)? {
-            Opened::Body(body) => {
-                self.opens.distrust(ino);
-                Ok(body)
-            }
-            Opened::Upper => Err(FsError::Stale),
-        }
-    }
-
-    async fn read_later(&self, ino: u64, body: Arc<dyn Body>, at: (u64, usize), reply: ReplyData) {
-        self.counters.waited_reads.add(1);
-        match body.read(at.0, at.1).await {
-            // Fewer bytes would be shown to the reader as zeros.
-            Ok(bytes) if bytes.len() == at.1 => self.answer_read(&bytes, reply),
-            Ok(_) => reply.error(self.errno("read", ino, &FsError::Damaged("a read was short"))),
-            Err(error) => reply.error(self.errno("read", ino, &error)),
-        }
-    }
-
-    fn answer_read(&self, bytes: &[u8], reply: ReplyData) {
-        self.counters.read_bytes.add(bytes.len() as u64);
-        reply.data(bytes);
-    }
-}
 
 impl Filesystem for Adapter {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {

@@ -352,7 +352,7 @@ async fn demand_does_not_wait_for_background_work() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_interrupted_warm_goes_on_where_it_stopped() {
-    let bed = Bed::new(Scripted::new(32 * MIB).paced(64 << 10, Duration::from_millis(1)));
+    let bed = Bed::new(Scripted::new(32 * MIB).paced(16 << 10, Duration::from_millis(3)));
     let object = bed.source.object();
     {
         let handle = bed.handle();

@@ -1,0 +1,243 @@
+//! Reads of objects that are not complete: from memory, from the store, or as the bytes arrive.
+
+use std::{
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{Handle, Waiting};
+use crate::{
+    chunk::{self, CHUNK_SIZE},
+    fetch::{Class, FetchError, FetchErrorKind, Inner, flight::Flight, safetensors::Tensors},
+    store::{Lease, Partial},
+};
+
+/// How often to look whether another process has brought what it claimed.
+const OTHER_PROCESS: Duration = Duration::from_millis(5);
+/// How long a reader waits for what another process has claimed.
+const OTHER_PROCESS_PATIENCE: Duration = Duration::from_millis(200);
+/// After the disk was full, reads go straight to the origin for this long before trying again.
+const FULL_DISK: Duration = Duration::from_secs(5);
+
+impl Handle {
+    /// Notes a read of what is present or on its way, and reads ahead of streams.
+    pub(super) fn note(&self, bytes: &Range<u64>, partial: &Arc<Partial>) {
+        let hint = self.tensor_hint(bytes, partial);
+        let ahead = self.streams.lock().note(bytes, self.size(), hint);
+        if let Some(ahead) = ahead
+            && let (Some(engine), Some(me)) = (self.engine.upgrade(), self.me.upgrade())
+        {
+            engine
+                .queue
+                .read_ahead(&me, partial, chunk::covering(&ahead));
+        }
+    }
+
+    /// Where the tensor ends whose beginning is read here, if it is a safetensors file.
+    fn tensor_hint(&self, bytes: &Range<u64>, partial: &Partial) -> Option<u64> {
+        if !self.name.ends_with(".safetensors") || !partial.present(0) {
+            return None;
+        }
+        let known = self.tensors.lock().clone();
+        let tensors = match known {
+            Some(known) => known,
+            None => {
+                let here = std::cell::Cell::new(true);
+                let parsed = Tensors::read(self.size(), |at, buf| {
+                    let range = at..at + buf.len() as u64;
+                    here.set(chunk::covering(&range).all(|c| partial.present(c)));
+                    here.get() && partial.read_at(buf, at).is_ok()
+                });
+                let tensors = parsed.map(Arc::new);
+                if tensors.is_some() || here.get() {
+                    *self.tensors.lock() = Some(tensors.clone());
+                }
+                tensors
+            }
+        };
+        tensors?.end_of_start_in(bytes)
+    }
+
+    /// Fills `data` with `bytes`, chunk by chunk, as they arrive.
+    pub(super) async fn fill(
+        self: &Arc<Self>,
+        partial: &Arc<Partial>,
+        bytes: &Range<u64>,
+        data: &mut [u8],
+    ) -> Result<(), FetchError> {
+        if self
+            .full_since
+            .lock()
+            .is_some_and(|since| since.elapsed() < FULL_DISK)
+        {
+            return Err(FetchError::new(
+                self,
+                FetchErrorKind::NoSpace,
+                &"the disk is full",
+            ));
+        }
+        let mut carriers = self.demand(partial, chunk::covering(bytes))?;
+        self.note(bytes, partial);
+        let mut rest = data;
+        for index in chunk::covering(bytes) {
+            let whole = chunk::bytes(index, self.size());
+            let piece = whole.start.max(bytes.start)..whole.end.min(bytes.end);
+            let (now, later) = rest.split_at_mut((piece.end - piece.start) as usize);
+            self.fill_piece(partial, index, piece, now, &mut carriers)
+                .await?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Fills `out` with `piece` of chunk `index`: from the store, or from the buffer in which the
+    /// chunk is arriving.
+    async fn fill_piece(
+        self: &Arc<Self>,
+        partial: &Arc<Partial>,
+        index: u64,
+        piece: Range<u64>,
+        out: &mut [u8],
+        carriers: &mut Vec<Arc<Flight>>,
+    ) -> Result<(), FetchError> {
+        let _waiting = Waiting::new(&self.waiting);
+        let mut elsewhere_since = None;
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if self.strict() {
+                // Found wrong meanwhile.
+                let complete = self.ensure(Class::Demand).await?;
+                use std::os::unix::fs::FileExt as _;
+                let read = complete.file().read_exact_at(out, piece.start);
+                return read.map_err(|e| FetchError::new(self, FetchErrorKind::Disk, &e));
+            }
+            if self.copy_piece(partial, index, &piece, out)? {
+                return Ok(());
+            }
+            carriers.retain(|f| !f.is_done() || f.failure().is_some());
+            let carrier = carriers.iter().find(|f| f.covers(index));
+            if let Some(error) = carrier.and_then(|f| f.failure()) {
+                return Err(error.clone());
+            }
+            if carrier.is_some() {
+                changed.await;
+                continue;
+            }
+            *carriers = self.demand(partial, index..index + 1)?;
+            if carriers.is_empty() {
+                // Claimed, but not in this process; or just now landed.
+                let since = *elsewhere_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > OTHER_PROCESS_PATIENCE {
+                    // It may be slow, or stopped: no reader waits for that.
+                    let data = self.receive(piece.clone(), Class::Demand).await?;
+                    out.copy_from_slice(&data);
+                    return Ok(());
+                }
+                let _ = tokio::time::timeout(OTHER_PROCESS, changed).await;
+            }
+        }
+    }
+
+    /// Fills `data` with `bytes` from memory and from the store; false where some are missing.
+    pub(super) fn copy_present(
+        &self,
+        partial: &Partial,
+        bytes: &Range<u64>,
+        data: &mut [u8],
+    ) -> Result<bool, FetchError> {
+        let mut rest = data;
+        for index in chunk::covering(bytes) {
+            let whole = chunk::bytes(index, self.size());
+            let piece = whole.start.max(bytes.start)..whole.end.min(bytes.end);
+            let (now, later) = rest.split_at_mut((piece.end - piece.start) as usize);
+            if !self.copy_piece(partial, index, &piece, now)? {
+                return Ok(false);
+            }
+            rest = later;
+        }
+        Ok(true)
+    }
+
+    /// Fills `out` with `piece` of chunk `index`, if it is in memory or in the store.
+    fn copy_piece(
+        &self,
+        partial: &Partial,
+        index: u64,
+        piece: &Range<u64>,
+        out: &mut [u8],
+    ) -> Result<bool, FetchError> {
+        let start = index * CHUNK_SIZE;
+        let within = (piece.start - start) as usize..(piece.end - start) as usize;
+        let in_memory = self.in_memory.lock().get(&index).cloned();
+        if let Some(buf) = in_memory
+            && let Some(arrived) = buf.filled().get(within)
+        {
+            out.copy_from_slice(arrived);
+            return Ok(true);
+        }
+        if !partial.present(index) {
+            return Ok(false);
+        }
+        let read = partial.read_at(out, piece.start);
+        read.map_err(|e| FetchError::store(self, &e))?;
+        Ok(true)
+    }
+
+    /// Sees to it that the missing chunks of `wanted` are on their way at demand priority, and
+    /// says which flights bring them.
+    fn demand(
+        self: &Arc<Self>,
+        partial: &Arc<Partial>,
+        wanted: Range<u64>,
+    ) -> Result<Vec<Arc<Flight>>, FetchError> {
+        let mut carriers = Vec::new();
+        let mut from = wanted.start;
+        while let Some(missing) = (from..wanted.end).find(|&c| !partial.present(c)) {
+            let carrier = self
+                .flights
+                .lock()
+                .iter()
+                .find(|f| f.brings(missing))
+                .cloned();
+            let lease = match carrier {
+                Some(flight) => {
+                    let lease = flight.yield_from(missing);
+                    if lease.is_none() {
+                        flight.hurry();
+                        carriers.push(flight);
+                    }
+                    lease
+                }
+                None => partial
+                    .claim(missing..wanted.end)
+                    .map_err(|e| FetchError::store(self, &e))?,
+            };
+            from = missing + 1;
+            if let Some(lease) = lease {
+                let flight = self.cover(&self.engine()?, partial, lease, wanted.end);
+                from = flight.end().max(from);
+                carriers.push(flight);
+            }
+        }
+        Ok(carriers)
+    }
+
+    /// Launches the part of `lease` below `end` as demand; the rest is for read-ahead.
+    fn cover(
+        self: &Arc<Self>,
+        engine: &Arc<Inner>,
+        partial: &Arc<Partial>,
+        mut lease: Lease,
+        end: u64,
+    ) -> Arc<Flight> {
+        let chunks = lease.chunks();
+        if chunks.end > end && end > chunks.start {
+            drop(lease.split_off(end));
+            engine.queue.read_ahead(self, partial, end..chunks.end);
+        }
+        self.launch(engine, lease, Class::Demand)
+    }
+}

@@ -1,0 +1,204 @@
+//! What serves one mount: the view, what is open in it, and how answers are made.
+
+use std::{
+    fs::File,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
+
+use fuser::{BackingId, Errno, FopenFlags, INodeNo, Notifier, ReplyData, ReplyOpen};
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+
+use super::{
+    Config,
+    errno::errno,
+    opens::{Answer, Opens},
+    stale::Stale,
+    stats::{Counters, Stats},
+};
+use crate::{
+    fetch::FetchErrorKind,
+    fs::{Body, FsError, Opened, View},
+};
+
+use super::adapter::HANDLE;
+
+/// What serves one mount; shared by its threads and tasks.
+pub(super) struct Server {
+    pub(super) view: Arc<View>,
+    pub(super) runtime: Handle,
+    pub(super) opens: Opens<BackingId>,
+    pub(super) counters: Counters,
+    pub(super) small_file: u64,
+    /// Off once the kernel has refused, for want of privilege or of a suitable store.
+    pub(super) passthrough: AtomicBool,
+    /// While the session runs; afterwards it would keep the connection open.
+    pub(super) notifier: Mutex<Option<Notifier>>,
+    pub(super) stale: Stale,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    pub(super) fn new(view: Arc<View>, config: &Config, runtime: Handle) -> Self {
+        Self {
+            view,
+            runtime,
+            opens: Opens::new(),
+            counters: Counters::default(),
+            small_file: config.small_file,
+            passthrough: AtomicBool::new(config.passthrough),
+            notifier: Mutex::new(None),
+            stale: Stale::default(),
+        }
+    }
+
+    /// The session begins, with this way to tell the kernel things, or ends.
+    pub(super) fn notify_by(&self, notifier: Option<Notifier>) {
+        *self.notifier.lock() = notifier;
+    }
+
+    pub(super) fn stats(&self) -> Stats {
+        self.counters.snapshot()
+    }
+
+    /// The errno of an error that is about to be answered; logged here and nowhere else.
+    pub(super) fn errno(&self, op: &'static str, ino: u64, error: &FsError) -> Errno {
+        match error {
+            FsError::Content { .. } | FsError::Damaged(_) | FsError::Stale => {
+                self.counters.errors.add(1);
+                tracing::warn!(op, ino, %error, "answered with an error");
+            }
+            _ => tracing::debug!(op, ino, %error, "answered with an error"),
+        }
+        errno(error)
+    }
+
+    /// The kernel is to drop what it holds of `ino` once `body` turns out wrong.
+    pub(super) fn watch(self: &Arc<Self>, ino: u64, body: &dyn Body) {
+        let server = Arc::downgrade(self);
+        body.on_wrong(Box::new(move || {
+            if let Some(server) = server.upgrade() {
+                server.distrust(ino);
+            }
+        }));
+    }
+
+    /// What the kernel holds of `ino` is wrong. Returns at once.
+    pub(super) fn distrust(self: &Arc<Self>, ino: u64) {
+        if !self.stale.add(ino) {
+            return;
+        }
+        let server = self.clone();
+        let thread = std::thread::Builder::new().name("hearth-stale".into());
+        let started = thread.spawn(move || server.stale.drain(|ino| server.invalidate(ino)));
+        if let Err(error) = started {
+            self.stale.no_thread();
+            tracing::error!(ino, %error, "the kernel keeps wrong bytes of open files: no thread");
+        }
+    }
+
+    /// Lets the kernel drop its pages of `ino`; waits for those that are being read.
+    pub(super) fn invalidate(&self, ino: u64) {
+        let Some(notifier) = self.notifier.lock().clone() else {
+            return;
+        };
+        // From 0, and no length: to the end.
+        match notifier.inval_inode(INodeNo(ino), 0, 0) {
+            Ok(()) => self.counters.invalidations.add(1),
+            Err(error) => tracing::error!(ino, %error, "the kernel keeps wrong bytes"),
+        }
+    }
+
+    pub(super) fn answer_open(self: &Arc<Self>, ino: u64, body: Arc<dyn Body>, reply: ReplyOpen) {
+        let register = |file: &File| {
+            if !self.passthrough.load(Relaxed) {
+                return None;
+            }
+            reply
+                .open_backing(file)
+                .inspect_err(|error| {
+                    if self.passthrough.swap(false, Relaxed) {
+                        tracing::info!(%error, "no passthrough: files are read through this process");
+                    }
+                })
+                .ok()
+        };
+        let watch = |body: &dyn Body| self.watch(ino, body);
+        match self.opens.open(ino, body, register, watch) {
+            Answer::Passthrough(backing) => {
+                self.counters.passthrough_opens.add(1);
+                reply.opened_passthrough(HANDLE, FopenFlags::FOPEN_NOFLUSH, &backing);
+            }
+            // Contents never change: what the kernel holds of a file stays good between opens,
+            // unless it was wrong.
+            Answer::Cached { keep } if keep && !self.stale.has(ino) => reply.opened(
+                HANDLE,
+                FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
+            ),
+            Answer::Cached { .. } => reply.opened(HANDLE, FopenFlags::FOPEN_NOFLUSH),
+        }
+    }
+
+    /// Fetches a small file before its open is answered: then it can be passthrough, and an error
+    /// shows where programs expect one.
+    pub(super) async fn open_small(
+        self: Arc<Self>,
+        ino: u64,
+        body: Arc<dyn Body>,
+        reply: ReplyOpen,
+    ) {
+        self.counters.small_fetches.add(1);
+        match body.clone().whole().await {
+            // The disk is full or broken: reads may still be answered from the origin.
+            Ok(_)
+            | Err(FsError::Content {
+                kind: FetchErrorKind::NoSpace | FetchErrorKind::Disk,
+                ..
+            }) => self.answer_open(ino, body, reply),
+            Err(error) => reply.error(self.errno("open", ino, &error)),
+        }
+    }
+
+    pub(super) fn body(&self, ino: u64) -> Result<Arc<dyn Body>, FsError> {
+        if let Some(body) = self.opens.body(ino) {
+            return Ok(body);
+        }
+        // Opened before this process took the session over, or by passthrough that was lost.
+        match self.view.open(ino, false)? {
+            Opened::Body(body) => {
+                self.opens.distrust(ino);
+                Ok(body)
+            }
+            Opened::Upper => Err(FsError::Stale),
+        }
+    }
+
+    pub(super) async fn read_later(
+        &self,
+        ino: u64,
+        body: Arc<dyn Body>,
+        at: (u64, usize),
+        reply: ReplyData,
+    ) {
+        self.counters.waited_reads.add(1);
+        match body.read(at.0, at.1).await {
+            // Fewer bytes would be shown to the reader as zeros.
+            Ok(bytes) if bytes.len() == at.1 => self.answer_read(&bytes, reply),
+            Ok(_) => reply.error(self.errno("read", ino, &FsError::Damaged("a read was short"))),
+            Err(error) => reply.error(self.errno("read", ino, &error)),
+        }
+    }
+
+    pub(super) fn answer_read(&self, bytes: &[u8], reply: ReplyData) {
+        self.counters.read_bytes.add(bytes.len() as u64);
+        reply.data(bytes);
+    }
+}
