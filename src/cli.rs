@@ -19,7 +19,7 @@ mod umount;
 mod verify;
 mod warm;
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -40,7 +40,7 @@ use crate::{
 /// ?include=GLOB&exclude=GLOB. Credentials are taken from where the usual tools look for them
 /// (AWS_*, GOOGLE_*, AZURE_*, HF_TOKEN).
 #[derive(Parser)]
-#[command(name = "hearth", version = VERSION, max_term_width = 100)]
+#[command(name = "hearth", version = VERSION, max_term_width = 100, arg_required_else_help = true)]
 struct Cli {
     /// Where content is kept [default: /var/lib/hearth as root, else $XDG_CACHE_HOME/hearth]
     #[arg(long, global = true, value_name = "DIR", env = "HEARTH_STORE")]
@@ -128,13 +128,18 @@ fn init_tracing(verbose: u8) {
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("HEARTH_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
-    tracing_subscriber::fmt()
+    let format = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(output::LogWriter)
         .with_ansi(false)
         .with_target(false)
-        .compact()
-        .init();
+        .compact();
+    // A person knows what time it is.
+    if verbose == 0 && std::io::stderr().is_terminal() {
+        format.without_time().init();
+    } else {
+        format.init();
+    }
 }
 
 /// Whether whoever read our output has gone away: `hearth list | head`.

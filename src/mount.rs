@@ -128,7 +128,7 @@ impl MountError {
         match self.kind {
             MountErrorKind::Directory => Some("give an existing directory"),
             MountErrorKind::Mounted => Some("unmount it with `hearth umount` first"),
-            MountErrorKind::NotMounted => Some("`hearth list` shows what is mounted"),
+            MountErrorKind::NotMounted => Some("`hearth status` shows what is mounted"),
             MountErrorKind::Busy => Some(
                 "close the files below it (`fuser -vm DIR` shows who has them), or unmount lazily",
             ),
@@ -289,6 +289,14 @@ impl Drop for Mount {
 /// [`MountErrorKind::NoFuse`], [`MountErrorKind::NoHelper`].
 pub fn available() -> Result<(), MountError> {
     device::available()
+}
+
+/// Checks that `dir` can be mounted on, before anything else is done for it.
+///
+/// # Errors
+/// [`MountErrorKind::Directory`], [`MountErrorKind::Mounted`].
+pub fn check(dir: &Path) -> Result<(), MountError> {
+    mount_point(dir).map(drop)
 }
 
 /// Unmounts what hearth mounted on `dir`, in whichever process. `lazy` detaches it even if busy.

@@ -50,6 +50,16 @@ pub(super) fn log_path(root: &Path, mountpoint: &Path) -> std::io::Result<PathBu
     Ok(run_dir(root)?.join(format!("{}.log", name(mountpoint))))
 }
 
+/// Removes the log of the mount process for `mountpoint` if it had nothing to say.
+pub(super) fn remove_empty_log(root: &Path, mountpoint: &Path) {
+    if let Ok(path) = log_path(root, mountpoint)
+        && path.metadata().is_ok_and(|log| log.len() == 0)
+    {
+        // What cannot be removed does no harm.
+        let _ = std::fs::remove_file(path);
+    }
+}
+
 fn run_dir(root: &Path) -> std::io::Result<PathBuf> {
     let dir = root.join("run");
     DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;

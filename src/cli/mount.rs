@@ -1,5 +1,6 @@
 use std::{
     io::{BufRead as _, BufReader},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     sync::Arc,
@@ -82,6 +83,7 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         );
     }
     if !args.foreground {
+        crate::mount::check(&args.dir)?;
         return start(context, &args);
     }
     if args.tell_parent {
@@ -89,13 +91,16 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         nix::unistd::setsid().context("cannot leave the session")?;
     }
     let result = serve(context, &args);
-    match (&result, args.tell_parent) {
-        (Err(error), true) => {
-            tell(&Word::Failed(output::describe(error)));
-            Ok(ExitCode::from(1))
-        }
-        _ => result,
+    if !args.tell_parent {
+        return result;
     }
+    if let Ok(dir) = std::path::absolute(&args.dir) {
+        control::remove_empty_log(&context.root, &dir);
+    }
+    result.or_else(|error| {
+        tell(&Word::Failed(output::describe(&error)));
+        Ok(ExitCode::from(1))
+    })
 }
 
 /// Starts a process in the background and waits until it has mounted.
@@ -129,11 +134,13 @@ fn start(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
     if let Some(secret) = args.reference.secret() {
         command.env(SECRET_VARIABLE, secret);
     }
-    let mut child = command
+    command
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(log)
+        .stderr(log);
+    keep_no_files(&mut command);
+    let mut child = command
         .spawn()
         .context("cannot start the process that serves the mount")?;
     let mut answer = String::new();
@@ -154,6 +161,25 @@ fn start(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
                 log.trim()
             )
         }
+    }
+}
+
+/// Lets the child inherit nothing but its standard streams: a lock or a pipe that some script has
+/// open must not stay so for as long as the mount.
+fn keep_no_files(command: &mut Command) {
+    // SAFETY: close_range is one system call, allowed between fork and exec; it touches no memory.
+    // CLOSE_RANGE_CLOEXEC leaves the fds of the standard library alone until the exec. A kernel
+    // without it (before 5.11) lets them be inherited.
+    unsafe {
+        command.pre_exec(|| {
+            libc::syscall(
+                libc::SYS_close_range,
+                3,
+                libc::c_uint::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            );
+            Ok(())
+        });
     }
 }
 

@@ -9,8 +9,9 @@ use std::{
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::{
+    mount::MountError,
     node::{NodeError, Progress},
-    store::ByteSize,
+    store::{ByteSize, StoreError},
 };
 
 /// Rows of files under way that are shown.
@@ -74,15 +75,27 @@ pub(super) fn error(error: &anyhow::Error) {
 pub(super) fn describe(error: &anyhow::Error) -> String {
     let mut text = format!("error: {error}");
     for cause in error.chain().skip(1) {
-        text.push_str(&format!("\n  caused by: {cause}"));
+        let cause = cause.to_string();
+        // Some messages end with their cause already.
+        if !text.ends_with(&cause) {
+            text.push_str(&format!("\n  caused by: {cause}"));
+        }
     }
-    let hint = error
-        .chain()
-        .find_map(|e| e.downcast_ref::<NodeError>()?.hint());
-    if let Some(hint) = hint {
+    if let Some(hint) = error.chain().find_map(hint) {
         text.push_str(&format!("\nhint: {hint}"));
     }
     text
+}
+
+fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    if let Some(error) = error.downcast_ref::<NodeError>() {
+        return error.hint();
+    }
+    if let Some(error) = error.downcast_ref::<StoreError>() {
+        return error.hint().map(str::to_owned);
+    }
+    let error = error.downcast_ref::<MountError>()?;
+    error.hint().map(str::to_owned)
 }
 
 /// Bytes for people.
@@ -185,7 +198,7 @@ impl Shown {
             return;
         }
         let total = self.total.get_or_insert_with(|| {
-            let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
+            let style = "{wide_msg} {bar:20} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
             let bar = bars().add(bar(style));
             bar.set_position(now.present_bytes);
             bar.reset_elapsed();

@@ -97,10 +97,10 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
                 "not complete"
             },
         ))?;
-        output::line(format!(
-            "artifact {} revision {}",
-            artifact.digest, artifact.revision
-        ))?;
+        output::line(format!("artifact {}", artifact.digest))?;
+        if !artifact.revision.is_empty() {
+            output::line(format!("revision {}", artifact.revision))?;
+        }
         if !artifact.pins.is_empty() {
             output::line(format!("pinned by {}", artifact.pins.join(", ")))?;
         }
