@@ -22,7 +22,7 @@ mod warm;
 use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::Context as _;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::{
     config::Config,
@@ -40,14 +40,26 @@ use crate::{
 /// ?include=GLOB&exclude=GLOB. Credentials are taken from where the usual tools look for them
 /// (AWS_*, GOOGLE_*, AZURE_*, HF_TOKEN).
 #[derive(Parser)]
-#[command(name = "hearth", version = VERSION, max_term_width = 100, arg_required_else_help = true)]
+#[command(name = "hearth", version = VERSION, max_term_width = 100)]
 struct Cli {
     /// Where content is kept [default: /var/lib/hearth as root, else $XDG_CACHE_HOME/hearth]
-    #[arg(long, global = true, value_name = "DIR", env = "HEARTH_STORE")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "HEARTH_STORE",
+        hide_env_values = true
+    )]
     store: Option<PathBuf>,
     /// Configuration file [default: /etc/hearth/config.toml as root, else
     /// $XDG_CONFIG_HOME/hearth/config.toml, where it exists]
-    #[arg(long, global = true, value_name = "FILE", env = "HEARTH_CONFIG")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "HEARTH_CONFIG",
+        hide_env_values = true
+    )]
     config: Option<PathBuf>,
     /// Say more on stderr; twice for everything
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
@@ -89,6 +101,11 @@ struct Context {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    if std::env::args_os().len() <= 1 {
+        // Not clap's `arg_required_else_help`: a variable of the environment counts there.
+        eprint!("{}", Cli::command().render_help());
+        return ExitCode::from(2);
+    }
     let cli = Cli::parse();
     init_tracing(cli.verbose);
     let command = cli.command;

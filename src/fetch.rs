@@ -313,7 +313,13 @@ impl FetchError {
             | SourceErrorKind::Unavailable
             | SourceErrorKind::Invalid => FetchErrorKind::Unavailable,
         };
-        Self::new(handle, kind, error)
+        let text = error.to_string();
+        // Over HTTP both name the URL.
+        if text.contains(handle.name()) {
+            let message = text.into();
+            return Self { kind, message };
+        }
+        Self::new(handle, kind, &text)
     }
 
     fn store(handle: &Handle, error: &StoreError) -> Self {

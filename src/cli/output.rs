@@ -198,22 +198,20 @@ impl Shown {
             return;
         }
         let total = self.total.get_or_insert_with(|| {
-            let style = "{wide_msg} {bar:20} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
-            let bar = bars().add(bar(style));
-            bar.set_position(now.present_bytes);
+            let style =
+                "{wide_msg} {prefix} {bar:12} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
+            let bar = bar(style, &self.name, now.total_bytes).with_position(now.present_bytes);
             bar.reset_elapsed();
-            bar
+            bars().add(bar)
         });
+        total.set_prefix(format!("{}/{} files", now.done_files, now.total_files));
         total.set_length(now.total_bytes);
         total.set_position(now.present_bytes);
-        total.set_message(format!(
-            "{} {}/{} files",
-            self.name, now.done_files, now.total_files
-        ));
         let rows = now.active.len().min(MAX_BARS);
-        while self.files.len() < rows {
-            self.files
-                .push(bars().add(bar("  {wide_msg} {bar:24} {bytes:>10}/{total_bytes:10}")));
+        for file in now.active.iter().take(rows).skip(self.files.len()) {
+            let style = "  {wide_msg} {bar:16} {bytes:>10}/{total_bytes:10}";
+            let bar = bar(style, &file.name, file.size);
+            self.files.push(bars().add(bar));
         }
         for gone in self.files.drain(rows..) {
             bars().remove(&gone);
@@ -233,19 +231,19 @@ impl Shown {
     }
 }
 
-fn bar(style: &str) -> ProgressBar {
+/// A bar that is not shown yet: one that is added is drawn as it is.
+fn bar(style: &str, message: &str, total: u64) -> ProgressBar {
     let style = ProgressStyle::with_template(style)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("=> ");
-    ProgressBar::new(0).with_style(style)
+    let target = indicatif::ProgressDrawTarget::hidden();
+    ProgressBar::with_draw_target(Some(total), target)
+        .with_style(style)
+        .with_message(message.to_owned())
 }
 
 /// A bar of bytes on stderr.
 pub(super) fn byte_bar(message: &str, total: u64) -> ProgressBar {
-    let bar = bars().add(bar(
-        "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}",
-    ));
-    bar.set_length(total);
-    bar.set_message(message.to_owned());
-    bar
+    let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
+    bars().add(bar(style, message, total))
 }
