@@ -83,8 +83,8 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         );
     }
     if !args.foreground {
-        crate::mount::check(&args.dir)?;
-        return start(context, &args);
+        let dir = crate::mount::check(&args.dir)?;
+        return start(context, &args, &dir);
     }
     if args.tell_parent {
         // The terminal's signals are not for a process in the background.
@@ -94,9 +94,7 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     if !args.tell_parent {
         return result;
     }
-    if let Ok(dir) = std::path::absolute(&args.dir) {
-        control::remove_empty_log(&context.root, &dir);
-    }
+    control::remove_empty_log(&context.root, &args.dir);
     result.or_else(|error| {
         tell(&Word::Failed(output::describe(&error)));
         Ok(ExitCode::from(1))
@@ -104,10 +102,9 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
 }
 
 /// Starts a process in the background and waits until it has mounted.
-fn start(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
+fn start(context: &Context, args: &Args, dir: &Path) -> anyhow::Result<ExitCode> {
     let store = context.store()?; // fail here rather than there
-    let dir = std::path::absolute(&args.dir)?;
-    let log_path = control::log_path(store.root(), &dir)?;
+    let log_path = control::log_path(store.root(), dir)?;
     drop(store);
     let log = std::fs::File::create(&log_path)
         .with_context(|| format!("cannot write {}", log_path.display()))?;
@@ -130,7 +127,7 @@ fn start(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
         command.arg("--no-fill");
     }
     // With the secrets that the canonical form leaves out, but never where others can read them.
-    command.arg("--").arg(args.reference.to_string()).arg(&dir);
+    command.arg("--").arg(args.reference.to_string()).arg(dir);
     if let Some(secret) = args.reference.secret() {
         command.env(SECRET_VARIABLE, secret);
     }

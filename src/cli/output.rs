@@ -87,9 +87,21 @@ pub(super) fn describe(error: &anyhow::Error) -> String {
     text
 }
 
+/// An error with what to try.
+pub(super) fn hinted(message: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
+    Hinted(message.into(), hint.into()).into()
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Hinted(String, String);
+
 fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     if let Some(error) = error.downcast_ref::<NodeError>() {
         return error.hint();
+    }
+    if let Some(Hinted(_, hint)) = error.downcast_ref() {
+        return Some(hint.clone());
     }
     if let Some(error) = error.downcast_ref::<StoreError>() {
         return error.hint().map(str::to_owned);

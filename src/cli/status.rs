@@ -1,4 +1,4 @@
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
 use serde::Serialize;
 
@@ -125,18 +125,20 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
 }
 
 fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
-    let path = std::path::absolute(dir)?;
+    let Some(path) = crate::mount::find(Path::new(dir))? else {
+        return Err(output::hinted(
+            format!("nothing of hearth is mounted on {dir}"),
+            "a reference has ://; `hearth status` shows what is mounted",
+        ));
+    };
     let Some(status) = control::ask(&context.root, &path)? else {
-        let mounted = crate::mount::mounted()?
-            .into_iter()
-            .any(|m| m.mountpoint == path);
-        if mounted {
-            anyhow::bail!(
+        return Err(output::hinted(
+            format!(
                 "{dir} is mounted, but no process of the store {} serves it",
                 context.root.display()
-            );
-        }
-        anyhow::bail!("nothing of hearth is mounted on {dir} (a reference has ://)");
+            ),
+            "`hearth umount DIR` removes it if that process was killed; for another store say --store",
+        ));
     };
     if json {
         output::json(&status)?;

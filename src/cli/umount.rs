@@ -17,9 +17,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const PATIENCE_IF_LAZY: Duration = Duration::from_secs(1);
 
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
-    let dir = std::path::absolute(&args.dir)?;
-    let server = control::ask(&context.root, &dir).ok().flatten();
-    crate::mount::unmount(&dir, args.lazy)?;
+    let found = crate::mount::find(&args.dir)?;
+    let server = found.and_then(|dir| control::ask(&context.root, &dir).ok()?);
+    crate::mount::unmount(&args.dir, args.lazy)?;
     // What comes next may count on the store being left alone.
     let patience = if args.lazy {
         PATIENCE_IF_LAZY
