@@ -19,7 +19,13 @@ mod umount;
 mod verify;
 mod warm;
 
-use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    borrow::Cow,
+    io::{IsTerminal as _, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+};
 
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser, Subcommand};
@@ -28,7 +34,7 @@ use crate::{
     config::Config,
     fetch::Engine,
     node::{Node, NodeError},
-    reference::Reference,
+    reference::{Reference, redact},
     source::Sources,
     store::Store,
 };
@@ -103,10 +109,13 @@ struct Context {
 pub fn main() -> ExitCode {
     if std::env::args_os().len() <= 1 {
         // Not clap's `arg_required_else_help`: a variable of the environment counts there.
-        eprint!("{}", Cli::command().render_help());
+        let _ = write!(std::io::stderr(), "{}", Cli::command().render_help());
         return ExitCode::from(2);
     }
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return wrong_usage(&error),
+    };
     init_tracing(cli.verbose);
     let command = cli.command;
     let made = Context::new(cli.store, cli.config, cli.verbose);
@@ -135,6 +144,27 @@ pub fn main() -> ExitCode {
             ExitCode::from(1)
         }
     }
+}
+
+/// What clap says, but for secrets: it repeats the arguments that it does not like.
+fn wrong_usage(error: &clap::Error) -> ExitCode {
+    let mut text = error.render().to_string();
+    let mut secret = false;
+    for arg in std::env::args_os().skip(1) {
+        let arg = arg.to_string_lossy();
+        if let Cow::Owned(public) = redact(&arg)
+            && text.contains(&*arg)
+        {
+            text = text.replace(&*arg, &public);
+            secret = true;
+        }
+    }
+    // The terminal's colours are for what is printed as it is.
+    let _ = match secret {
+        true => write!(std::io::stderr(), "{text}"),
+        false => error.print(),
+    };
+    ExitCode::from(error.exit_code() as u8)
 }
 
 fn init_tracing(verbose: u8) {

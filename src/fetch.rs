@@ -280,6 +280,7 @@ pub enum FetchErrorKind {
 pub struct FetchError {
     kind: FetchErrorKind,
     message: Arc<str>,
+    hint: Option<&'static str>,
 }
 
 impl std::error::Error for FetchError {}
@@ -296,10 +297,16 @@ impl FetchError {
         self.kind
     }
 
+    /// What to try, for a person, where the source or the store knows.
+    pub const fn hint(&self) -> Option<&'static str> {
+        self.hint
+    }
+
     fn new(handle: &Handle, kind: FetchErrorKind, why: &dyn fmt::Display) -> Self {
         Self {
             kind,
             message: format!("{}: {why}", handle.name()).into(),
+            hint: None,
         }
     }
 
@@ -313,13 +320,16 @@ impl FetchError {
             | SourceErrorKind::Unavailable
             | SourceErrorKind::Invalid => FetchErrorKind::Unavailable,
         };
-        let text = error.to_string();
-        // Over HTTP both name the URL.
-        if text.contains(handle.name()) {
-            let message = text.into();
-            return Self { kind, message };
+        let mut message = error.to_string();
+        // Over HTTP it names the URL already.
+        if !message.contains(handle.name()) {
+            message = format!("{}: {message}", handle.name());
         }
-        Self::new(handle, kind, &text)
+        Self {
+            kind,
+            message: message.into(),
+            hint: error.hint(),
+        }
     }
 
     fn store(handle: &Handle, error: &StoreError) -> Self {
@@ -335,6 +345,7 @@ impl FetchError {
         Self {
             kind,
             message: format!("{name}: {error}").into(),
+            hint: error.hint(),
         }
     }
 

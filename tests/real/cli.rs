@@ -260,7 +260,6 @@ struct Web {
 struct Asked {
     method: String,
     path: String,
-    status: u16,
     /// Bytes of the body that were sent.
     bytes: u64,
 }
@@ -305,12 +304,11 @@ impl Web {
             .map(|line| {
                 let parts: Vec<_> = line.split('"').collect();
                 let mut request = parts[1].split(' ');
-                let mut answer = parts[2].trim().split(' ');
+                let answer = parts[2].trim().split(' ').nth(1).unwrap();
                 Asked {
                     method: request.next().unwrap().into(),
                     path: request.next().unwrap_or_default().into(),
-                    status: answer.next().unwrap().parse().unwrap(),
-                    bytes: answer.next().unwrap().parse().unwrap(),
+                    bytes: answer.parse().unwrap(),
                 }
             })
             .collect()

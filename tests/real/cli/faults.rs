@@ -31,7 +31,8 @@ fn a_flipped_bit_is_found_and_repaired_a_lost_file_fetched_again() {
     let body = fs::read(web.path("m").join(shard)).unwrap();
     let object = bed.object(&body);
     flip(&object);
-    assert!(bed.ok(&format!("verify {model}?include=*.json")).is_empty() || true);
+    let unknown = bed.fails(&format!("verify {model}?include=*.json"));
+    assert!(unknown.contains("is not in the store\nhint: "), "{unknown}");
     let done = bed.run("verify --all");
     assert_eq!(done.code, Some(1), "{done:?}");
     let name = object.file_name().unwrap().to_str().unwrap();
@@ -84,7 +85,12 @@ fn a_flipped_bit_is_found_and_repaired_a_lost_file_fetched_again() {
     // The origin is gone and so cannot repair: that is said, and it is not called good.
     flip(&object);
     drop(web.server);
-    let done = bed.run(&format!("verify {model} --repair"));
+    let config = bed.path("config.toml");
+    fs::write(&config, "[fetch]\npatience_seconds = 1\n").unwrap();
+    let done = bed.run(&format!(
+        "--config {} verify {model} --repair",
+        config.display()
+    ));
     assert_eq!(done.code, Some(1), "{done:?}");
     assert!(
         done.err.contains("error: cannot fetch") && !done.out.contains("repaired"),
@@ -123,7 +129,10 @@ fn stores_that_cannot_be_used() {
     // Read-only: what is warm can be looked at; what needs writing says why it cannot be done.
     let image = bed.path("image");
     let disk = Mounted::ext4(&image, 64);
-    let store = format!("--store {}/store", disk.dir.path().display());
+    let config = bed.path("config.toml");
+    fs::write(&config, "[store]\nmin_free = 0\n").unwrap();
+    let store = disk.dir.path().join("store");
+    let store = format!("--store {} --config {}", store.display(), config.display());
     bed.ok(&format!("{store} warm {model}"));
     let remount = |how: &str| {
         let how = format!("remount,{how}");
@@ -136,7 +145,7 @@ fn stores_that_cannot_be_used() {
     remount("ro");
     let error = bed.fails(&format!("{store} rm {model}"));
     assert!(
-        error.contains("Read-only file system") && error.contains("hint: "),
+        error.contains("cannot be written") && error.contains("hint: run as"),
         "{error}"
     );
     remount("rw");
@@ -181,7 +190,6 @@ fn a_full_disk_refuses_to_warm_but_serves_by_streaming() {
     assert_same(&dir, &web.path("m"));
     assert_same(&dir, &web.path("m"));
     bed.ok(&format!("{flags} umount {dir}"));
-    bed.ok(&format!("{flags} verify --all").replace("verify --all", "list"));
 }
 
 #[test]
@@ -232,10 +240,12 @@ fn a_change_at_the_origin_is_noticed_and_never_mixed() {
     assert!(fs::read(bed.object(&new)).unwrap() == new);
 
     // It changes while it is warmed.
-    let web2 = Web::slow("2m");
-    let model = web2.model("m", 12, 1);
+    let web2 = Web::slow("4m");
+    let model = web2.model("m", 24, 1);
     let bed = Bed::new();
-    let warm = bed.start(&format!("warm {model}"));
+    let config = bed.path("config.toml");
+    fs::write(&config, "[fetch]\nmax_connections = 2\n").unwrap();
+    let warm = bed.start(&format!("--config {} warm {model}", config.display()));
     std::thread::sleep(Duration::from_millis(1200));
     fs::write(web2.path("new"), &new).unwrap();
     fs::rename(web2.path("new"), web2.path("m").join(shard)).unwrap();
