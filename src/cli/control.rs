@@ -27,6 +27,8 @@ pub(super) struct MountStatus {
     pub revision: String,
     pub layout: String,
     pub pid: u32,
+    /// The log of that process, where it has one of its own.
+    pub log: Option<PathBuf>,
     pub total_bytes: u64,
     pub present_bytes: u64,
     /// Whether all is here and verified.

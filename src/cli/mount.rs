@@ -27,7 +27,8 @@ use crate::{
 
 /// Mount a reference, readable at once, while its content is still arriving
 ///
-/// Returns when it is mounted; a process in the background serves it until `hearth umount DIR`.
+/// Returns when it is mounted; a process in the background serves it until `hearth umount DIR`, and
+/// logs where `hearth status DIR` says.
 /// Reads of what has not arrived wait for it and go before everything else.
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -96,7 +97,8 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     }
     control::remove_empty_log(&context.root, &args.dir);
     result.or_else(|error| {
-        tell(&Word::Failed(output::describe(&error)));
+        // A parent that is gone needs no answer.
+        let _ = tell(&Word::Failed(output::describe(&error)));
         Ok(ExitCode::from(1))
     })
 }
@@ -184,11 +186,13 @@ fn keep_no_files(command: &mut Command) {
 /// command line, the environment of a process is private to its owner.
 const SECRET_VARIABLE: &str = "HEARTH_REFERENCE_URL";
 
-fn tell(word: &Word) {
+/// # Errors
+/// The parent is gone.
+fn tell(word: &Word) -> std::io::Result<()> {
     if let Ok(text) = serde_json::to_string(word) {
-        // A parent that is gone needs no answer.
-        let _ = output::line(text);
+        output::line(text)?;
     }
+    Ok(())
 }
 
 fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
@@ -216,12 +220,19 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             mounted = mounting => mounted?,
             code = super::interrupted() => return code,
         };
-        let status = mounted.status.clone();
+        let mut status = mounted.status.clone();
+        if args.tell_parent {
+            status.log = control::log_path(&context.root, mounted.mount.dir()).ok();
+        }
         let _control =
             ControlServer::start(&context.root, mounted.mount.dir(), move || status.get())
                 .context("cannot make the control socket")?;
         if args.tell_parent {
-            tell(&Word::Mounted);
+            if tell(&Word::Mounted).is_err() {
+                // Whoever asked for it has been interrupted, and does not want it any more.
+                mounted.close().await?;
+                return Ok(ExitCode::from(1));
+            }
         } else {
             output::note(&format!(
                 "mounted {reference} on {}",
@@ -262,6 +273,7 @@ struct Status {
     node: Node,
     resolved: Resolved,
     hub_layout: bool,
+    log: Option<PathBuf>,
     error: Arc<Mutex<Option<String>>>,
 }
 
@@ -330,6 +342,7 @@ impl Mounted {
             mount: Arc::downgrade(&mount),
             node: node.clone(),
             hub_layout: options.hub_layout,
+            log: None,
             error,
             resolved,
         };
@@ -398,6 +411,7 @@ impl Status {
             revision: artifact.revision.clone(),
             layout: if self.hub_layout { "hub" } else { "tree" }.into(),
             pid: std::process::id(),
+            log: self.log.clone(),
             total_bytes: artifact.size(),
             present_bytes: artifact.objects.iter().map(here).sum(),
             complete: artifact.objects.iter().all(is_complete),

@@ -211,7 +211,7 @@ impl Shown {
         }
         let total = self.total.get_or_insert_with(|| {
             let style =
-                "{wide_msg} {prefix} {bar:12} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
+                "{wide_msg} {prefix} {bar:10} {bytes:>10}/{total_bytes} {bytes_per_sec:>12} ETA {eta:>3}";
             let bar = bar(style, &self.name, now.total_bytes).with_position(now.present_bytes);
             bar.reset_elapsed();
             bars().add(bar)

@@ -169,6 +169,9 @@ fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
         status.mount.reads,
         output::size(status.mount.read_bytes),
     ))?;
+    if let Some(log) = status.log {
+        output::line(format!("log: {}", log.display()))?;
+    }
     if let Some(error) = status.error {
         output::line(format!("the background fetch stopped: {error}"))?;
     }

@@ -68,6 +68,8 @@ fn a_mount_lives_in_the_background_and_leaves_nothing() {
     );
     assert_eq!(status["total_bytes"], total_size(&web.path("m")));
     let pid = status["pid"].as_u64().unwrap();
+    let log = status["log"].as_str().unwrap();
+    assert!(Path::new(log).starts_with(bed.store().join("run")), "{log}");
     assert!(bed.ok("status").contains(&format!("mounted on {dir}\n")));
     assert!(bed.ok(&format!("status {dir}")).contains("here ("));
     assert_same(&dir, &web.path("m"));
@@ -325,4 +327,94 @@ fn a_user_mounts_by_the_helper() {
         none.contains("/dev/fuse") && none.contains("hint: load the kernel module"),
         "{none}"
     );
+}
+
+#[test]
+fn who_is_interrupted_gets_no_mount() {
+    const SLOW: &str = "import sys, time, http.server as h\nclass S(h.SimpleHTTPRequestHandler):\n \
+                        def do_GET(self):\n  time.sleep(1)\n  super().do_GET()\n\
+                        h.ThreadingHTTPServer(('127.0.0.1', int(sys.argv[1])), S).serve_forever()";
+    let bed = Bed::new();
+    let root = bed.path("root");
+    write_model(&root, 1, 1, 1);
+    let slow = servers::python(|port, _| {
+        vec![
+            "-c".into(),
+            format!("import os; os.chdir({root:?})\n{SLOW}"),
+            port.to_string(),
+        ]
+    });
+    let dir = bed.mount_dir("mnt");
+    let mount = bed.start(&format!("mount {}/ {dir}", slow.url()));
+    std::thread::sleep(Duration::from_millis(500));
+    mount.signal(Signal::SIGINT);
+    assert_ne!(mount.done().code, Some(0));
+    // The process in the background notices when it has resolved: then it is gone.
+    let pattern = format!("tell-parent.*{dir}");
+    let serves = || {
+        let found = Command::new("pgrep")
+            .args(["-f", &pattern])
+            .output()
+            .unwrap();
+        found.status.success()
+    };
+    assert!(serves(), "it was interrupted too late");
+    wait_until("gone", || !serves());
+    assert!(!is_mounted(&dir));
+    assert!(traces(&bed).is_empty(), "{:?}", traces(&bed));
+}
+
+#[test]
+fn a_umount_half_way_keeps_what_has_arrived() {
+    let bed = Bed::new();
+    let web = Web::slow("1m");
+    let model = web.model("m", 12, 2);
+    let size = total_size(&web.path("m"));
+    let dir = bed.mount_dir("mnt");
+    bed.ok(&format!("mount {model} {dir}"));
+    let here = || {
+        bed.json(&format!("status {dir} --json"))["present_bytes"]
+            .as_u64()
+            .unwrap()
+    };
+    wait_until("half way", || here() > 4 << 20);
+    let pid = bed.json(&format!("status {dir} --json"))["pid"]
+        .as_u64()
+        .unwrap();
+    let begun = Instant::now();
+    bed.ok(&format!("umount {dir}"));
+    assert!(
+        begun.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert_ended(pid);
+    assert!(traces(&bed).is_empty(), "{:?}", traces(&bed));
+    let kept = bed.json("list --json")[0]["present_bytes"]
+        .as_u64()
+        .unwrap();
+    assert!(kept > 4 << 20 && kept < size, "{kept}");
+    std::thread::sleep(Duration::from_millis(500));
+    web.forget();
+    // Killed half way, it is no different.
+    bed.ok(&format!("mount {model} {dir}"));
+    std::thread::sleep(Duration::from_millis(300));
+    let pid = bed.json(&format!("status {dir} --json"))["pid"]
+        .as_u64()
+        .unwrap();
+    let pid = nix::unistd::Pid::from_raw(pid as i32);
+    nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
+    assert_ended(pid.as_raw() as u64);
+    bed.ok(&format!("umount {dir}"));
+    bed.ok(&format!("mount {model} {dir}"));
+    assert_same(&dir, &web.path("m"));
+    bed.wait_complete(&dir);
+    bed.ok(&format!("umount {dir}"));
+    assert!(
+        web.sent() < size - kept + (10 << 20),
+        "{} of {}",
+        web.sent(),
+        size - kept
+    );
+    bed.ok("verify --all");
 }

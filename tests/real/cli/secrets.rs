@@ -122,6 +122,12 @@ fn keys_and_tokens_stay_secret() {
         );
         assert!(done.err.contains("\nhint: "), "{done:?}");
     }
+    // Gated: the tree is public, the content is not, and it is said what to do.
+    stub.set(&serde_json::json!({"token": null, "private": [], "gated": ["models/org/my-model"]}));
+    bed.ok("rm hf://org/my-model");
+    let mut warm = bed.command("-vv warm hf://org/my-model");
+    let error = Done::of(warm.env_remove("HF_TOKEN")).failed(1);
+    assert!(error.contains("\nhint: accept its terms"), "{error}");
     quiet(&bed, "config", &secrets);
     assert_not_kept(&bed.store(), &secrets);
 }
