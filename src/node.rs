@@ -161,9 +161,18 @@ impl Node {
                 fresh: false,
             });
         }
+        let asked = std::time::Instant::now();
         match source.resolve(reference).await {
             Ok(artifact) => {
                 let artifact = Arc::new(artifact);
+                tracing::info!(
+                    reference = name,
+                    revision = artifact.revision,
+                    files = artifact.objects.len(),
+                    bytes = artifact.size(),
+                    took = ?asked.elapsed(),
+                    "resolved"
+                );
                 // A store that cannot be written still serves what it has.
                 if self.store().writable() {
                     self.record(&artifact).await?;

@@ -237,6 +237,23 @@ fn json_of_everything() {
     );
     let gc = bed.json("gc --target-bytes 0 --json");
     assert_eq!(gc["evicted"][0], model);
+    // As a list on standard input; the more it is asked, the more it says.
+    let list = tool("sh", &["-c", &format!("echo '{model}'")])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let done = Done::of(bed.command("-v warm --from -").stdin(list.stdout.unwrap()));
+    assert!(
+        done.err.contains("INFO") && done.err.contains("resolved"),
+        "{}",
+        done.err
+    );
+    let loud = bed.run(&format!("-vv warm {model}"));
+    assert!(
+        loud.err.contains("DEBUG") && loud.err.contains("status=200"),
+        "{}",
+        loud.err
+    );
     // One of two fails: the other is reported, the error said, the exit status 1.
     let done = bed.run(&format!("warm --json {model} {}", web.url("nothing")));
     assert_eq!(done.code, Some(1));
@@ -423,4 +440,67 @@ fn progress_fits_its_reader() {
         env!("CARGO_BIN_EXE_hearth")
     ));
     assert_eq!(Done::of(&mut pipe).err, "");
+}
+
+/// What does not fit makes room by what was not used for longest, and never by what is needed.
+#[test]
+fn the_store_keeps_its_size() {
+    let bed = Bed::new();
+    let web = Web::slow("2m");
+    let [a, b, c] = [1, 2, 3].map(|seed| {
+        let name = format!("m{seed}");
+        write_model(&web.path(&name), 8, 1, seed);
+        web.url(&name)
+    });
+    let config = bed.path("config.toml");
+    fs::write(&config, "[store]\nmax_bytes = \"20MiB\"\n").unwrap();
+    let flag = format!("--config {}", config.display());
+    let known = || -> Vec<String> {
+        let list = bed.json("list --json");
+        let names = list
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|a| a["reference"].as_str().unwrap().into());
+        names.collect()
+    };
+    bed.ok(&format!("{flag} warm {a}"));
+    std::thread::sleep(Duration::from_millis(1100));
+    bed.ok(&format!("{flag} warm {b}"));
+    std::thread::sleep(Duration::from_millis(1100));
+    bed.ok(&format!("{flag} warm {a}"));
+    bed.ok(&format!("{flag} warm {c}"));
+    assert_eq!(
+        known(),
+        [a.as_str(), c.as_str()],
+        "the one that was not used for longest went"
+    );
+    bed.ok(&format!("pin {a} {c}"));
+    web.forget();
+    let error = bed.fails(&format!("{flag} warm {b}"));
+    for part in [
+        " does not fit: needs 8.2 MiB",
+        "20.0 MiB",
+        &format!("pinned: {a}"),
+        "\nhint: ",
+    ] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    assert_eq!(web.sent(), 0);
+    bed.ok(&format!("unpin {c}"));
+    let warm = bed.start(&format!("{flag} warm {b}"));
+    while web
+        .asked()
+        .iter()
+        .all(|a| a.method != "GET" || !a.path.contains("tokenizer"))
+    {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let error = bed.fails(&format!("rm {b}"));
+    assert!(
+        error.contains("is in use") && error.contains("\nhint: "),
+        "{error}"
+    );
+    warm.done().ok();
+    assert_eq!(known(), [a, b]);
 }

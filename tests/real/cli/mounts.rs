@@ -158,7 +158,14 @@ fn a_killed_server_can_be_replaced() {
     bed.ok(&format!("umount {dir}"));
     bed.ok(&format!("mount {model} {dir}"));
     assert_same(&dir, &web.path("m"));
-    bed.ok(&format!("umount {dir}"));
+    // Asked to end, it unmounts by itself.
+    let pid = bed.json(&format!("status {dir} --json"))["pid"]
+        .as_u64()
+        .unwrap();
+    let pid = nix::unistd::Pid::from_raw(pid as i32);
+    nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+    assert_ended(pid.as_raw() as u64);
+    assert!(!is_mounted(&dir));
     assert!(traces(&bed).is_empty(), "{:?}", traces(&bed));
 }
 
