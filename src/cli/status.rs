@@ -91,11 +91,7 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
             output::size(artifact.present_bytes),
             output::size(artifact.bytes),
             output::percent(artifact.present_bytes, artifact.bytes),
-            if artifact.complete {
-                "complete and verified"
-            } else {
-                "not complete"
-            },
+            state(artifact.complete, artifact.present_bytes, artifact.bytes),
         ))?;
         output::line(format!("artifact {}", artifact.digest))?;
         if !artifact.revision.is_empty() {
@@ -122,6 +118,14 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
         output::table(&rows)?;
         Ok(ExitCode::SUCCESS)
     })
+}
+
+fn state(complete: bool, present: u64, total: u64) -> &'static str {
+    match complete {
+        true => "complete and verified",
+        false if present == total => "not verified yet",
+        false => "not complete",
+    }
 }
 
 fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
@@ -156,11 +160,7 @@ fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
         output::size(status.present_bytes),
         output::size(status.total_bytes),
         output::percent(status.present_bytes, status.total_bytes),
-        if status.complete {
-            "complete and verified"
-        } else {
-            "not complete"
-        },
+        state(status.complete, status.present_bytes, status.total_bytes),
     ))?;
     output::line(format!(
         "{} opens, {} of them without FUSE on the read path; {} reads answered ({})",
