@@ -354,6 +354,7 @@ impl FetchError {
         Self {
             kind: FetchErrorKind::Corrupt,
             message: message.into(),
+            hint: None,
         }
     }
 

@@ -105,11 +105,16 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
 
 /// Starts a process in the background and waits until it has mounted.
 fn start(context: &Context, args: &Args, dir: &Path) -> anyhow::Result<ExitCode> {
-    let store = context.store()?; // fail here rather than there
-    let log_path = control::log_path(store.root(), dir)?;
-    drop(store);
-    let log = std::fs::File::create(&log_path)
-        .with_context(|| format!("cannot write {}", log_path.display()))?;
+    let writable = context.store()?.writable(); // fail here rather than there
+    let log_path = control::log_path(&context.root, dir);
+    let log: Stdio = match writable {
+        true => control::run_dir(&context.root)
+            .and_then(|_| std::fs::File::create(&log_path))
+            .with_context(|| format!("cannot write {}", log_path.display()))?
+            .into(),
+        // A store that cannot be written serves what it has, and keeps no log.
+        false => Stdio::null(),
+    };
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("--store").arg(&context.root);
     if let Some(config) = &context.config_path {
@@ -222,11 +227,18 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
         };
         let mut status = mounted.status.clone();
         if args.tell_parent {
-            status.log = control::log_path(&context.root, mounted.mount.dir()).ok();
+            let log = control::log_path(&context.root, mounted.mount.dir());
+            status.log = Some(log).filter(|log| log.exists());
         }
-        let _control =
-            ControlServer::start(&context.root, mounted.mount.dir(), move || status.get())
-                .context("cannot make the control socket")?;
+        let control =
+            ControlServer::start(&context.root, mounted.mount.dir(), move || status.get());
+        let _control = match control {
+            Err(error) if error.kind() == std::io::ErrorKind::ReadOnlyFilesystem => {
+                tracing::warn!(%error, "`hearth status` cannot ask this mount");
+                None
+            }
+            control => Some(control.context("cannot make the control socket")?),
+        };
         if args.tell_parent {
             if tell(&Word::Mounted).is_err() {
                 // Whoever asked for it has been interrupted, and does not want it any more.

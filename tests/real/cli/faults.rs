@@ -148,7 +148,26 @@ fn stores_that_cannot_be_used() {
         error.contains("cannot be written") && error.contains("hint: run as"),
         "{error}"
     );
-    remount("rw");
+    assert!(
+        bed.ok(&format!("{store} status {model}"))
+            .contains("complete and verified")
+    );
+    bed.ok(&format!("{store} verify --all"));
+    let dir = bed.mount_dir("mnt");
+    bed.ok(&format!("{store} mount {model} {dir}"));
+    assert_same(&dir, &web.path("m"));
+    bed.ok(&format!("{store} umount {dir}"));
+    let begun = Instant::now();
+    while Done::of(&mut tool(
+        "mount",
+        &["-o", "remount,rw", disk.dir.path().to_str().unwrap()],
+    ))
+    .code
+        != Some(0)
+    {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let file = bed.path("file");
     fs::write(&file, "").unwrap();
     let error = bed.fails(&format!("--store {} list", file.display()));
