@@ -238,11 +238,10 @@ fn json_of_everything() {
     let gc = bed.json("gc --target-bytes 0 --json");
     assert_eq!(gc["evicted"][0], model);
     // As a list on standard input; the more it is asked, the more it says.
-    let list = tool("sh", &["-c", &format!("echo '{model}'")])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let done = Done::of(bed.command("-v warm --from -").stdin(list.stdout.unwrap()));
+    let list = bed.path("list");
+    fs::write(&list, format!("# from elsewhere\n{model}\n")).unwrap();
+    let list = fs::File::open(list).unwrap();
+    let done = Done::of(bed.command("-v warm --from -").stdin(list));
     assert!(
         done.err.contains("INFO") && done.err.contains("resolved"),
         "{}",
