@@ -19,16 +19,22 @@ mod umount;
 mod verify;
 mod warm;
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    borrow::Cow,
+    io::{IsTerminal as _, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+};
 
 use anyhow::Context as _;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::{
     config::Config,
     fetch::Engine,
     node::{Node, NodeError},
-    reference::Reference,
+    reference::{Reference, redact},
     source::Sources,
     store::Store,
 };
@@ -43,11 +49,23 @@ use crate::{
 #[command(name = "hearth", version = VERSION, max_term_width = 100)]
 struct Cli {
     /// Where content is kept [default: /var/lib/hearth as root, else $XDG_CACHE_HOME/hearth]
-    #[arg(long, global = true, value_name = "DIR", env = "HEARTH_STORE")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "HEARTH_STORE",
+        hide_env_values = true
+    )]
     store: Option<PathBuf>,
     /// Configuration file [default: /etc/hearth/config.toml as root, else
     /// $XDG_CONFIG_HOME/hearth/config.toml, where it exists]
-    #[arg(long, global = true, value_name = "FILE", env = "HEARTH_CONFIG")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "HEARTH_CONFIG",
+        hide_env_values = true
+    )]
     config: Option<PathBuf>,
     /// Say more on stderr; twice for everything
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
@@ -89,7 +107,15 @@ struct Context {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    if std::env::args_os().len() <= 1 {
+        // Not clap's `arg_required_else_help`: a variable of the environment counts there.
+        let _ = write!(std::io::stderr(), "{}", Cli::command().render_help());
+        return ExitCode::from(2);
+    }
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return wrong_usage(&error),
+    };
     init_tracing(cli.verbose);
     let command = cli.command;
     let made = Context::new(cli.store, cli.config, cli.verbose);
@@ -120,6 +146,27 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// What clap says, but for secrets: it repeats the arguments that it does not like.
+fn wrong_usage(error: &clap::Error) -> ExitCode {
+    let mut text = error.render().to_string();
+    let mut secret = false;
+    for arg in std::env::args_os().skip(1) {
+        let arg = arg.to_string_lossy();
+        if let Cow::Owned(public) = redact(&arg)
+            && text.contains(&*arg)
+        {
+            text = text.replace(&*arg, &public);
+            secret = true;
+        }
+    }
+    // The terminal's colours are for what is printed as it is.
+    let _ = match secret {
+        true => write!(std::io::stderr(), "{text}"),
+        false => error.print(),
+    };
+    ExitCode::from(error.exit_code() as u8)
+}
+
 fn init_tracing(verbose: u8) {
     let level = match verbose {
         0 => "warn",
@@ -128,13 +175,18 @@ fn init_tracing(verbose: u8) {
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("HEARTH_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
-    tracing_subscriber::fmt()
+    let format = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(output::LogWriter)
         .with_ansi(false)
         .with_target(false)
-        .compact()
-        .init();
+        .compact();
+    // A person knows what time it is.
+    if verbose == 0 && std::io::stderr().is_terminal() {
+        format.without_time().init();
+    } else {
+        format.init();
+    }
 }
 
 /// Whether whoever read our output has gone away: `hearth list | head`.

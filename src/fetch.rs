@@ -280,6 +280,7 @@ pub enum FetchErrorKind {
 pub struct FetchError {
     kind: FetchErrorKind,
     message: Arc<str>,
+    hint: Option<&'static str>,
 }
 
 impl std::error::Error for FetchError {}
@@ -296,10 +297,16 @@ impl FetchError {
         self.kind
     }
 
+    /// What to try, for a person, where the source or the store knows.
+    pub const fn hint(&self) -> Option<&'static str> {
+        self.hint
+    }
+
     fn new(handle: &Handle, kind: FetchErrorKind, why: &dyn fmt::Display) -> Self {
         Self {
             kind,
             message: format!("{}: {why}", handle.name()).into(),
+            hint: None,
         }
     }
 
@@ -313,7 +320,16 @@ impl FetchError {
             | SourceErrorKind::Unavailable
             | SourceErrorKind::Invalid => FetchErrorKind::Unavailable,
         };
-        Self::new(handle, kind, error)
+        let mut message = error.to_string();
+        // Over HTTP it names the URL already.
+        if !message.contains(handle.name()) {
+            message = format!("{}: {message}", handle.name());
+        }
+        Self {
+            kind,
+            message: message.into(),
+            hint: error.hint(),
+        }
     }
 
     fn store(handle: &Handle, error: &StoreError) -> Self {
@@ -329,6 +345,7 @@ impl FetchError {
         Self {
             kind,
             message: format!("{name}: {error}").into(),
+            hint: error.hint(),
         }
     }
 
@@ -337,6 +354,7 @@ impl FetchError {
         Self {
             kind: FetchErrorKind::Corrupt,
             message: message.into(),
+            hint: None,
         }
     }
 

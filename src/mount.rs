@@ -129,7 +129,7 @@ impl MountError {
         match self.kind {
             MountErrorKind::Directory => Some("give an existing directory"),
             MountErrorKind::Mounted => Some("unmount it with `hearth umount` first"),
-            MountErrorKind::NotMounted => Some("`hearth list` shows what is mounted"),
+            MountErrorKind::NotMounted => Some("`hearth status` shows what is mounted"),
             MountErrorKind::Busy => Some(
                 "close the files below it (`fuser -vm DIR` shows who has them), or unmount lazily",
             ),
@@ -292,11 +292,37 @@ pub fn available() -> Result<(), MountError> {
     device::available()
 }
 
+/// Checks that `dir` can be mounted on, before anything else is done for it.
+///
+/// Returns it as the kernel will name it.
+///
+/// # Errors
+/// [`MountErrorKind::Directory`], [`MountErrorKind::Mounted`].
+pub fn check(dir: &Path) -> Result<PathBuf, MountError> {
+    mount_point(dir)
+}
+
 /// Unmounts what hearth mounted on `dir`, in whichever process. `lazy` detaches it even if busy.
 ///
 /// # Errors
 /// [`MountErrorKind::NotMounted`], [`MountErrorKind::Busy`].
 pub fn unmount(dir: &Path, lazy: bool) -> Result<(), MountError> {
+    match find(dir)? {
+        Some(found) => device::unmount(&found, lazy),
+        None => Err(MountError::new(
+            MountErrorKind::NotMounted,
+            dir,
+            "nothing of hearth is mounted here",
+        )),
+    }
+}
+
+/// The mount point of hearth that `dir` means, as the kernel names it; relative paths and links
+/// are followed.
+///
+/// # Errors
+/// The list of mounts cannot be read.
+pub fn find(dir: &Path) -> Result<Option<PathBuf>, MountError> {
     let list = mounted().map_err(|e| MountError::system(dir, "mountinfo", e))?;
     let is_mounted = |dir: &Path| list.iter().any(|m| m.mountpoint == dir);
     // What is mounted there may be dead or stuck: look at the directory itself last.
@@ -311,14 +337,7 @@ pub fn unmount(dir: &Path, lazy: bool) -> Result<(), MountError> {
     if found.is_none() {
         found = plain.canonicalize().ok().filter(|p| is_mounted(p));
     }
-    let found = found.ok_or_else(|| {
-        MountError::new(
-            MountErrorKind::NotMounted,
-            dir,
-            "nothing of hearth is mounted here",
-        )
-    })?;
-    device::unmount(&found, lazy)
+    Ok(found)
 }
 
 /// `dir` as the kernel will name it, checked to be a directory with no mount of hearth on it.

@@ -51,7 +51,13 @@ impl NodeError {
     /// What to try, for a person.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Resolve { source, .. } => source.hint().map(str::to_owned),
+            Self::Resolve { source, .. } => match (source.hint(), source.kind()) {
+                (Some(hint), _) => Some(hint.into()),
+                (None, SourceErrorKind::Unavailable) => Some(
+                    "check the address, and that this machine reaches it (a proxy, an endpoint)".into(),
+                ),
+                (None, _) => None,
+            },
             Self::Fetch { source, .. } => match source.kind() {
                 FetchErrorKind::Changed => {
                     Some("it changed at the origin while it was fetched; run the command again".into())
@@ -65,7 +71,7 @@ impl NodeError {
                 FetchErrorKind::Unavailable => {
                     Some("run the command again: it goes on where it stopped".into())
                 }
-                _ => None,
+                _ => source.hint().map(str::to_owned),
             },
             Self::Store(source) => source.hint().map(str::to_owned),
             Self::Unknown(_) => Some("`hearth list` shows what is".into()),
@@ -155,9 +161,18 @@ impl Node {
                 fresh: false,
             });
         }
+        let asked = std::time::Instant::now();
         match source.resolve(reference).await {
             Ok(artifact) => {
                 let artifact = Arc::new(artifact);
+                tracing::info!(
+                    reference = name,
+                    revision = artifact.revision,
+                    files = artifact.objects.len(),
+                    bytes = artifact.size(),
+                    took = ?asked.elapsed(),
+                    "resolved"
+                );
                 // A store that cannot be written still serves what it has.
                 if self.store().writable() {
                     self.record(&artifact).await?;

@@ -10,7 +10,10 @@ mod parse;
 
 use std::fmt;
 
-pub use self::{filter::Matcher, parse::ParseReferenceError};
+pub use self::{
+    filter::Matcher,
+    parse::{ParseReferenceError, redact},
+};
 
 /// Longest reference, in bytes.
 pub const MAX_REFERENCE: usize = 4096;

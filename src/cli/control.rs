@@ -27,6 +27,8 @@ pub(super) struct MountStatus {
     pub revision: String,
     pub layout: String,
     pub pid: u32,
+    /// The log of that process, where it has one of its own.
+    pub log: Option<PathBuf>,
     pub total_bytes: u64,
     pub present_bytes: u64,
     /// Whether all is here and verified.
@@ -46,11 +48,21 @@ fn name(mountpoint: &Path) -> String {
 }
 
 /// The log file of the mount process for `mountpoint`.
-pub(super) fn log_path(root: &Path, mountpoint: &Path) -> std::io::Result<PathBuf> {
-    Ok(run_dir(root)?.join(format!("{}.log", name(mountpoint))))
+pub(super) fn log_path(root: &Path, mountpoint: &Path) -> PathBuf {
+    root.join("run").join(format!("{}.log", name(mountpoint)))
 }
 
-fn run_dir(root: &Path) -> std::io::Result<PathBuf> {
+/// Removes the log of the mount process for `mountpoint` if it had nothing to say.
+pub(super) fn remove_empty_log(root: &Path, mountpoint: &Path) {
+    let path = log_path(root, mountpoint);
+    if path.metadata().is_ok_and(|log| log.len() == 0) {
+        // What cannot be removed does no harm.
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+/// `<store>/run`, made where it is not there.
+pub(super) fn run_dir(root: &Path) -> std::io::Result<PathBuf> {
     let dir = root.join("run");
     DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
     Ok(dir)

@@ -1,5 +1,6 @@
 use std::{
     io::{BufRead as _, BufReader},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     sync::Arc,
@@ -26,7 +27,8 @@ use crate::{
 
 /// Mount a reference, readable at once, while its content is still arriving
 ///
-/// Returns when it is mounted; a process in the background serves it until `hearth umount DIR`.
+/// Returns when it is mounted; a process in the background serves it until `hearth umount DIR`, and
+/// logs where `hearth status DIR` says.
 /// Reads of what has not arrived wait for it and go before everything else.
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -82,30 +84,37 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         );
     }
     if !args.foreground {
-        return start(context, &args);
+        let dir = crate::mount::check(&args.dir)?;
+        return start(context, &args, &dir);
     }
     if args.tell_parent {
         // The terminal's signals are not for a process in the background.
         nix::unistd::setsid().context("cannot leave the session")?;
     }
     let result = serve(context, &args);
-    match (&result, args.tell_parent) {
-        (Err(error), true) => {
-            tell(&Word::Failed(output::describe(error)));
-            Ok(ExitCode::from(1))
-        }
-        _ => result,
+    if !args.tell_parent {
+        return result;
     }
+    control::remove_empty_log(&context.root, &args.dir);
+    result.or_else(|error| {
+        // A parent that is gone needs no answer.
+        let _ = tell(&Word::Failed(output::describe(&error)));
+        Ok(ExitCode::from(1))
+    })
 }
 
 /// Starts a process in the background and waits until it has mounted.
-fn start(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
-    let store = context.store()?; // fail here rather than there
-    let dir = std::path::absolute(&args.dir)?;
-    let log_path = control::log_path(store.root(), &dir)?;
-    drop(store);
-    let log = std::fs::File::create(&log_path)
-        .with_context(|| format!("cannot write {}", log_path.display()))?;
+fn start(context: &Context, args: &Args, dir: &Path) -> anyhow::Result<ExitCode> {
+    let writable = context.store()?.writable(); // fail here rather than there
+    let log_path = control::log_path(&context.root, dir);
+    let log: Stdio = match writable {
+        true => control::run_dir(&context.root)
+            .and_then(|_| std::fs::File::create(&log_path))
+            .with_context(|| format!("cannot write {}", log_path.display()))?
+            .into(),
+        // A store that cannot be written serves what it has, and keeps no log.
+        false => Stdio::null(),
+    };
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("--store").arg(&context.root);
     if let Some(config) = &context.config_path {
@@ -125,15 +134,17 @@ fn start(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
         command.arg("--no-fill");
     }
     // With the secrets that the canonical form leaves out, but never where others can read them.
-    command.arg("--").arg(args.reference.to_string()).arg(&dir);
+    command.arg("--").arg(args.reference.to_string()).arg(dir);
     if let Some(secret) = args.reference.secret() {
         command.env(SECRET_VARIABLE, secret);
     }
-    let mut child = command
+    command
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(log)
+        .stderr(log);
+    keep_no_files(&mut command);
+    let mut child = command
         .spawn()
         .context("cannot start the process that serves the mount")?;
     let mut answer = String::new();
@@ -157,15 +168,36 @@ fn start(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
     }
 }
 
+/// Lets the child inherit nothing but its standard streams: a lock or a pipe that some script has
+/// open must not stay so for as long as the mount.
+fn keep_no_files(command: &mut Command) {
+    // SAFETY: close_range is one system call, allowed between fork and exec; it touches no memory.
+    // CLOSE_RANGE_CLOEXEC leaves the fds of the standard library alone until the exec. A kernel
+    // without it (before 5.11) lets them be inherited.
+    unsafe {
+        command.pre_exec(|| {
+            libc::syscall(
+                libc::SYS_close_range,
+                3,
+                libc::c_uint::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            );
+            Ok(())
+        });
+    }
+}
+
 /// Carries the URL of a reference that holds a secret to the background process: unlike the
 /// command line, the environment of a process is private to its owner.
 const SECRET_VARIABLE: &str = "HEARTH_REFERENCE_URL";
 
-fn tell(word: &Word) {
+/// # Errors
+/// The parent is gone.
+fn tell(word: &Word) -> std::io::Result<()> {
     if let Ok(text) = serde_json::to_string(word) {
-        // A parent that is gone needs no answer.
-        let _ = output::line(text);
+        output::line(text)?;
     }
+    Ok(())
 }
 
 fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
@@ -193,12 +225,26 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             mounted = mounting => mounted?,
             code = super::interrupted() => return code,
         };
-        let status = mounted.status.clone();
-        let _control =
-            ControlServer::start(&context.root, mounted.mount.dir(), move || status.get())
-                .context("cannot make the control socket")?;
+        let mut status = mounted.status.clone();
         if args.tell_parent {
-            tell(&Word::Mounted);
+            let log = control::log_path(&context.root, mounted.mount.dir());
+            status.log = Some(log).filter(|log| log.exists());
+        }
+        let control =
+            ControlServer::start(&context.root, mounted.mount.dir(), move || status.get());
+        let _control = match control {
+            Err(error) if error.kind() == std::io::ErrorKind::ReadOnlyFilesystem => {
+                tracing::warn!(%error, "`hearth status` cannot ask this mount");
+                None
+            }
+            control => Some(control.context("cannot make the control socket")?),
+        };
+        if args.tell_parent {
+            if tell(&Word::Mounted).is_err() {
+                // Whoever asked for it has been interrupted, and does not want it any more.
+                mounted.close().await?;
+                return Ok(ExitCode::from(1));
+            }
         } else {
             output::note(&format!(
                 "mounted {reference} on {}",
@@ -239,6 +285,7 @@ struct Status {
     node: Node,
     resolved: Resolved,
     hub_layout: bool,
+    log: Option<PathBuf>,
     error: Arc<Mutex<Option<String>>>,
 }
 
@@ -307,6 +354,7 @@ impl Mounted {
             mount: Arc::downgrade(&mount),
             node: node.clone(),
             hub_layout: options.hub_layout,
+            log: None,
             error,
             resolved,
         };
@@ -375,6 +423,7 @@ impl Status {
             revision: artifact.revision.clone(),
             layout: if self.hub_layout { "hub" } else { "tree" }.into(),
             pid: std::process::id(),
+            log: self.log.clone(),
             total_bytes: artifact.size(),
             present_bytes: artifact.objects.iter().map(here).sum(),
             complete: artifact.objects.iter().all(is_complete),

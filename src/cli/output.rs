@@ -9,8 +9,9 @@ use std::{
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::{
+    mount::MountError,
     node::{NodeError, Progress},
-    store::ByteSize,
+    store::{ByteSize, StoreError},
 };
 
 /// Rows of files under way that are shown.
@@ -74,15 +75,39 @@ pub(super) fn error(error: &anyhow::Error) {
 pub(super) fn describe(error: &anyhow::Error) -> String {
     let mut text = format!("error: {error}");
     for cause in error.chain().skip(1) {
-        text.push_str(&format!("\n  caused by: {cause}"));
+        let cause = cause.to_string();
+        // Some messages end with their cause already.
+        if !text.ends_with(&cause) {
+            text.push_str(&format!("\n  caused by: {cause}"));
+        }
     }
-    let hint = error
-        .chain()
-        .find_map(|e| e.downcast_ref::<NodeError>()?.hint());
-    if let Some(hint) = hint {
+    if let Some(hint) = error.chain().find_map(hint) {
         text.push_str(&format!("\nhint: {hint}"));
     }
     text
+}
+
+/// An error with what to try.
+pub(super) fn hinted(message: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
+    Hinted(message.into(), hint.into()).into()
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Hinted(String, String);
+
+fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    if let Some(error) = error.downcast_ref::<NodeError>() {
+        return error.hint();
+    }
+    if let Some(Hinted(_, hint)) = error.downcast_ref() {
+        return Some(hint.clone());
+    }
+    if let Some(error) = error.downcast_ref::<StoreError>() {
+        return error.hint().map(str::to_owned);
+    }
+    let error = error.downcast_ref::<MountError>()?;
+    error.hint().map(str::to_owned)
 }
 
 /// Bytes for people.
@@ -185,22 +210,20 @@ impl Shown {
             return;
         }
         let total = self.total.get_or_insert_with(|| {
-            let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
-            let bar = bars().add(bar(style));
-            bar.set_position(now.present_bytes);
+            let style =
+                "{wide_msg} {prefix} {bar:10} {bytes:>10}/{total_bytes} {bytes_per_sec:>12} ETA {eta:>3}";
+            let bar = bar(style, &self.name, now.total_bytes).with_position(now.present_bytes);
             bar.reset_elapsed();
-            bar
+            bars().add(bar)
         });
+        total.set_prefix(format!("{}/{} files", now.done_files, now.total_files));
         total.set_length(now.total_bytes);
         total.set_position(now.present_bytes);
-        total.set_message(format!(
-            "{} {}/{} files",
-            self.name, now.done_files, now.total_files
-        ));
         let rows = now.active.len().min(MAX_BARS);
-        while self.files.len() < rows {
-            self.files
-                .push(bars().add(bar("  {wide_msg} {bar:24} {bytes:>10}/{total_bytes:10}")));
+        for file in now.active.iter().take(rows).skip(self.files.len()) {
+            let style = "  {wide_msg} {bar:16} {bytes:>10}/{total_bytes:10}";
+            let bar = bar(style, &file.name, file.size);
+            self.files.push(bars().add(bar));
         }
         for gone in self.files.drain(rows..) {
             bars().remove(&gone);
@@ -220,19 +243,19 @@ impl Shown {
     }
 }
 
-fn bar(style: &str) -> ProgressBar {
+/// A bar that is not shown yet: one that is added is drawn as it is.
+fn bar(style: &str, message: &str, total: u64) -> ProgressBar {
     let style = ProgressStyle::with_template(style)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("=> ");
-    ProgressBar::new(0).with_style(style)
+    let target = indicatif::ProgressDrawTarget::hidden();
+    ProgressBar::with_draw_target(Some(total), target)
+        .with_style(style)
+        .with_message(message.to_owned())
 }
 
 /// A bar of bytes on stderr.
 pub(super) fn byte_bar(message: &str, total: u64) -> ProgressBar {
-    let bar = bars().add(bar(
-        "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}",
-    ));
-    bar.set_length(total);
-    bar.set_message(message.to_owned());
-    bar
+    let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
+    bars().add(bar(style, message, total))
 }

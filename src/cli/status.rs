@@ -1,4 +1,4 @@
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
 use serde::Serialize;
 
@@ -91,16 +91,12 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
             output::size(artifact.present_bytes),
             output::size(artifact.bytes),
             output::percent(artifact.present_bytes, artifact.bytes),
-            if artifact.complete {
-                "complete and verified"
-            } else {
-                "not complete"
-            },
+            state(artifact.complete, artifact.present_bytes, artifact.bytes),
         ))?;
-        output::line(format!(
-            "artifact {} revision {}",
-            artifact.digest, artifact.revision
-        ))?;
+        output::line(format!("artifact {}", artifact.digest))?;
+        if !artifact.revision.is_empty() {
+            output::line(format!("revision {}", artifact.revision))?;
+        }
         if !artifact.pins.is_empty() {
             output::line(format!("pinned by {}", artifact.pins.join(", ")))?;
         }
@@ -124,19 +120,29 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
     })
 }
 
+fn state(complete: bool, present: u64, total: u64) -> &'static str {
+    match complete {
+        true => "complete and verified",
+        false if present == total => "not verified yet",
+        false => "not complete",
+    }
+}
+
 fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
-    let path = std::path::absolute(dir)?;
+    let Some(path) = crate::mount::find(Path::new(dir))? else {
+        return Err(output::hinted(
+            format!("nothing of hearth is mounted on {dir}"),
+            "a reference has ://; `hearth status` shows what is mounted",
+        ));
+    };
     let Some(status) = control::ask(&context.root, &path)? else {
-        let mounted = crate::mount::mounted()?
-            .into_iter()
-            .any(|m| m.mountpoint == path);
-        if mounted {
-            anyhow::bail!(
+        return Err(output::hinted(
+            format!(
                 "{dir} is mounted, but no process of the store {} serves it",
                 context.root.display()
-            );
-        }
-        anyhow::bail!("nothing of hearth is mounted on {dir} (a reference has ://)");
+            ),
+            "`hearth umount DIR` removes it if that process was killed; for another store say --store",
+        ));
     };
     if json {
         output::json(&status)?;
@@ -154,11 +160,7 @@ fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
         output::size(status.present_bytes),
         output::size(status.total_bytes),
         output::percent(status.present_bytes, status.total_bytes),
-        if status.complete {
-            "complete and verified"
-        } else {
-            "not complete"
-        },
+        state(status.complete, status.present_bytes, status.total_bytes),
     ))?;
     output::line(format!(
         "{} opens, {} of them without FUSE on the read path; {} reads answered ({})",
@@ -167,6 +169,9 @@ fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
         status.mount.reads,
         output::size(status.mount.read_bytes),
     ))?;
+    if let Some(log) = status.log {
+        output::line(format!("log: {}", log.display()))?;
+    }
     if let Some(error) = status.error {
         output::line(format!("the background fetch stopped: {error}"))?;
     }

@@ -30,6 +30,11 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     context.with_node(|node| async move {
         let names: Vec<String> = args.references.iter().map(ToString::to_string).collect();
         let store = Arc::clone(node.store());
+        for name in &names {
+            if store.artifact(name).map_err(NodeError::from)?.is_none() {
+                return Err(NodeError::Unknown(name.clone()).into());
+            }
+        }
         let bar = output::byte_bar("verifying", 0);
         let shown = bar.clone();
         let repair = args.repair;

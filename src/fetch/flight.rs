@@ -197,7 +197,7 @@ impl<'a> Run<'a> {
                 }
                 return Err(FetchError::source(self.handle, &error));
             };
-            tracing::debug!(%error, ?pause, "trying again");
+            tracing::info!(%error, ?pause, "trying again");
             metrics::global().fetch_retries.add(1);
             tokio::time::sleep(pause).await;
         }

@@ -10,7 +10,11 @@ use std::{
 
 use parking_lot::Mutex;
 
-use crate::{fetch::Handle, store::Store, tree::Artifact};
+use crate::{
+    fetch::Handle,
+    store::Store,
+    tree::{Artifact, Object},
+};
 
 /// Progress of one warm; made by whoever shows it, filled by the node.
 #[derive(Default)]
@@ -64,11 +68,11 @@ impl Progress {
             names,
             active: BTreeMap::new(),
         };
-        artifact
-            .objects
-            .iter()
-            .map(|o| store.present_bytes(&o.id, o.size))
-            .sum()
+        let here = |o: &Object| match store.complete(&o.id) {
+            Ok(Some(_)) => o.size,
+            _ => store.present_bytes(&o.id, o.size),
+        };
+        artifact.objects.iter().map(here).sum()
     }
 
     /// Shows an object as under way until the guard is dropped.

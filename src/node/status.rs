@@ -73,7 +73,10 @@ impl Node {
             files.push(FileStatus {
                 path,
                 bytes: object.size,
-                present_bytes: store.present_bytes(&object.id, object.size),
+                present_bytes: match complete {
+                    Some(_) => object.size,
+                    None => store.present_bytes(&object.id, object.size),
+                },
                 complete: complete.is_some(),
                 object: complete.map_or_else(|| object.id.to_string(), |c| c.digest.to_string()),
             });

@@ -433,7 +433,7 @@ fn component(part: &str) -> Result<(), Problem> {
 }
 
 /// `text` without what may be a secret: queries, user info, and all where it is hard to tell.
-fn redact(text: &str) -> Cow<'_, str> {
+pub fn redact(text: &str) -> Cow<'_, str> {
     let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
     if let Some((before, _)) = rest.rsplit_once('@') {
         let web = scheme.to_ascii_lowercase().starts_with("http");

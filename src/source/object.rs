@@ -348,6 +348,7 @@ impl Source for ObjectSource {
             extensions: probe.extensions(),
             ..GetOptions::default()
         };
+        tracing::debug!(what = self.what(key), ?range, "asking");
         let answer = timeout(
             self.config.request_timeout(),
             self.store.get_opts(&path, options),

@@ -404,7 +404,8 @@ impl Web {
         inspect: &Inspect<'_>,
         body: Option<&serde_json::Value>,
     ) -> Result<Answer, SourceError> {
-        let mut request = self.client.request(method, ask.url.clone());
+        let begun = std::time::Instant::now();
+        let mut request = self.client.request(method.clone(), ask.url.clone());
         request = request.headers(headers.clone());
         if let Some(auth) = ask.auth.filter(|auth| auth.origin == ask.url.origin()) {
             request = match &auth.credentials {
@@ -423,6 +424,15 @@ impl Web {
             return Err(SourceError::new(Kind::Unavailable, ask.what, message));
         };
         let response = response.map_err(|error| transport(ask.what, &host, error))?;
+        tracing::debug!(
+            %method,
+            status = response.status().as_u16(),
+            what = ask.what,
+            range = headers.get(header::RANGE).and_then(|r| r.to_str().ok()),
+            host,
+            took = ?begun.elapsed(),
+            "asked"
+        );
         let size = inspect(response.status(), response.headers())?;
         Ok(Answer {
             response,

@@ -20,13 +20,13 @@ use crate::{
 };
 
 /// The stub and its repositories.
-struct Stub {
-    root: TempDir,
-    server: Server,
+pub(crate) struct Stub {
+    pub(crate) root: TempDir,
+    pub(crate) server: Server,
 }
 
 impl Stub {
-    fn start(page: usize) -> Self {
+    pub(crate) fn start(page: usize) -> Self {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("models/org/my-model")).unwrap();
         let stub = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/hub_stub.py");
@@ -41,7 +41,7 @@ impl Stub {
         Self { root, server }
     }
 
-    fn write(&self, path: &str, body: &[u8]) {
+    pub(crate) fn write(&self, path: &str, body: &[u8]) {
         let file = self.root.path().join("models/org/my-model").join(path);
         fs::create_dir_all(file.parent().unwrap()).unwrap();
         // By rename: old commits keep their bytes.
@@ -58,7 +58,7 @@ impl Stub {
     }
 
     /// One request to the stub's own interface; the body of the answer.
-    fn control(&self, method: &str, what: &str, body: &str) -> String {
+    pub(crate) fn control(&self, method: &str, what: &str, body: &str) -> String {
         let mut stream = TcpStream::connect(("127.0.0.1", self.server.port)).unwrap();
         let length = body.len();
         write!(
@@ -77,12 +77,12 @@ impl Stub {
         answer.split_once("\r\n\r\n").unwrap().1.to_owned()
     }
 
-    fn set(&self, knobs: &serde_json::Value) {
+    pub(crate) fn set(&self, knobs: &serde_json::Value) {
         self.control("POST", "set", &knobs.to_string());
     }
 
     /// The requests since the last call.
-    fn log(&self) -> Vec<serde_json::Value> {
+    pub(crate) fn log(&self) -> Vec<serde_json::Value> {
         serde_json::from_str(&self.control("GET", "log", "")).unwrap()
     }
 

@@ -1,6 +1,7 @@
 //! Tests against real servers and mounts; a missing component fails.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod cli;
 mod http;
 mod hub;
 mod mount;

@@ -310,7 +310,7 @@ async fn notices_changes(
 }
 
 /// A bucket, written through `object_store`.
-struct Store {
+pub(crate) struct Store {
     scheme: &'static str,
     store: Box<dyn ObjectStore>,
 }
@@ -338,7 +338,7 @@ impl Origin for Store {
 }
 
 /// The environment for the S3 server, and a store to fill its bucket.
-fn s3(server: &Server) -> Store {
+pub(crate) fn s3(server: &Server) -> Store {
     set_env(&[
         ("AWS_ENDPOINT_URL", server.url().as_str()),
         ("AWS_ACCESS_KEY_ID", "test"),
@@ -355,7 +355,7 @@ fn s3(server: &Server) -> Store {
 }
 
 /// One request with a target that no client would send; the answer's head.
-fn raw(server: &Server, method: &str, target: &str, body: &str) -> String {
+pub(crate) fn raw(server: &Server, method: &str, target: &str, body: &str) -> String {
     let mut stream = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
     write!(
         stream,
@@ -370,7 +370,7 @@ fn raw(server: &Server, method: &str, target: &str, body: &str) -> String {
     answer
 }
 
-fn run(test: impl Future<Output = ()>) {
+pub(crate) fn run(test: impl Future<Output = ()>) {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(test);
@@ -649,7 +649,7 @@ fn proxies_of_the_environment_are_used() {
 }
 
 /// A bucket of the GCS server, written through the JSON API: it does not take XML uploads.
-struct Gcs {
+pub(crate) struct Gcs {
     server: Server,
     client: reqwest::Client,
 }
@@ -693,7 +693,11 @@ impl Origin for Gcs {
 
 #[test]
 fn gcs_conforms() {
-    let server = servers::fake_gcs();
+    run(conformance(&gcs(servers::fake_gcs())));
+}
+
+/// The environment for the GCS server, and its bucket to fill.
+pub(crate) fn gcs(server: Server) -> Gcs {
     set_env(&[("STORAGE_EMULATOR_HOST", &server.url())]);
     let made = raw(
         &server,
@@ -703,14 +707,12 @@ fn gcs_conforms() {
     );
     assert!(made.starts_with("HTTP/1.1 200"), "{made}");
     drop(Sources::new(Config::default()));
-    run(conformance(&Gcs {
-        server,
-        client: reqwest::Client::new(),
-    }));
+    let client = reqwest::Client::new();
+    Gcs { server, client }
 }
 
 /// The environment for the Azure server, and a store to fill its container.
-fn azure(server: &Server) -> Store {
+pub(crate) fn azure(server: &Server) -> Store {
     set_env(&[
         ("AZURE_STORAGE_USE_EMULATOR", "true"),
         ("AZURITE_BLOB_STORAGE_URL", &server.url()),

@@ -13,8 +13,8 @@ use hearth::{
 };
 
 /// A small file system, unmounted when dropped.
-struct Mounted {
-    dir: tempfile::TempDir,
+pub(crate) struct Mounted {
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl Mounted {
@@ -30,7 +30,7 @@ impl Mounted {
     }
 
     /// ext4 on a loop device over `image`.
-    fn ext4(image: &Path, mib: u64) -> Self {
+    pub(crate) fn ext4(image: &Path, mib: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::File::create(image)
             .unwrap()
