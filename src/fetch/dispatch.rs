@@ -190,7 +190,8 @@ impl Queue {
         self.wake();
         loop {
             let look_again = handle.changed_within(LOOK_AGAIN * 5);
-            if handle.all_present(partial) {
+            // Or complete by another way, in another process.
+            if handle.all_present(partial) || matches!(partial.completed(), Ok(Some(_))) {
                 return Ok(());
             }
             if let Some(error) = job.failed.get() {

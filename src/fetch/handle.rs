@@ -63,6 +63,8 @@ pub struct Handle {
     on_wrong: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
     /// Chunks below this were all here, as of a generation.
     prefix: Mutex<(u32, u64)>,
+    /// The generation of the partial object that readers were served from first.
+    served: AtomicU64,
     /// The last time the content was wrong, and until when that is taken for granted.
     wrong: Mutex<Option<Wrong>>,
     /// Somebody reads it while it arrives: write through the page cache.
@@ -116,7 +118,10 @@ impl Handle {
             None => match engine.store.partial(&object.id, object.size) {
                 // Another process may have completed it in between.
                 Ok(partial) => match complete()? {
-                    Some(complete) => State::Complete(complete),
+                    Some(complete) => {
+                        partial.abandon().map_err(failed)?;
+                        State::Complete(complete)
+                    }
                     None => State::Partial(partial),
                 },
                 Err(e) if cannot_keep(e.kind()) => State::Streamed,
@@ -145,6 +150,7 @@ impl Handle {
             on_wrong: Mutex::default(),
             prefix: Mutex::default(),
             wrong: Mutex::default(),
+            served: AtomicU64::new(NOTHING_SERVED),
             read: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             full_since: Mutex::default(),
@@ -480,6 +486,9 @@ fn route(object: &Object, source: &Arc<dyn Source>) -> Arc<Route> {
 fn cannot_keep(kind: StoreErrorKind) -> bool {
     matches!(kind, StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly)
 }
+
+/// No reader was served from the partial object yet.
+const NOTHING_SERVED: u64 = u64::MAX;
 
 /// Content that was wrong.
 struct Wrong {

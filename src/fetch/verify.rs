@@ -30,12 +30,14 @@ const BACKLOG: u64 = 24;
 
 pub(super) struct Verifier {
     frontier: Mutex<Frontier>,
-    /// Chunks that were committed and not hashed: the generation that they were committed to and,
-    /// for some, the content.
-    waiting: Mutex<BTreeMap<u64, (u32, Option<Arc<ChunkBuf>>)>>,
+    /// Chunks that were committed and not hashed.
+    waiting: Mutex<BTreeMap<u64, Waiting>>,
     /// The frontier's chunk, for those who only look.
     hashed: AtomicU64,
 }
+
+/// A chunk that was committed to a generation, and its content if that is still in memory.
+type Waiting = (u32, Option<Arc<ChunkBuf>>);
 
 struct Frontier {
     /// What was hashed belongs to this generation of the partial object.

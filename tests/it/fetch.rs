@@ -363,7 +363,8 @@ async fn an_interrupted_warm_goes_on_where_it_stopped() {
                 .is_err()
         );
     }
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    // What was in flight lands.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
     let store = open(bed.dir.path());
     let present = store.present_bytes(&object.id, object.size);
     assert!(present > 0 && present < object.size, "{present}");

@@ -2,11 +2,11 @@
 
 use std::{
     ops::Range,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
-use super::{Handle, Waiting};
+use super::{Handle, NOTHING_SERVED, Waiting};
 use crate::{
     chunk::{self, CHUNK_SIZE},
     fetch::{Class, FetchError, FetchErrorKind, Inner, flight::Flight, safetensors::Tensors},
@@ -169,6 +169,10 @@ impl Handle {
         piece: &Range<u64>,
         out: &mut [u8],
     ) -> Result<bool, FetchError> {
+        if self.served.load(Ordering::Relaxed) == NOTHING_SERVED {
+            let generation = u64::from(partial.generation());
+            self.served.store(generation, Ordering::Relaxed);
+        }
         let start = index * CHUNK_SIZE;
         let within = (piece.start - start) as usize..(piece.end - start) as usize;
         let in_memory = self.in_memory.lock().get(&index).cloned();

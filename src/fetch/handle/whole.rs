@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 
-use super::{Handle, State, Wrong, cannot_keep};
+use super::{Handle, NOTHING_SERVED, State, Wrong, cannot_keep};
 use crate::{
     fetch::{
         Class, FetchError, FetchErrorKind,
@@ -51,19 +51,23 @@ impl Handle {
             }
             State::Partial(partial) => partial,
         };
-        self.held_off()?;
-        for last_try in [false, true] {
+        loop {
+            self.held_off()?;
             let engine = self.engine()?;
             self.reserve(&partial).await?;
             engine.queue.bring_all(self, &partial, class).await?;
             match self.finish(&partial).await {
-                Err(error) if error.kind() == FetchErrorKind::Corrupt && !last_try => {
+                Ok(Some(complete)) => return Ok(complete),
+                // Somebody else has found it wrong, or its pages were lost.
+                Ok(None) => {}
+                Err(error)
+                    if error.kind() == FetchErrorKind::Corrupt && !self.was_wrong_twice() =>
+                {
                     tracing::warn!(object = %self.id(), %error, "fetching again");
                 }
-                other => return other,
+                Err(error) => return Err(error),
             }
         }
-        unreachable!("the last try returns")
     }
 
     /// Receives `bytes` of the object into memory, with retries.
@@ -175,10 +179,13 @@ impl Handle {
     }
 
     /// Verifies an object whose chunks are all present and makes it complete.
-    async fn finish(self: &Arc<Self>, partial: &Arc<Partial>) -> Result<Arc<Complete>, FetchError> {
+    async fn finish(
+        self: &Arc<Self>,
+        partial: &Arc<Partial>,
+    ) -> Result<Option<Arc<Complete>>, FetchError> {
         let _one = self.finishing.lock().await;
         if let Some(complete) = self.complete() {
-            return Ok(complete);
+            return Ok(Some(complete));
         }
         let engine = self.engine()?;
         let (handle, partial) = (Arc::clone(self), Arc::clone(partial));
@@ -188,7 +195,7 @@ impl Handle {
         finished.await.map_err(|_| FetchError::cancelled(self))?
     }
 
-    fn finish_blocking(&self, partial: &Arc<Partial>) -> Result<Arc<Complete>, FetchError> {
+    fn finish_blocking(&self, partial: &Arc<Partial>) -> Result<Option<Arc<Complete>>, FetchError> {
         let failed = |e| FetchError::store(self, &e);
         let engine = self.engine()?;
         // Another process may have finished it.
@@ -201,26 +208,29 @@ impl Handle {
                 ));
             }
             partial.abandon().map_err(failed)?;
-            *self.state.write() = State::Complete(Arc::clone(&complete));
-            return Ok(complete);
+            self.completed(&complete, partial);
+            return Ok(Some(complete));
+        }
+        if !self.all_present(partial) {
+            return Ok(None);
         }
         match self.verifier.judge(&self.object, partial).map_err(failed)? {
             Verdict::Good(digest, generation) => {
-                let complete = partial.finish(digest, generation).map_err(failed)?;
+                let complete = match partial.finish(digest, generation) {
+                    Ok(complete) => complete,
+                    Err(_) if partial.generation() != generation => return Ok(None),
+                    Err(error) => return Err(failed(error)),
+                };
                 metrics::global().store_objects_completed.add(1);
-                *self.state.write() = State::Complete(Arc::clone(&complete));
-                self.poisoned.store(false, Ordering::Relaxed);
-                self.wake();
-                Ok(complete)
+                self.completed(&complete, partial);
+                Ok(Some(complete))
             }
             Verdict::Bad { expected, found } => {
                 let error = self.poison(&expected, &found);
                 self.in_memory.lock().clear();
                 let discarded = partial.discard();
                 // Also where that failed: what has been served was wrong.
-                for call in self.on_wrong.lock().iter() {
-                    call();
-                }
+                self.call_wrong();
                 discarded.map_err(failed)?;
                 Err(error)
             }
@@ -251,6 +261,28 @@ impl Handle {
             Some(wrong) if Instant::now() < wrong.until => Err(wrong.error.clone()),
             _ => Ok(()),
         }
+    }
+
+    /// Takes note that it is complete.
+    fn completed(&self, complete: &Arc<Complete>, partial: &Partial) {
+        *self.state.write() = State::Complete(Arc::clone(complete));
+        self.poisoned.store(false, Ordering::Relaxed);
+        self.wake();
+        // What was served was of another generation: another process has found that wrong.
+        let served = self.served.load(Ordering::Relaxed);
+        if served != NOTHING_SERVED && served != u64::from(partial.generation()) {
+            self.call_wrong();
+        }
+    }
+
+    fn call_wrong(&self) {
+        for call in self.on_wrong.lock().iter() {
+            call();
+        }
+    }
+
+    fn was_wrong_twice(&self) -> bool {
+        self.wrong.lock().as_ref().is_some_and(|w| w.times >= 2)
     }
 
     fn poison(&self, expected: &str, found: &str) -> FetchError {

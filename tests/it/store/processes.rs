@@ -47,6 +47,7 @@ fn child() {
     let partial = store.partial(&id(), LEN as u64).unwrap();
     // Who starts late, after the others have finished, has opened another partial object.
     if store.complete(&id()).unwrap().is_some() {
+        partial.abandon().unwrap();
         return;
     }
     let mode = match orders.as_str() {
