@@ -2,7 +2,7 @@
 //!
 //! A [`View`] answers what a file system is asked (attributes, lookup, directories, links, extended
 //! attributes, open) from an artifact, and leaves bytes to its [`Contents`]. Everything of the tree is
-//! immutable; only directories named by [`Shadow`]s take writes, into a bounded [`upper`] in memory
+//! immutable; only directories named by [`Shadow`]s take writes, into a bounded `upper` in memory
 //! that dies with the view. Called by `mount`; `hub` makes the tree of the Hub's cache layout.
 //!
 //! Invariants: inode numbers are tree inode + 1 (the root is 1), the same in every process that serves

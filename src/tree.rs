@@ -1,6 +1,6 @@
 //! Trees: directories, files, symlinks, hard links, xattrs as pure data, and their codec.
 //!
-//! Invariants, kept by [`TreeBuilder`] and checked again by [`Tree::decode`]: inode 0 is the root
+//! Invariants, kept by [`TreeBuilder`] and checked again by [`Artifact::decode`]: inode 0 is the root
 //! directory; every other inode is reachable from it; names are 1..=255 bytes without `/` or NUL
 //! and never `.` or `..`; entries of a directory are sorted and unique; directories have one parent; no path is longer than [`MAX_PATH`].
 //! A path from an artifact therefore never escapes. Called by sources (to build), the store (to
