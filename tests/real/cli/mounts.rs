@@ -6,9 +6,11 @@ use nix::sys::signal::Signal;
 
 use super::*;
 
-/// What is in `<store>/run`.
-fn traces(bed: &Bed) -> Vec<PathBuf> {
-    files_below(&bed.store().join("run"))
+/// What is in `<store>/run`, and what it says.
+fn traces(bed: &Bed) -> Vec<(PathBuf, String)> {
+    let files = files_below(&bed.store().join("run"));
+    let read = |file: PathBuf| (file.clone(), fs::read_to_string(file).unwrap_or_default());
+    files.into_iter().map(read).collect()
 }
 
 fn is_mounted(dir: &str) -> bool {
@@ -131,11 +133,7 @@ fn a_mount_lives_in_the_background_and_leaves_nothing() {
     bed.ok(&format!("umount --lazy {dir}"));
     let log = traces(&bed);
     assert_eq!(log.len(), 1);
-    assert!(
-        fs::read_to_string(&log[0])
-            .unwrap()
-            .contains("cannot be reached")
-    );
+    assert!(log[0].1.contains("cannot be reached"), "{log:?}");
 }
 
 #[test]
