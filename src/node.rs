@@ -48,6 +48,11 @@ pub enum NodeError {
 }
 
 impl NodeError {
+    /// Whether nothing failed, but the process is ending.
+    pub fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Fetch { source, .. } if source.kind() == FetchErrorKind::Cancelled)
+    }
+
     /// What to try, for a person.
     pub fn hint(&self) -> Option<String> {
         match self {

@@ -344,6 +344,9 @@ impl Mounted {
             let error = Arc::clone(&error);
             tokio::spawn(async move {
                 if let Err(failed) = node.fill(&resolved, &progress).await {
+                    if failed.is_cancelled() {
+                        return; // it is being unmounted
+                    }
                     let text = format!("{:#}", anyhow::Error::from(failed));
                     tracing::warn!(error = text, "the background fetch stopped");
                     *error.lock() = Some(text);
