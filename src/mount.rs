@@ -42,10 +42,11 @@ use crate::fs::View;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Threads that take requests from the kernel.
+    /// Threads that take requests from the kernel; as many as there are cores, 2 to 8, by default.
     pub threads: usize,
     /// Read-ahead of the kernel on the mount, in KiB; root only. It matters for files that are not
-    /// complete: the others have the read-ahead of the disk below.
+    /// complete: the others have the read-ahead of the disk below. More makes random reads of
+    /// mapped files fetch more.
     pub read_ahead_kb: u32,
     /// Let the kernel read complete files itself; root only.
     pub passthrough: bool,
@@ -59,8 +60,8 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            threads: 4,
-            read_ahead_kb: 4096,
+            threads: std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8)),
+            read_ahead_kb: 1024,
             passthrough: true,
             small_file: crate::chunk::CHUNK_SIZE,
             allow_other: None,

@@ -380,24 +380,31 @@ fn commit(
     buf: &Arc<ChunkBuf>,
     engine: &Inner,
 ) -> Result<(), StoreError> {
+    // Through the page cache where a reader will come for it; what one follows closely is served
+    // from memory.
+    let mode = match (flight.class, handle.is_read()) {
+        (Class::Demand | Class::Warm, true) => WriteMode::Cached,
+        _ => WriteMode::Direct,
+    };
     let data = buf.filled();
     let partial = Arc::clone(flight.lease.read().partial());
     let generation = partial.generation();
-    flight.lease.read().commit(index, data, WriteMode::Direct)?;
+    flight.lease.read().commit(index, data, mode)?;
     metrics::global().store_written_bytes.add(data.len() as u64);
     // What demand holds is for demand alone.
     let may_wait = flight.class != Class::Demand && engine.pool.is_roomy();
     handle
         .verifier()
         .offer(index, generation, may_wait.then_some(buf));
-    // What a reader follows closely is served from memory.
-    if flight.class != Class::Demand && handle.is_read() && engine.pool.is_roomy() {
+    if flight.class == Class::Readahead && handle.is_read() && engine.pool.is_roomy() {
         engine.recent.keep(handle, index);
     } else {
         handle.forget(index);
     }
     handle.arrived(&partial, index);
-    handle.verifier().advance(handle.object(), &partial);
+    handle
+        .verifier()
+        .advance(handle.object(), &partial, handle.is_read());
     if !engine.pool.is_roomy() {
         handle.verifier().withdraw(index);
     }

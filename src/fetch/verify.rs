@@ -90,19 +90,20 @@ impl Verifier {
 
     /// Hashes as far as the chunks that are here go, unless another thread is at it, which then
     /// does so. Blocking.
-    pub(super) fn advance(&self, object: &Object, partial: &Partial) {
+    pub(super) fn advance(&self, object: &Object, partial: &Partial, cached: bool) {
         // Look again after letting go: a chunk may have come between the last look and that.
         while let Some(mut frontier) = self.frontier.try_lock() {
             let before = frontier.next;
-            self.hash_on(&mut frontier, object, partial);
+            self.hash_on(&mut frontier, object, partial, cached);
             if frontier.next <= before {
                 break;
             }
         }
     }
 
-    /// Hashes from the frontier on, from memory or from the store.
-    fn hash_on(&self, frontier: &mut Frontier, object: &Object, partial: &Partial) {
+    /// Hashes from the frontier on, from memory or from the store; from there through the page
+    /// cache, if the bytes are `cached`.
+    fn hash_on(&self, frontier: &mut Frontier, object: &Object, partial: &Partial, cached: bool) {
         let generation = partial.generation();
         if frontier.generation != generation {
             *frontier = Frontier::new(object, generation);
@@ -117,7 +118,11 @@ impl Verifier {
             // It did not fit into the backlog, or was here before.
             let bytes = chunk::bytes(index, partial.size());
             let mut buffer = vec![0; (bytes.end - bytes.start) as usize];
-            if partial.read_at(&mut buffer, bytes.start).is_err() {
+            let read = match cached {
+                true => partial.read_at(&mut buffer, bytes.start),
+                false => partial.read_past_cache(&mut buffer, bytes.start),
+            };
+            if read.is_err() {
                 break; // said by whoever needs it: the judge
             }
             frontier.update(&buffer);
@@ -126,9 +131,14 @@ impl Verifier {
 
     /// Hashes the rest, reading it back from the store, and judges. All chunks must be present.
     /// Blocking.
-    pub(super) fn judge(&self, object: &Object, partial: &Partial) -> Result<Verdict, StoreError> {
+    pub(super) fn judge(
+        &self,
+        object: &Object,
+        partial: &Partial,
+        cached: bool,
+    ) -> Result<Verdict, StoreError> {
         let mut frontier = self.frontier.lock();
-        self.hash_on(&mut frontier, object, partial);
+        self.hash_on(&mut frontier, object, partial, cached);
         if frontier.next < partial.chunks() {
             // Says what is wrong with the chunk that could not be read.
             let bytes = chunk::bytes(frontier.next, partial.size());

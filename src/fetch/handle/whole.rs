@@ -214,7 +214,11 @@ impl Handle {
         if !self.all_present(partial) {
             return Ok(None);
         }
-        match self.verifier.judge(&self.object, partial).map_err(failed)? {
+        match self
+            .verifier
+            .judge(&self.object, partial, self.is_read())
+            .map_err(failed)?
+        {
             Verdict::Good(digest, generation) => {
                 let complete = match partial.finish(digest, generation) {
                     Ok(complete) => complete,

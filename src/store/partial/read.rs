@@ -1,5 +1,4 @@
-//! Reads of present chunks, past the page cache: whoever reads through a mount has the bytes in the
-//! mount's own pages, and the memory for a second copy is better spent elsewhere.
+//! Reads of present chunks, through the page cache or past it.
 
 use std::{cell::RefCell, sync::atomic::Ordering};
 
@@ -23,6 +22,15 @@ impl Partial {
     /// # Errors
     /// What the disk says.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        Ok(self.data.read_at(buf, offset)?)
+    }
+
+    /// As [`Partial::read_at`], past the page cache where the file system can: for what was written
+    /// so and is read once.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn read_past_cache(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         // The last block of the file may be shorter than a direct read can be.
         let whole_blocks = self.size() / ALIGN * ALIGN;
         let end = (offset + buf.len() as u64).min(whole_blocks);
