@@ -8,7 +8,7 @@
 mod progress;
 mod status;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, stream};
 
@@ -26,6 +26,10 @@ use crate::{
 
 /// Objects asked for at the same time; the engine orders and limits the fetching itself.
 const OBJECTS_AT_ONCE: usize = 64;
+
+/// Pauses of a background fetch whose origin cannot be reached.
+const FIRST_FILL_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_FILL_PAUSE: Duration = Duration::from_secs(60);
 
 /// Why the node could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -262,13 +266,25 @@ impl Node {
     }
 
     /// Fetches every object of an artifact that is being read, in the background. The caller holds
-    /// it.
+    /// it. An origin that cannot be reached is tried again, at longer and longer intervals.
     ///
     /// # Errors
-    /// The first error; what was on its way elsewhere is kept for the next try.
+    /// The first error that waiting does not mend.
     pub async fn fill(&self, resolved: &Resolved, progress: &Progress) -> Result<(), NodeError> {
-        progress.begin(&resolved.artifact, self.store());
-        self.bring(resolved, progress, true).await
+        let mut pause = FIRST_FILL_PAUSE;
+        loop {
+            progress.begin(&resolved.artifact, self.store());
+            match self.bring(resolved, progress, true).await {
+                Err(NodeError::Fetch { reference, source })
+                    if source.kind() == FetchErrorKind::Unavailable =>
+                {
+                    tracing::warn!(reference, error = %source, ?pause, "the background fetch waits");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_FILL_PAUSE);
+                }
+                other => return other,
+            }
+        }
     }
 
     async fn bring(
