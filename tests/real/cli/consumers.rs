@@ -41,6 +41,7 @@ const FIO: &[&str] = &[
     "--ioengine=psync",
     "--verify=crc32c",
     "--verify_fatal=1",
+    "--verify_state_save=0",
     "--randrepeat=1",
     "--thread",
     "--output-format=terse",
