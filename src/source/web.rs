@@ -3,8 +3,9 @@
 //! Invariants: a body that ends without an error is exactly the range asked for, of the generation
 //! asked for, unencoded; credentials go to the origin they were made for and nowhere else, not even
 //! after a redirect and back; a redirect never leaves `https`; every document has a size limit; no
-//! error shows a query, user info or a token. Retries are not made here, with one exception: a
-//! remembered redirect that no longer works is asked for again once. Called by
+//! error shows a query, user info or a token. Retries are not made here, with two exceptions: a
+//! remembered redirect that no longer works is asked for again once, and so is what was sent on a
+//! connection that broke before the answer began. Called by
 //! [`super::http`] and [`super::hub`]; keeps nothing on disk.
 
 mod answer;
@@ -23,7 +24,7 @@ use url::Url;
 pub(crate) use self::headers::{last_modified, link_next, text, total_of};
 use self::{
     answer::{
-        Answer, encoded_error, is_encoded, is_stale, ranged, redirect, refusal, root_cause,
+        Answer, encoded_error, is_broken, is_encoded, is_stale, ranged, redirect, refusal, root_cause,
         transport,
     },
     routes::{Route, Routes},
@@ -405,21 +406,31 @@ impl Web {
         body: Option<&serde_json::Value>,
     ) -> Result<Answer, SourceError> {
         let begun = std::time::Instant::now();
-        let mut request = self.client.request(method.clone(), ask.url.clone());
-        request = request.headers(headers.clone());
-        if let Some(auth) = ask.auth.filter(|auth| auth.origin == ask.url.origin()) {
-            request = match &auth.credentials {
-                Credentials::Bearer(value) => request.header(header::AUTHORIZATION, value),
-                Credentials::Basic { user, password } => {
+        let host = host_of(&ask.url);
+        let request = || {
+            let request = self.client.request(method.clone(), ask.url.clone());
+            let request = request.headers(headers.clone());
+            let auth = ask.auth.filter(|auth| auth.origin == ask.url.origin());
+            let request = match auth.map(|auth| &auth.credentials) {
+                Some(Credentials::Bearer(value)) => request.header(header::AUTHORIZATION, value),
+                Some(Credentials::Basic { user, password }) => {
                     request.basic_auth(user.expose(), Some(password.expose()))
                 }
+                None => request,
             };
-        }
-        if let Some(body) = body {
-            request = request.json(body);
-        }
-        let host = host_of(&ask.url);
-        let Ok(response) = timeout(self.request, request.send()).await else {
+            match body {
+                Some(body) => request.json(body),
+                None => request,
+            }
+        };
+        let send = async {
+            match request().send().await {
+                // A server may close an idle connection just as it is used again (RFC 9112, 9.3.1).
+                Err(error) if method.is_safe() && is_broken(&error) => request().send().await,
+                answer => answer,
+            }
+        };
+        let Ok(response) = timeout(self.request, send).await else {
             let message = format!("{host} gave no answer for {:?}", self.request);
             return Err(SourceError::new(Kind::Unavailable, ask.what, message));
         };

@@ -519,6 +519,27 @@ async fn nobody_there_is_unavailable() {
     }
 }
 
+#[tokio::test]
+async fn a_connection_that_was_closed_meanwhile_is_replaced() {
+    let content = data(100);
+    let asked = AtomicUsize::new(0);
+    let served = content.clone();
+    // Every second request finds its connection closed, as when the server tired of waiting.
+    let server = Scripted::start(move |seen| match asked.fetch_add(1, Ordering::Relaxed) % 2 {
+        0 => Reply::good(seen, &served, ETAG),
+        _ => Reply::bytes(b""),
+    })
+    .await;
+    let reference = server.url("/f.bin");
+    let source = open(&reference);
+    let artifact = source.resolve(&reference.parse().unwrap()).await.unwrap();
+    let place = only_location(&artifact);
+    for _ in 0..4 {
+        assert_eq!(read(&source, &place, 0..100).await.unwrap(), content);
+    }
+    assert!(server.take_log().len() >= 8);
+}
+
 /// An origin that redirects all to `/signed/N` of another port, for which it counts N up.
 async fn origin_and_cdn(content: Vec<u8>) -> (Scripted, Scripted, Arc<AtomicUsize>) {
     let current = Arc::new(AtomicUsize::new(0));

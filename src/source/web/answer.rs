@@ -230,6 +230,11 @@ pub(super) fn transport(what: &str, host: &str, error: reqwest::Error) -> Source
     SourceError::new(Kind::Unavailable, what, message)
 }
 
+/// Whether the connection broke before an answer began, after it had stood.
+pub(super) fn is_broken(error: &reqwest::Error) -> bool {
+    error.is_request() && !error.is_connect() && !error.is_timeout() && !error.is_builder()
+}
+
 /// The innermost error, which says what happened; the outer ones say where in the client.
 pub(super) fn root_cause(error: &reqwest::Error) -> String {
     let mut text = error.to_string();
