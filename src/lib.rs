@@ -11,6 +11,7 @@ pub mod digest;
 pub mod disk;
 pub mod fetch;
 pub mod fs;
+pub mod image;
 pub mod metrics;
 pub mod mount;
 pub mod node;

@@ -24,8 +24,8 @@ use url::Url;
 pub(crate) use self::headers::{last_modified, link_next, text, total_of};
 use self::{
     answer::{
-        Answer, encoded_error, is_broken, is_encoded, is_stale, ranged, redirect, refusal, root_cause,
-        transport,
+        Answer, encoded_error, is_broken, is_encoded, is_stale, ranged, redirect, refusal,
+        root_cause, transport,
     },
     routes::{Route, Routes},
 };

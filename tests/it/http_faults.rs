@@ -525,10 +525,12 @@ async fn a_connection_that_was_closed_meanwhile_is_replaced() {
     let asked = AtomicUsize::new(0);
     let served = content.clone();
     // Every second request finds its connection closed, as when the server tired of waiting.
-    let server = Scripted::start(move |seen| match asked.fetch_add(1, Ordering::Relaxed) % 2 {
-        0 => Reply::good(seen, &served, ETAG),
-        _ => Reply::bytes(b""),
-    })
+    let server = Scripted::start(
+        move |seen| match asked.fetch_add(1, Ordering::Relaxed) % 2 {
+            0 => Reply::good(seen, &served, ETAG),
+            _ => Reply::bytes(b""),
+        },
+    )
     .await;
     let reference = server.url("/f.bin");
     let source = open(&reference);
