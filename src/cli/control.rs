@@ -152,7 +152,12 @@ pub(super) fn ask(root: &Path, mountpoint: &Path) -> std::io::Result<Option<Moun
     };
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     let mut text = Vec::new();
-    stream.by_ref().take(MAX_ANSWER).read_to_end(&mut text)?;
+    match stream.by_ref().take(MAX_ANSWER).read_to_end(&mut text) {
+        // It ended as it was asked.
+        Ok(0) => return Ok(None),
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(None),
+        read => read?,
+    };
     serde_json::from_slice(&text)
         .map(Some)
         .map_err(std::io::Error::other)
