@@ -364,10 +364,15 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
-/// Whether the reference can never mean anything else: a full commit hash.
+/// Whether the reference can never mean anything else: a full commit hash or a digest.
 fn is_immutable(locator: &Locator) -> bool {
-    matches!(locator, Locator::Hub(HubRepo { revision: Some(revision), .. })
-        if revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit()))
+    match locator {
+        Locator::Hub(HubRepo { revision, .. }) => revision.as_ref().is_some_and(|revision| {
+            revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit())
+        }),
+        Locator::Oci(oci) => oci.digest.is_some(),
+        _ => false,
+    }
 }
 
 /// The order in which objects are fetched: small ones (configuration, tokenizer, indexes) first,

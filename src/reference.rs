@@ -6,12 +6,14 @@
 //! user; sources read its fields.
 
 mod filter;
+mod oci;
 mod parse;
 
 use std::fmt;
 
 pub use self::{
     filter::Matcher,
+    oci::{OciRef, Platform},
     parse::{ParseReferenceError, redact},
 };
 
@@ -47,6 +49,8 @@ pub enum Locator {
     File(String),
     /// `hf://[datasets/|spaces/]org/name[@revision][/subdir]`.
     Hub(HubRepo),
+    /// `oci://registry/repository[:tag][@digest]`: a model or container image in a registry.
+    Oci(OciRef),
 }
 
 /// A bucket (or container) and a prefix or key in it, without leading slash.
@@ -112,6 +116,7 @@ impl Locator {
                 HubKind::Dataset => "hub dataset",
                 HubKind::Space => "hub space",
             },
+            Self::Oci(_) => "registry",
         }
     }
 }

@@ -11,10 +11,11 @@ mod http;
 mod hub;
 mod listing;
 mod object;
+mod oci;
 mod web;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fmt,
     num::{NonZeroU64, NonZeroUsize},
     ops::Range,
@@ -29,7 +30,8 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    reference::{HubKind, Locator, Reference},
+    digest::Digest,
+    reference::{HubKind, Locator, Platform, Reference},
     tree::{Artifact, Location, MAX_INODES},
 };
 
@@ -53,6 +55,46 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// [`SourceErrorKind::Corrupt`] where the answer is not the range asked for.
     async fn read(&self, location: &Location, range: Range<u64>)
     -> Result<ByteStream, SourceError>;
+
+    /// The layers of `reference`, where what it means lies in layers that have to be unpacked
+    /// first; `resolve` refuses such a reference. A layer is read as `sha256:<hex>`. `None`: call
+    /// [`Source::resolve`].
+    ///
+    /// # Errors
+    /// As [`Source::resolve`].
+    async fn layered(&self, _reference: &Reference) -> Result<Option<Layered>, SourceError> {
+        Ok(None)
+    }
+}
+
+/// What lies in the layers of a container image, before any of them was looked into.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layered {
+    /// Canonical.
+    pub reference: String,
+    /// The digest of the manifest of the chosen platform.
+    pub manifest: Digest,
+    /// The digest of the image's configuration.
+    pub config: Digest,
+    /// The platform of the image, where it says one.
+    pub platform: Option<Platform>,
+    /// The directory that is the content, without slashes at its ends; empty for all.
+    pub root: String,
+    /// The lowest first.
+    pub layers: Vec<Layer>,
+}
+
+/// One layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// The digest of the layer as it lies in the registry.
+    pub blob: Digest,
+    /// Bytes of the layer as it lies in the registry; what the manifest says.
+    pub size: u64,
+    pub media_type: String,
+    /// The digest of the decoded layer, where the configuration says it.
+    pub diff_id: Option<Digest>,
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// What a source error means for whoever asked.
@@ -245,6 +287,7 @@ impl Sources {
             Locator::File(path) => Arc::new(file::FileSource::new(path, config)),
             Locator::Http(url) => Arc::new(http::HttpSource::new(url, config)?),
             Locator::Hub(repo) => Arc::new(hub::HubSource::new(repo, config)?),
+            Locator::Oci(oci) => Arc::new(oci::OciSource::new(oci, config)?),
         })
     }
 }
@@ -266,6 +309,7 @@ fn origin(locator: &Locator) -> Option<String> {
             };
             format!("hf://{kind}/{}", repo.id)
         }
+        Locator::Oci(oci) => format!("oci://{}/{}", oci.registry, oci.repository),
     })
 }
 

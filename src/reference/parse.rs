@@ -7,7 +7,10 @@ use percent_encoding::{
 };
 use url::Url;
 
-use super::{Bucket, Filter, HttpUrl, HubKind, HubRepo, Locator, MAX_REFERENCE, Reference, Secret};
+use super::{
+    Bucket, Filter, HttpUrl, HubKind, HubRepo, Locator, MAX_REFERENCE, OciRef, Platform, Reference,
+    Secret,
+};
 
 /// Bytes of a path that are written as they are.
 const PATH: &AsciiSet = &NON_ALPHANUMERIC
@@ -34,8 +37,9 @@ const GLOB: &AsciiSet = &CONTROLS
     .add(b'<')
     .add(b'>');
 
-const SCHEMES: &str = "hf://org/name, s3://bucket/prefix/, gs://bucket/prefix/, \
-                       az://container/prefix/, https://host/path or file:///path";
+const SCHEMES: &str = "hf://org/name, oci://registry/repository:tag, s3://bucket/prefix/, \
+                       gs://bucket/prefix/, az://container/prefix/, https://host/path or \
+                       file:///path";
 
 /// Text that is not a reference. Shows no secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -75,6 +79,7 @@ impl FromStr for Reference {
         let scheme = scheme.to_ascii_lowercase();
         let (locator, filter) = match scheme.as_str() {
             "http" | "https" => http(text, rest),
+            "oci" => oci(rest),
             _ => {
                 let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
                 let locator = match scheme.as_str() {
@@ -83,8 +88,6 @@ impl FromStr for Reference {
                     "az" => bucket(path).map(Locator::Azure),
                     "file" => file(path).map(Locator::File),
                     "hf" => hub(path).map(Locator::Hub),
-                    "oci" => Err("oci:// is not supported by this version; expected ".into())
-                        .map_err(|p: String| format!("{p}{SCHEMES}").into()),
                     _ => Err(format!("unknown scheme; expected {SCHEMES}").into()),
                 };
                 locator.and_then(|locator| Ok((locator, only_filter(query)?)))
@@ -108,6 +111,13 @@ impl fmt::Display for Reference {
         self.locator.fmt(f)?;
         let mut separator = match &self.locator {
             Locator::Http(url) if url.public.query().is_some() => '&',
+            Locator::Oci(OciRef {
+                platform: Some(platform),
+                ..
+            }) => {
+                write!(f, "?platform={platform}")?;
+                '&'
+            }
             _ => '?',
         };
         let named = |name, globs| std::iter::repeat(name).zip(globs);
@@ -129,6 +139,7 @@ impl fmt::Display for Locator {
             Self::Azure(b) => write!(f, "az://{}/{}", b.bucket, b.prefix),
             Self::Http(url) => url.public.fmt(f),
             Self::File(path) => write!(f, "file://{}", utf8_percent_encode(path, PATH)),
+            Self::Oci(oci) => oci.fmt(f),
             Self::Hub(repo) => {
                 let kind = match repo.kind {
                     HubKind::Model => "",
@@ -219,6 +230,22 @@ fn hub(text: &str) -> Result<HubRepo, Problem> {
         revision: (revision != "main").then_some(revision),
         path: path.to_owned(),
     })
+}
+
+/// `registry/repository[:tag][@digest][?platform=os/arch[/variant]&include=...]`.
+fn oci(text: &str) -> Result<(Locator, Filter), Problem> {
+    let (path, query) = text.split_once('?').unwrap_or((text, ""));
+    let mut oci = OciRef::parse(path)?;
+    let (platforms, globs): (Vec<_>, Vec<_>) =
+        pairs(query).partition(|(name, _)| name == "platform");
+    for (_, pair) in platforms {
+        if oci.platform.is_some() {
+            return Err("names a platform twice".into());
+        }
+        let platform = decode(pair.split_once('=').map_or("", |(_, value)| value))?;
+        oci.platform = Some(Platform::parse(&platform)?);
+    }
+    Ok((Locator::Oci(oci), globs_only(globs)?))
 }
 
 /// What follows `@refs/`: `pr/N` and `convert/NAME` belong to the revision without encoding.
@@ -375,7 +402,10 @@ fn is_secret(name: &str, signed: bool) -> bool {
 
 /// A query that may hold nothing but globs.
 fn only_filter(query: &str) -> Result<Filter, Problem> {
-    let pairs: Vec<_> = pairs(query).collect();
+    globs_only(pairs(query).collect())
+}
+
+fn globs_only(pairs: Vec<(Cow<'_, str>, &str)>) -> Result<Filter, Problem> {
     if let Some((name, _)) = pairs
         .iter()
         .find(|(name, _)| !matches!(name.as_ref(), "include" | "exclude"))
@@ -435,7 +465,9 @@ fn component(part: &str) -> Result<(), Problem> {
 /// `text` without what may be a secret: queries, user info, and all where it is hard to tell.
 pub fn redact(text: &str) -> Cow<'_, str> {
     let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
-    if let Some((before, _)) = rest.rsplit_once('@') {
+    if let Some((before, after)) = rest.rsplit_once('@')
+        && !(scheme.eq_ignore_ascii_case("oci") && is_digest_of(before, after))
+    {
         let web = scheme.to_ascii_lowercase().starts_with("http");
         if web || before.contains(':') || !before.contains('/') {
             return if scheme.is_empty() {
@@ -449,6 +481,11 @@ pub fn redact(text: &str) -> Cow<'_, str> {
         Some(at) => format!("{}...", &text[..at]).into(),
         None => text.into(),
     }
+}
+
+/// Whether `after` is the digest in `before@after`, and nothing in `before` can be user info.
+fn is_digest_of(before: &str, after: &str) -> bool {
+    before.contains('/') && !before.contains('@') && after.starts_with("sha256:")
 }
 
 fn shorten(text: &str) -> String {

@@ -116,6 +116,7 @@ impl HttpSource {
             what,
             url: asked,
             auth: self.auth.as_ref().filter(|_| ours),
+            headers: None,
         })
     }
 

@@ -26,7 +26,7 @@ use self::settings::{Settings, process_env, token};
 use super::{
     ByteStream, Config, Source, SourceError, SourceErrorKind as Kind,
     listing::{Listed, Listing, short},
-    web::{Ask, Auth, Pin, Web, host_of, link_next, text},
+    web::{Ask, Auth, Body, Pin, Web, host_of, link_next, text},
 };
 use crate::{
     digest::{Digest, ObjectId, from_hex},
@@ -167,12 +167,16 @@ impl HubSource {
             what,
             url,
             auth: auth.as_deref(),
+            headers: None,
         };
         let inspect = |status, headers: &HeaderMap| match refusal(what, status, headers) {
             Some(error) => Err(error),
             None => Ok(None),
         };
-        let document = self.web.document(&ask, body, MAX_ANSWER, &inspect).await?;
+        let document = self
+            .web
+            .document(&ask, body.map(Body::Json), MAX_ANSWER, &inspect)
+            .await?;
         let host = host_of(&document.url);
         let value = serde_json::from_slice(&document.body).map_err(|error| {
             let message = format!("{host} answered with no JSON of the Hub's api: {error}");
@@ -370,6 +374,7 @@ impl Source for HubSource {
             what: &what,
             url: self.resolve_url(commit, path),
             auth: auth.as_deref(),
+            headers: None,
         };
         // Large files are read in parallel ranges and redirect: one request finds out where to.
         let is_large = etag.is_some_and(|etag| etag.len() == 64);

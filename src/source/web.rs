@@ -58,6 +58,15 @@ pub(crate) struct Ask<'a> {
     pub(crate) url: Url,
     /// Sent as long as the request stays at the origin of these credentials.
     pub(crate) auth: Option<&'a Auth>,
+    /// Sent as long as the request stays at the origin of `url`; may hold secrets too.
+    pub(crate) headers: Option<&'a HeaderMap>,
+}
+
+/// What a POST request carries. Not `Debug`: may hold a secret.
+#[derive(Clone, Copy)]
+pub(crate) enum Body<'a> {
+    Json(&'a serde_json::Value),
+    Form(&'a [(&'a str, &'a str)]),
 }
 
 /// Credentials for one origin (scheme, host, port).
@@ -212,6 +221,7 @@ impl Web {
                     what: ask.what,
                     url: url.clone(),
                     auth: None,
+                    headers: None,
                 };
                 let answer = self.send(Method::GET, &direct, &headers, &accept).await;
                 match answer
@@ -289,11 +299,11 @@ impl Web {
         }
     }
 
-    /// Gets the document at `ask.url`, of at most `limit` bytes. `body` is posted as JSON.
+    /// Gets the document at `ask.url`, of at most `limit` bytes. A `body` is posted.
     pub(crate) async fn document(
         &self,
         ask: &Ask<'_>,
-        body: Option<&serde_json::Value>,
+        body: Option<Body<'_>>,
         limit: u64,
         inspect: &Inspect<'_>,
     ) -> Result<Document, SourceError> {
@@ -361,7 +371,7 @@ impl Web {
         ask: &Ask<'_>,
         headers: &HeaderMap,
         inspect: &Inspect<'_>,
-        body: Option<&serde_json::Value>,
+        body: Option<Body<'_>>,
     ) -> Result<Answer, SourceError> {
         let origin = ask.url.origin();
         let mut seen = vec![ask.url.clone()];
@@ -375,6 +385,7 @@ impl Web {
                 what: ask.what,
                 url,
                 auth: ask.auth.filter(|_| at_origin),
+                headers: ask.headers.filter(|_| at_origin),
             };
             let check: &Inspect<'_> = if at_origin { inspect } else { &accept };
             let mut answer = self.hop(method.clone(), &hop, headers, check, body).await?;
@@ -403,12 +414,13 @@ impl Web {
         ask: &Ask<'_>,
         headers: &HeaderMap,
         inspect: &Inspect<'_>,
-        body: Option<&serde_json::Value>,
+        body: Option<Body<'_>>,
     ) -> Result<Answer, SourceError> {
         let begun = std::time::Instant::now();
         let host = host_of(&ask.url);
         let request = || {
             let request = self.client.request(method.clone(), ask.url.clone());
+            let request = request.headers(ask.headers.cloned().unwrap_or_default());
             let request = request.headers(headers.clone());
             let auth = ask.auth.filter(|auth| auth.origin == ask.url.origin());
             let request = match auth.map(|auth| &auth.credentials) {
@@ -419,7 +431,13 @@ impl Web {
                 None => request,
             };
             match body {
-                Some(body) => request.json(body),
+                Some(Body::Json(value)) => request.json(value),
+                Some(Body::Form(pairs)) => {
+                    let mut form = url::form_urlencoded::Serializer::new(String::new());
+                    let form = form.extend_pairs(pairs).finish();
+                    let kind = "application/x-www-form-urlencoded";
+                    request.header(header::CONTENT_TYPE, kind).body(form)
+                }
                 None => request,
             }
         };

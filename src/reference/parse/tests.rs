@@ -146,7 +146,7 @@ fn nonsense_gets_an_error_that_shows_no_secret() {
     for (text, part) in [
         ("", "expected hf://"),
         ("org/name", "expected hf://"),
-        ("oci://registry/repo:tag", "not supported"),
+        ("oci://registry/repo:tag", "no registry host"),
         ("ftp://h/x", "unknown scheme"),
         ("s3://", "name of a bucket"),
         ("s3:///x", "name of a bucket"),

@@ -1,0 +1,427 @@
+//! Registries: what `oci://registry/repository:tag` means, and its bytes.
+//!
+//! Everything is asked through [`Web`], manifests as well as blobs: one way for the data, with
+//! pinned ranges on many HTTP/1.1 connections, remembered signed redirects and strict answers,
+//! which the client of `oci-distribution` does not have. That crate gives what is hard to get right
+//! alone: the types and media types of manifests and indexes. Invariants: every manifest, index
+//! and small blob is verified against its digest before it is looked at, and bounded in size; an
+//! index is followed a few levels deep only; a blob range is exactly the range asked for (its
+//! digest is verified by whoever has all of it). Made by [`super::Sources`]; keeps nothing on disk.
+
+mod manifest;
+mod models;
+
+use std::{collections::HashMap, ops::Range, sync::Arc};
+
+use oci_distribution::manifest::OciImageManifest;
+use parking_lot::Mutex;
+use reqwest::header::{self, HeaderMap, HeaderValue};
+use url::Url;
+
+use self::manifest::{Document, ImageConfig, check_platform, choose, descriptor};
+use super::{
+    ByteStream, Config, Layered, Source, SourceError, SourceErrorKind as Kind,
+    listing::short,
+    web::{Ask, Pin, Web, accept, host_of, text},
+};
+use crate::{
+    digest::Digest,
+    reference::{Locator, OciRef, Reference},
+    tree::{Artifact, Location},
+};
+
+/// Largest manifest or index, in bytes (the limit that registries have).
+const MAX_MANIFEST: u64 = 4 << 20;
+/// Largest image configuration, in bytes.
+const MAX_CONFIG: u64 = 8 << 20;
+/// Most indexes on the way from a tag to an image.
+const MAX_INDEXES: usize = 3;
+/// Bytes of verified documents remembered.
+const MAX_REMEMBERED: usize = 16 << 20;
+
+/// One repository as a source.
+#[derive(Debug)]
+pub(super) struct OciSource {
+    registry: Registry,
+    max_entries: usize,
+}
+
+/// One repository of one registry.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    /// `registry/repository`.
+    name: String,
+    registry: String,
+    repository: String,
+    hosts: Vec<Host>,
+    documents: Mutex<Documents>,
+}
+
+/// One place that is asked for the repository.
+#[derive(Debug)]
+struct Host {
+    web: Web,
+    /// Up to and without the slash before the repository.
+    base: Url,
+}
+
+/// Verified documents by digest: the same manifest and configuration are wanted several times.
+#[derive(Debug, Default)]
+struct Documents {
+    bytes: usize,
+    known: HashMap<Digest, ManifestBytes>,
+}
+
+/// A manifest or index as the registry holds it.
+#[derive(Debug, Clone)]
+pub(crate) struct ManifestBytes {
+    pub(crate) bytes: Arc<[u8]>,
+    /// Computed over `bytes`.
+    pub(crate) digest: Digest,
+    /// What the registry says it is.
+    pub(crate) media_type: String,
+}
+
+/// The manifest of one image or model.
+#[derive(Debug)]
+pub(crate) struct Manifest {
+    pub(crate) digest: Digest,
+    pub(crate) image: OciImageManifest,
+}
+
+impl Registry {
+    /// The repository of `oci`.
+    ///
+    /// # Errors
+    /// Settings that cannot be used.
+    pub(crate) fn new(oci: &OciRef, config: &Config) -> Result<Self, SourceError> {
+        let name = format!("{}/{}", oci.registry, oci.repository);
+        let host = match oci.registry.as_str() {
+            "docker.io" => "registry-1.docker.io",
+            host => host,
+        };
+        let scheme = if is_loopback(host) { "http" } else { "https" };
+        let base = Url::parse(&format!("{scheme}://{host}/v2")).map_err(|error| {
+            SourceError::new(Kind::Invalid, &name, format!("is no registry: {error}"))
+        })?;
+        Ok(Self {
+            name,
+            registry: oci.registry.clone(),
+            repository: oci.repository.clone(),
+            hosts: vec![Host {
+                web: Web::new(config)?,
+                base,
+            }],
+            documents: Mutex::default(),
+        })
+    }
+
+    /// `registry/repository`.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The manifest or index with this tag or digest; verified where it is a digest.
+    ///
+    /// # Errors
+    /// What the registry says; an answer that has another digest or is too long.
+    pub(crate) async fn manifest(&self, reference: &str) -> Result<ManifestBytes, SourceError> {
+        let wanted: Option<Digest> = reference.parse().ok();
+        if let Some(known) = wanted.and_then(|digest| self.remembered(&digest)) {
+            return Ok(known);
+        }
+        let what = match wanted {
+            Some(_) => format!("oci://{}@{reference}", self.name),
+            None => format!("oci://{}:{reference}", self.name),
+        };
+        let host = &self.hosts[0];
+        let headers =
+            HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static(manifest::ACCEPT))]);
+        let ask = Ask {
+            what: &what,
+            url: self.url(host, &format!("manifests/{reference}")),
+            auth: None,
+            headers: Some(&headers),
+        };
+        let document = host.web.document(&ask, None, MAX_MANIFEST, &accept).await?;
+        let media_type = text(&document.headers, header::CONTENT_TYPE).unwrap_or_default();
+        let found = ManifestBytes {
+            digest: Digest::of(&document.body),
+            media_type: short(media_type),
+            bytes: document.body.into(),
+        };
+        let corrupt = |claimed: &str| {
+            let host = host_of(&document.url);
+            let message = format!(
+                "{host} answered with other bytes ({}), not {claimed}",
+                found.digest
+            );
+            SourceError::new(Kind::Corrupt, &what, message)
+        };
+        if wanted.is_some_and(|wanted| wanted != found.digest) {
+            return Err(corrupt(reference));
+        }
+        // What the registry itself says of a tag; broken on the way, if it does not agree.
+        let claimed = text(&document.headers, "docker-content-digest");
+        if let Some(claimed) = claimed.filter(|c| c.starts_with("sha256:"))
+            && claimed != found.digest.to_string()
+        {
+            return Err(corrupt(&short(claimed)));
+        }
+        self.remember(&found);
+        Ok(found)
+    }
+
+    /// A small blob of at most `limit` bytes, verified.
+    ///
+    /// # Errors
+    /// What the registry says; a blob that has another digest or is too long.
+    pub(crate) async fn blob(&self, digest: &Digest, limit: u64) -> Result<Arc<[u8]>, SourceError> {
+        if let Some(known) = self.remembered(digest) {
+            return Ok(known.bytes);
+        }
+        let what = self.blob_name(digest);
+        let host = &self.hosts[0];
+        let ask = Ask {
+            what: &what,
+            url: self.url(host, &format!("blobs/{digest}")),
+            auth: None,
+            headers: None,
+        };
+        let document = host.web.document(&ask, None, limit, &accept).await?;
+        let found = Digest::of(&document.body);
+        if found != *digest {
+            let message = format!(
+                "{} answered with other bytes ({found})",
+                host_of(&document.url)
+            );
+            return Err(SourceError::new(Kind::Corrupt, what, message));
+        }
+        let bytes: Arc<[u8]> = document.body.into();
+        self.remember(&ManifestBytes {
+            bytes: Arc::clone(&bytes),
+            digest: found,
+            media_type: String::new(),
+        });
+        Ok(bytes)
+    }
+
+    /// Bytes `range` of a blob, not verified.
+    ///
+    /// # Errors
+    /// What the registry says; an answer that is not that range.
+    pub(crate) async fn read_blob(
+        &self,
+        digest: &Digest,
+        range: Range<u64>,
+    ) -> Result<ByteStream, SourceError> {
+        let what = self.blob_name(digest);
+        let host = &self.hosts[0];
+        let ask = Ask {
+            what: &what,
+            url: self.url(host, &format!("blobs/{digest}")),
+            auth: None,
+            headers: None,
+        };
+        // A blob is read in parallel ranges: one request finds out where it really is.
+        host.web
+            .read_range(&ask, Pin::Free, range, true, &accept)
+            .await
+    }
+
+    /// The image that `oci` means: of an index, the one for its platform.
+    ///
+    /// # Errors
+    /// As [`Registry::manifest`]; malformed, recursive or too deep indexes; no such platform.
+    pub(crate) async fn image(&self, oci: &OciRef) -> Result<Manifest, SourceError> {
+        let what = oci.to_string();
+        let invalid = |message: &str| SourceError::new(Kind::Invalid, &what, message);
+        let mut found = self.manifest(oci.wanted()).await?;
+        let mut seen = vec![found.digest];
+        loop {
+            let index = match manifest::parse(&what, &found)? {
+                Document::Index(index) => index,
+                Document::Image(image) => {
+                    return Ok(Manifest {
+                        digest: found.digest,
+                        image: *image,
+                    });
+                }
+            };
+            if seen.len() > MAX_INDEXES {
+                return Err(invalid("its indexes are nested too deep"));
+            }
+            let entry = choose(&what, &index, oci.platform.as_ref())?;
+            let (digest, size) = descriptor(&what, "a manifest", &entry.digest, entry.size)?;
+            if seen.contains(&digest) {
+                return Err(invalid("its index leads back to itself"));
+            }
+            if size > MAX_MANIFEST {
+                return Err(invalid("its index names a manifest of more than 4 MiB"));
+            }
+            seen.push(digest);
+            found = self.manifest(&digest.to_string()).await?;
+            if found.bytes.len() as u64 != size {
+                let message = format!(
+                    "its index says that {digest} has {size} bytes; it has {}",
+                    found.bytes.len()
+                );
+                return Err(invalid(&message));
+            }
+        }
+    }
+
+    fn url(&self, host: &Host, rest: &str) -> Url {
+        let mut url = host.base.clone();
+        let base = url.path().trim_end_matches('/').to_owned();
+        url.set_path(&format!("{base}/{}/{rest}", self.repository));
+        url
+    }
+
+    fn blob_name(&self, digest: &Digest) -> String {
+        format!("blob {digest} of {}", self.name)
+    }
+
+    fn remembered(&self, digest: &Digest) -> Option<ManifestBytes> {
+        self.documents.lock().known.get(digest).cloned()
+    }
+
+    fn remember(&self, found: &ManifestBytes) {
+        let mut documents = self.documents.lock();
+        if documents.bytes + found.bytes.len() > MAX_REMEMBERED {
+            *documents = Documents::default();
+        }
+        if documents
+            .known
+            .insert(found.digest, found.clone())
+            .is_none()
+        {
+            documents.bytes += found.bytes.len();
+        }
+    }
+}
+
+impl OciSource {
+    pub(super) fn new(oci: &OciRef, config: &Config) -> Result<Self, SourceError> {
+        Ok(Self {
+            registry: Registry::new(oci, config)?,
+            max_entries: config.max_entries.get(),
+        })
+    }
+
+    /// The part of `reference` that is here.
+    fn here<'r>(&self, reference: &'r Reference) -> Result<&'r OciRef, SourceError> {
+        match &reference.locator {
+            Locator::Oci(oci)
+                if oci.registry == self.registry.registry
+                    && oci.repository == self.registry.repository =>
+            {
+                Ok(oci)
+            }
+            _ => {
+                let message = format!("is not in {}", self.registry.name);
+                Err(SourceError::new(
+                    Kind::Invalid,
+                    reference.to_string(),
+                    message,
+                ))
+            }
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Source for OciSource {
+    async fn resolve(&self, reference: &Reference) -> Result<Artifact, SourceError> {
+        let oci = self.here(reference)?;
+        let manifest = self.registry.image(oci).await?;
+        let fail = |message: String| SourceError::new(Kind::Invalid, oci.to_string(), message);
+        if models::image_root(&manifest).is_some() {
+            return Err(fail(
+                "is a container image: its files are known once its layers are unpacked".into(),
+            ));
+        }
+        let most = self.max_entries;
+        match models::resolve(&self.registry, reference, &manifest, most).await? {
+            Some(artifact) => Ok(artifact),
+            None => {
+                let found = &manifest.image;
+                let kind = found
+                    .artifact_type
+                    .as_ref()
+                    .unwrap_or(&found.config.media_type);
+                let message = format!(
+                    "is neither a container image nor a model of a known layout (its type is {:?})",
+                    short(kind)
+                );
+                Err(fail(message))
+            }
+        }
+    }
+
+    async fn read(
+        &self,
+        location: &Location,
+        range: Range<u64>,
+    ) -> Result<ByteStream, SourceError> {
+        let digest = location.path.parse().map_err(|_| {
+            let what = format!("{:?} of {}", short(&location.path), self.registry.name);
+            SourceError::new(Kind::Invalid, what, "is no digest of a blob")
+        })?;
+        self.registry.read_blob(&digest, range).await
+    }
+
+    async fn layered(&self, reference: &Reference) -> Result<Option<Layered>, SourceError> {
+        let oci = self.here(reference)?;
+        let manifest = self.registry.image(oci).await?;
+        let Some(root) = models::image_root(&manifest) else {
+            return Ok(None);
+        };
+        let what = oci.to_string();
+        let invalid = |message: String| SourceError::new(Kind::Invalid, &what, message);
+        let image = &manifest.image;
+        let (digest, size) = descriptor(
+            &what,
+            "its configuration",
+            &image.config.digest,
+            image.config.size,
+        )?;
+        if size > MAX_CONFIG {
+            return Err(invalid(format!(
+                "its configuration is said to have {size} bytes"
+            )));
+        }
+        let bytes = self.registry.blob(&digest, MAX_CONFIG).await?;
+        if bytes.len() as u64 != size {
+            let found = bytes.len();
+            let message = format!(
+                "its manifest says that its configuration has {size} bytes; it has {found}"
+            );
+            return Err(invalid(message));
+        }
+        let config = ImageConfig::parse(&what, &bytes)?;
+        let platform = config.platform();
+        check_platform(&what, oci.platform.as_ref(), platform.as_ref())?;
+        Ok(Some(Layered {
+            reference: reference.to_string(),
+            manifest: manifest.digest,
+            config: digest,
+            layers: manifest::layers(&what, &image.layers, &config)?,
+            platform,
+            root,
+        }))
+    }
+}
+
+/// Whether the host of a registry is this machine.
+fn is_loopback(host: &str) -> bool {
+    let Ok(url) = Url::parse(&format!("http://{host}")) else {
+        return false;
+    };
+    match url.host() {
+        Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+        Some(url::Host::Ipv4(address)) => address.is_loopback(),
+        Some(url::Host::Ipv6(address)) => address.is_loopback(),
+        None => false,
+    }
+}
