@@ -203,6 +203,25 @@ pub struct Config {
     pub hub_endpoint: Option<String>,
     /// The file with the token for the Hub; else `HF_TOKEN`, else where `hf auth login` puts it.
     pub hub_token_file: Option<PathBuf>,
+    /// Where the mirrors, certificates and schemes of registries are set, in containerd's layout
+    /// (`<path>/<host>/hosts.toml`); else `/etc/containerd/certs.d`.
+    pub registry_config_path: Option<PathBuf>,
+    /// Settings for registries.
+    pub oci: OciConfig,
+}
+
+/// Settings for registries (`[source.oci]`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OciConfig {
+    /// Files with credentials in the format of Docker's `config.json`, looked at before those that
+    /// Docker and Podman use; on a node perhaps `/var/lib/kubelet/config.json`.
+    pub auth_files: Vec<PathBuf>,
+    /// The kubelet's `CredentialProviderConfig` (`--image-credential-provider-config`), YAML or
+    /// JSON.
+    pub credential_provider_config: Option<PathBuf>,
+    /// Where its plugins are (`--image-credential-provider-bin-dir`).
+    pub credential_provider_bin_dir: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -218,6 +237,8 @@ impl Default for Config {
             max_entries: NonZeroUsize::MIN.saturating_add(MAX_INODES - 1),
             hub_endpoint: None,
             hub_token_file: None,
+            registry_config_path: None,
+            oci: OciConfig::default(),
         }
     }
 }
@@ -246,6 +267,8 @@ pub struct Sources {
     /// One source per origin, as long as anyone uses it: settings and credentials come from the
     /// environment, so they are the same for all references to an origin.
     open: Arc<Mutex<HashMap<String, Weak<dyn Source>>>>,
+    /// Where credentials for registries are, and what plugins have answered.
+    keychain: oci::Keychain,
 }
 
 impl Sources {
@@ -253,6 +276,7 @@ impl Sources {
     pub fn new(config: Config) -> Self {
         install_tls();
         Self {
+            keychain: oci::Keychain::new(&config),
             config: Arc::new(config),
             open: Arc::default(),
         }
@@ -287,7 +311,7 @@ impl Sources {
             Locator::File(path) => Arc::new(file::FileSource::new(path, config)),
             Locator::Http(url) => Arc::new(http::HttpSource::new(url, config)?),
             Locator::Hub(repo) => Arc::new(hub::HubSource::new(repo, config)?),
-            Locator::Oci(oci) => Arc::new(oci::OciSource::new(oci, config)?),
+            Locator::Oci(oci) => Arc::new(oci::OciSource::new(oci, config, &self.keychain)?),
         })
     }
 }

@@ -238,7 +238,7 @@ fn check_tag(tag: &str) -> Result<&str, Cow<'static, str>> {
     if tag.is_empty()
         || tag.len() > MAX_TAG
         || tag.starts_with(['.', '-'])
-        || !tag.bytes().all(|b| allowed(b))
+        || !tag.bytes().all(allowed)
     {
         return Err("expected a tag of letters, digits, '_', '.' and '-' after ':'".into());
     }

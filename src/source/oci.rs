@@ -6,23 +6,32 @@
 //! alone: the types and media types of manifests and indexes. Invariants: every manifest, index
 //! and small blob is verified against its digest before it is looked at, and bounded in size; an
 //! index is followed a few levels deep only; a blob range is exactly the range asked for (its
-//! digest is verified by whoever has all of it). Made by [`super::Sources`]; keeps nothing on disk.
+//! digest is verified by whoever has all of it). Where `hosts.toml` names mirrors, each is tried in
+//! its order and the registry last. Made by [`super::Sources`]; keeps nothing on disk.
 
+mod auth;
+mod credentials;
+mod host;
+mod hosts;
 mod manifest;
 mod models;
 
-use std::{collections::HashMap, ops::Range, sync::Arc};
+use std::{collections::HashMap, ops::Range, path::Path, sync::Arc};
 
 use oci_distribution::manifest::OciImageManifest;
 use parking_lot::Mutex;
-use reqwest::header::{self, HeaderMap, HeaderValue};
+use reqwest::header;
 use url::Url;
 
-use self::manifest::{Document, ImageConfig, check_platform, choose, descriptor};
+pub(super) use self::credentials::Keychain;
+use self::{
+    host::{Got, Host, Want},
+    manifest::{Document, ImageConfig, check_platform, choose, descriptor},
+};
 use super::{
     ByteStream, Config, Layered, Source, SourceError, SourceErrorKind as Kind,
     listing::short,
-    web::{Ask, Pin, Web, accept, host_of, text},
+    web::{host_of, text},
 };
 use crate::{
     digest::Digest,
@@ -57,14 +66,6 @@ pub(crate) struct Registry {
     documents: Mutex<Documents>,
 }
 
-/// One place that is asked for the repository.
-#[derive(Debug)]
-struct Host {
-    web: Web,
-    /// Up to and without the slash before the repository.
-    base: Url,
-}
-
 /// Verified documents by digest: the same manifest and configuration are wanted several times.
 #[derive(Debug, Default)]
 struct Documents {
@@ -90,28 +91,24 @@ pub(crate) struct Manifest {
 }
 
 impl Registry {
-    /// The repository of `oci`.
+    /// The repository of `oci`, opened with what `keychain` has.
     ///
     /// # Errors
     /// Settings that cannot be used.
-    pub(crate) fn new(oci: &OciRef, config: &Config) -> Result<Self, SourceError> {
-        let name = format!("{}/{}", oci.registry, oci.repository);
-        let host = match oci.registry.as_str() {
-            "docker.io" => "registry-1.docker.io",
-            host => host,
-        };
-        let scheme = if is_loopback(host) { "http" } else { "https" };
-        let base = Url::parse(&format!("{scheme}://{host}/v2")).map_err(|error| {
-            SourceError::new(Kind::Invalid, &name, format!("is no registry: {error}"))
-        })?;
+    pub(crate) fn new(
+        oci: &OciRef,
+        config: &Config,
+        keychain: &Keychain,
+    ) -> Result<Self, SourceError> {
+        let path = config.registry_config_path.as_deref();
+        let path = path.unwrap_or(Path::new(hosts::DEFAULT_PATH));
+        let endpoints = hosts::endpoints(path, &oci.registry)?;
+        let make = |endpoint| Host::new(endpoint, &oci.registry, &oci.repository, keychain, config);
         Ok(Self {
-            name,
+            name: format!("{}/{}", oci.registry, oci.repository),
             registry: oci.registry.clone(),
             repository: oci.repository.clone(),
-            hosts: vec![Host {
-                web: Web::new(config)?,
-                base,
-            }],
+            hosts: endpoints.into_iter().map(make).collect::<Result<_, _>>()?,
             documents: Mutex::default(),
         })
     }
@@ -134,16 +131,20 @@ impl Registry {
             Some(_) => format!("oci://{}@{reference}", self.name),
             None => format!("oci://{}:{reference}", self.name),
         };
-        let host = &self.hosts[0];
-        let headers =
-            HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static(manifest::ACCEPT))]);
-        let ask = Ask {
-            what: &what,
-            url: self.url(host, &format!("manifests/{reference}")),
-            auth: None,
-            headers: Some(&headers),
+        let path = format!("manifests/{reference}");
+        let document = match self.get(&what, &path, &Want::Manifest(MAX_MANIFEST)).await {
+            Ok(Got::Document(document)) => document,
+            Ok(Got::Stream(_)) => return Err(unexpected(&what)),
+            Err(error) if error.kind() == Kind::NotFound => {
+                let kind = if wanted.is_some() { "manifest" } else { "tag" };
+                let (repository, host) = (&self.repository, &self.registry);
+                let missing = format!("no {kind} {reference} in repository {repository} at {host}");
+                return Err(SourceError::new(Kind::NotFound, what, missing)
+                    .because(&error.message)
+                    .with_hint("check the name and the tag; some registries say so too where they want credentials"));
+            }
+            Err(error) => return Err(error),
         };
-        let document = host.web.document(&ask, None, MAX_MANIFEST, &accept).await?;
         let media_type = text(&document.headers, header::CONTENT_TYPE).unwrap_or_default();
         let found = ManifestBytes {
             digest: Digest::of(&document.body),
@@ -181,14 +182,10 @@ impl Registry {
             return Ok(known.bytes);
         }
         let what = self.blob_name(digest);
-        let host = &self.hosts[0];
-        let ask = Ask {
-            what: &what,
-            url: self.url(host, &format!("blobs/{digest}")),
-            auth: None,
-            headers: None,
+        let path = format!("blobs/{digest}");
+        let Got::Document(document) = self.get(&what, &path, &Want::Blob(limit)).await? else {
+            return Err(unexpected(&what));
         };
-        let document = host.web.document(&ask, None, limit, &accept).await?;
         let found = Digest::of(&document.body);
         if found != *digest {
             let message = format!(
@@ -216,17 +213,63 @@ impl Registry {
         range: Range<u64>,
     ) -> Result<ByteStream, SourceError> {
         let what = self.blob_name(digest);
-        let host = &self.hosts[0];
-        let ask = Ask {
-            what: &what,
-            url: self.url(host, &format!("blobs/{digest}")),
-            auth: None,
-            headers: None,
+        let path = format!("blobs/{digest}");
+        match self.get(&what, &path, &Want::Range(range)).await? {
+            Got::Stream(stream) => Ok(stream),
+            Got::Document(_) => Err(unexpected(&what)),
+        }
+    }
+
+    /// Asks one host after the other for `path`.
+    async fn get(&self, what: &str, path: &str, want: &Want) -> Result<Got, SourceError> {
+        let by_tag = path.starts_with("manifests/") && !path.starts_with("manifests/sha256:");
+        let can = |host: &&Host| match by_tag {
+            true => host.endpoint.resolve,
+            false => host.endpoint.pull,
         };
-        // A blob is read in parallel ranges: one request finds out where it really is.
-        host.web
-            .read_range(&ask, Pin::Free, range, true, &accept)
-            .await
+        let mut hosts: Vec<&Host> = self.hosts.iter().filter(can).collect();
+        // Stable: otherwise in the order of hosts.toml.
+        hosts.sort_by_key(|host| host.is_last_choice(path));
+        let mut failed: Option<SourceError> = None;
+        let mut last = None;
+        for host in hosts {
+            match host.get(what, path, want).await {
+                Ok(got) => return Ok(got),
+                Err(error) => {
+                    if self.hosts.len() > 1 {
+                        tracing::debug!("{}: {error}", host.name());
+                        host.failed(path, &error);
+                    }
+                    match host.endpoint.is_mirror {
+                        true => failed = Some(failed.map_or(error.clone(), |first| first)),
+                        false => last = Some(error),
+                    }
+                }
+            }
+        }
+        Err(match (last, failed) {
+            (Some(error), None) | (None, Some(error)) => error,
+            (Some(error), Some(mirror)) => {
+                let is_passing = |kind| matches!(kind, Kind::Unavailable | Kind::Throttled);
+                let message = mirror.message.clone();
+                // A mirror that is down may hold what the registry itself has not, or denies.
+                let mut error = match is_passing(mirror.kind) && !is_passing(error.kind) {
+                    true => SourceError::new(mirror.kind, what, error.message)
+                        .with_retry_after(mirror.retry_after),
+                    false => error,
+                };
+                error.message = format!("{} (and a mirror: {message})", error.message);
+                error
+            }
+            (None, None) => {
+                let verb = if by_tag { "resolve tags" } else { "pull" };
+                let message = format!(
+                    "hosts.toml of {} names no host that may {verb}",
+                    self.registry
+                );
+                SourceError::new(Kind::Invalid, what, message)
+            }
+        })
     }
 
     /// The image that `oci` means: of an index, the one for its platform.
@@ -271,13 +314,6 @@ impl Registry {
         }
     }
 
-    fn url(&self, host: &Host, rest: &str) -> Url {
-        let mut url = host.base.clone();
-        let base = url.path().trim_end_matches('/').to_owned();
-        url.set_path(&format!("{base}/{}/{rest}", self.repository));
-        url
-    }
-
     fn blob_name(&self, digest: &Digest) -> String {
         format!("blob {digest} of {}", self.name)
     }
@@ -302,9 +338,13 @@ impl Registry {
 }
 
 impl OciSource {
-    pub(super) fn new(oci: &OciRef, config: &Config) -> Result<Self, SourceError> {
+    pub(super) fn new(
+        oci: &OciRef,
+        config: &Config,
+        keychain: &Keychain,
+    ) -> Result<Self, SourceError> {
         Ok(Self {
-            registry: Registry::new(oci, config)?,
+            registry: Registry::new(oci, config, keychain)?,
             max_entries: config.max_entries.get(),
         })
     }
@@ -411,6 +451,11 @@ impl Source for OciSource {
             root,
         }))
     }
+}
+
+/// That the answer is not of the kind that was wanted, which cannot be.
+fn unexpected(what: &str) -> SourceError {
+    SourceError::new(Kind::Invalid, what, "was read the wrong way")
 }
 
 /// Whether the host of a registry is this machine.

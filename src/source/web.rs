@@ -49,6 +49,17 @@ pub(crate) struct Web {
     routes: Routes,
 }
 
+/// How a host is trusted, and how it may trust us, beyond what the system says.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Tls {
+    /// More certificate authorities.
+    pub(crate) roots: Vec<reqwest::Certificate>,
+    /// The client's certificate and key.
+    pub(crate) identity: Option<reqwest::Identity>,
+    /// Whether any certificate will do.
+    pub(crate) skip_verify: bool,
+}
+
 /// What is asked of whom. Not `Debug`: the URL may hold a secret, as may those below.
 #[derive(Clone)]
 pub(crate) struct Ask<'a> {
@@ -135,6 +146,14 @@ impl Auth {
         })
     }
 
+    /// Basic credentials for the origin of `url`.
+    pub(crate) fn basic(url: &Url, user: Secret, password: Secret) -> Self {
+        Self {
+            origin: url.origin(),
+            credentials: Credentials::Basic { user, password },
+        }
+    }
+
     /// Takes the user info out of `url`, as basic credentials for its origin.
     pub(crate) fn take_from(url: &mut Url) -> Option<Self> {
         let decode = |text: &str| {
@@ -163,10 +182,24 @@ impl Web {
     /// # Errors
     /// A CA bundle that cannot be read; a proxy that cannot be used.
     pub(crate) fn new(config: &Config) -> Result<Self, SourceError> {
+        Self::with_tls(config, Tls::default())
+    }
+
+    /// As [`Web::new`], with `tls` besides.
+    ///
+    /// # Errors
+    /// As [`Web::new`].
+    pub(crate) fn with_tls(config: &Config, tls: Tls) -> Result<Self, SourceError> {
         super::install_tls();
-        let extra = extra_roots()?;
+        let mut extra = extra_roots()?;
+        extra.extend(tls.roots);
         let builder = || {
-            reqwest::Client::builder()
+            let builder = match &tls.identity {
+                Some(identity) => reqwest::Client::builder().identity(identity.clone()),
+                None => reqwest::Client::builder(),
+            };
+            builder
+                .tls_danger_accept_invalid_certs(tls.skip_verify)
                 .user_agent(concat!("hearth/", env!("CARGO_PKG_VERSION")))
                 .http1_only()
                 .redirect(reqwest::redirect::Policy::none())
@@ -176,10 +209,11 @@ impl Web {
                 .pool_idle_timeout(IDLE)
                 .tcp_keepalive(Duration::from_secs(30))
         };
-        let client = builder().tls_certs_merge(extra).build().or_else(|error| {
+        let merged = builder().tls_certs_merge(extra.clone()).build();
+        let client = merged.or_else(|error| {
             // A machine without any root certificate can still speak plain http.
             tracing::warn!("https will not work: {}", root_cause(&error.without_url()));
-            builder().tls_certs_only([]).build()
+            builder().tls_certs_only(extra).build()
         });
         let client = client.map_err(|error| {
             let why = root_cause(&error.without_url());
@@ -398,6 +432,11 @@ impl Web {
             if seen.contains(&next) {
                 let message = format!("{} redirects in a loop", host_of(&next));
                 return Err(SourceError::new(Kind::Corrupt, ask.what, message));
+            }
+            if matches!(body, Some(Body::Form(_))) && next.origin() != origin {
+                let host = host_of(&next);
+                let message = format!("redirects credentials to {host}, which is not followed");
+                return Err(SourceError::new(Kind::Invalid, ask.what, message));
             }
             if seen.len() > MAX_REDIRECTS {
                 let message = format!("more than {MAX_REDIRECTS} redirects");

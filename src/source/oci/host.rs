@@ -1,0 +1,213 @@
+//! One place that is asked for a repository: a mirror, or the registry itself.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    ops::Range,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use reqwest::{
+    StatusCode,
+    header::{self, HeaderMap, HeaderValue},
+};
+use url::Url;
+
+use super::{
+    auth::{Gate, Refused, Session},
+    credentials::{Keychain, Place},
+    hosts::Endpoint,
+    manifest,
+};
+use crate::source::{
+    ByteStream, Config, SourceError, SourceErrorKind as Kind,
+    web::{Ask, Document, Pin, Web, host_of},
+};
+
+/// How long a mirror that failed is asked last.
+const PENALTY: Duration = Duration::from_secs(15);
+/// How long a mirror is asked last for what it did not have.
+const ABSENCE: Duration = Duration::from_secs(60);
+/// Most failures remembered.
+const MAX_FAILURES: usize = 1024;
+
+/// One place, for one repository.
+pub(super) struct Host {
+    web: Web,
+    pub(super) endpoint: Endpoint,
+    /// What credentials are looked up for.
+    place: Place,
+    /// What a mirror is told it stands for.
+    namespace: Option<String>,
+    keychain: Keychain,
+    session: Session,
+    /// Until when it is asked last; for everything, or for one path.
+    failures: Mutex<HashMap<String, Instant>>,
+}
+
+/// What is wanted of a host.
+#[derive(Clone)]
+pub(super) enum Want {
+    /// A manifest of at most so many bytes.
+    Manifest(u64),
+    /// A blob of at most so many bytes.
+    Blob(u64),
+    /// A range of a blob.
+    Range(Range<u64>),
+}
+
+/// What came.
+pub(super) enum Got {
+    Document(Document),
+    Stream(ByteStream),
+}
+
+impl fmt::Debug for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Host({})", self.name())
+    }
+}
+
+impl Host {
+    /// `repository` of `registry` at `endpoint`.
+    pub(super) fn new(
+        endpoint: Endpoint,
+        registry: &str,
+        repository: &str,
+        keychain: &Keychain,
+        config: &Config,
+    ) -> Result<Self, SourceError> {
+        let place = Place {
+            registry: match endpoint.is_mirror {
+                true => host_of(&endpoint.base),
+                false => registry.to_owned(),
+            },
+            repository: repository.to_owned(),
+        };
+        Ok(Self {
+            web: Web::with_tls(config, endpoint.tls.clone())?,
+            place,
+            namespace: endpoint.is_mirror.then(|| registry.to_owned()),
+            keychain: keychain.clone(),
+            session: Session::default(),
+            failures: Mutex::default(),
+            endpoint,
+        })
+    }
+
+    /// `host` or `host:port`.
+    pub(super) fn name(&self) -> String {
+        host_of(&self.endpoint.base)
+    }
+
+    /// Whether it failed lately, or did not have `path`.
+    pub(super) fn is_last_choice(&self, path: &str) -> bool {
+        let failures = self.failures.lock();
+        let now = Instant::now();
+        let failed = |key| failures.get(key).is_some_and(|until| *until > now);
+        failed("") || failed(path)
+    }
+
+    /// Takes note of an error, so that the other hosts are asked first.
+    pub(super) fn failed(&self, path: &str, error: &SourceError) {
+        let (key, time) = match error.kind() {
+            Kind::NotFound => (path, ABSENCE),
+            _ => ("", PENALTY),
+        };
+        let mut failures = self.failures.lock();
+        if failures.len() >= MAX_FAILURES {
+            failures.clear();
+        }
+        failures.insert(key.to_owned(), Instant::now() + time);
+    }
+
+    /// Asks for `path` (such as `blobs/sha256:...`) of the repository.
+    ///
+    /// # Errors
+    /// What the host says, what the token server says, or that neither can be reached.
+    pub(super) async fn get(
+        &self,
+        what: &str,
+        path: &str,
+        want: &Want,
+    ) -> Result<Got, SourceError> {
+        let gate = self.gate("pull");
+        let mut pass = self.session.pass(gate).await?;
+        let mut renewed = false;
+        loop {
+            let refused = Mutex::new(None);
+            let inspect = |status: StatusCode, headers: &HeaderMap| {
+                *refused.lock() = Refused::of(status, headers);
+                Ok(None)
+            };
+            let mut headers = self.endpoint.headers.clone();
+            if matches!(want, Want::Manifest(_)) {
+                headers.insert(header::ACCEPT, HeaderValue::from_static(manifest::ACCEPT));
+            }
+            let ask = Ask {
+                what,
+                url: self.url(path),
+                auth: pass.auth(),
+                headers: Some(&headers),
+            };
+            let got = match want {
+                Want::Manifest(limit) | Want::Blob(limit) => {
+                    let document = self.web.document(&ask, None, *limit, &inspect).await;
+                    document.map(Got::Document)
+                }
+                // A blob is read in parallel ranges: one request finds out where it really is.
+                Want::Range(range) => {
+                    let range = range.clone();
+                    let stream = self
+                        .web
+                        .read_range(&ask, Pin::Free, range, true, &inspect)
+                        .await;
+                    stream.map(Got::Stream)
+                }
+            };
+            let error = match got {
+                Ok(got) => {
+                    self.session.entered(&pass);
+                    return Ok(got);
+                }
+                Err(error) => error,
+            };
+            let Some(refused) = refused
+                .into_inner()
+                .filter(|_| error.kind() == Kind::Denied)
+            else {
+                return Err(error);
+            };
+            if renewed {
+                return Err(self.session.denied(gate, error));
+            }
+            renewed = true;
+            pass = match self.session.renew(gate, pass, &refused).await? {
+                Some(pass) => pass,
+                None => return Err(self.session.denied(gate, error)),
+            };
+        }
+    }
+
+    /// What getting in here needs.
+    fn gate<'a>(&'a self, actions: &'a str) -> Gate<'a> {
+        Gate {
+            web: &self.web,
+            base: &self.endpoint.base,
+            place: &self.place,
+            keychain: &self.keychain,
+            actions,
+        }
+    }
+
+    fn url(&self, path: &str) -> Url {
+        let mut url = self.endpoint.base.clone();
+        let base = url.path().trim_end_matches('/').to_owned();
+        url.set_path(&format!("{base}/{}/{path}", self.place.repository));
+        if let Some(namespace) = &self.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        url
+    }
+}
