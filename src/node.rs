@@ -19,7 +19,7 @@ pub use self::{
 use crate::{
     fetch::{Class, Engine, FetchError, FetchErrorKind},
     reference::{HubRepo, Locator, Reference},
-    source::{Source, SourceError, SourceErrorKind, Sources},
+    source::{Layered, Source, SourceError, SourceErrorKind, Sources},
     store::{Hold, Reservation, Store, StoreError},
     tree::{Artifact, Object},
 };
@@ -146,6 +146,19 @@ impl Node {
         };
         let source = self.sources.open(reference).map_err(failed)?;
         source.resolve(reference).await.map_err(failed)
+    }
+
+    /// The layers of `reference`, where it is a container image; keeps nothing.
+    ///
+    /// # Errors
+    /// What the source says.
+    pub async fn layers(&self, reference: &Reference) -> Result<Option<Layered>, NodeError> {
+        let failed = |source| NodeError::Resolve {
+            reference: reference.to_string(),
+            source,
+        };
+        let source = self.sources.open(reference).map_err(failed)?;
+        source.layered(reference).await.map_err(failed)
     }
 
     /// Resolves `reference` and records the artifact. A commit that is recorded needs no network;

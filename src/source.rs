@@ -65,6 +65,55 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     async fn layered(&self, _reference: &Reference) -> Result<Option<Layered>, SourceError> {
         Ok(None)
     }
+
+    /// What others have attached to the manifest `subject` under the artifact type `kind` (OCI
+    /// referrers), the newest first where the registry keeps an order. A blob of it is read as
+    /// `sha256:<hex>`; who has the whole of it must verify it.
+    ///
+    /// # Errors
+    /// What the registry says.
+    async fn attached(&self, _subject: &Digest, _kind: &str) -> Result<Vec<Attached>, SourceError> {
+        Ok(Vec::new())
+    }
+
+    /// Attaches something to the manifest `subject`; gives the digest of its own manifest.
+    ///
+    /// # Errors
+    /// What the registry says; a source to which nothing can be attached.
+    async fn attach(&self, subject: &Digest, _what: Attachment) -> Result<Digest, SourceError> {
+        let message = "is not in a registry, so that nothing can be attached to it";
+        Err(SourceError::new(
+            SourceErrorKind::Invalid,
+            subject.to_string(),
+            message,
+        ))
+    }
+}
+
+/// Something that is attached to a manifest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    /// The digest of its own manifest.
+    pub manifest: Digest,
+    pub blobs: Vec<Layer>,
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// Something to attach to a manifest.
+#[derive(Debug, Clone)]
+pub struct Attachment {
+    /// Its artifact type.
+    pub kind: String,
+    pub blobs: Vec<AttachedBlob>,
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// A blob to attach.
+#[derive(Debug, Clone)]
+pub struct AttachedBlob {
+    pub media_type: String,
+    pub bytes: Bytes,
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// What lies in the layers of a container image, before any of them was looked into.
@@ -282,7 +331,7 @@ impl Sources {
         }
     }
 
-    /// The source of `reference`. Does no I/O but reading credential files.
+    /// The source of `reference`. Does no I/O but reading settings and credential files.
     ///
     /// # Errors
     /// Settings in the environment that cannot be used.

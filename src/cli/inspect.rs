@@ -3,9 +3,9 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use super::{Context, output, parse_reference};
-use crate::{reference::Reference, tree::Artifact};
+use crate::{reference::Reference, source::Layered, tree::Artifact};
 
-/// Show the files of a reference, their sizes and digests; fetches no content
+/// Show the files of a reference, or the layers of a container image; fetches no content
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// What to look at
@@ -34,8 +34,36 @@ struct File {
     digest: Option<String>,
 }
 
+/// What is said of a container image: its files are known only once its layers are unpacked.
+#[derive(Serialize)]
+struct Image {
+    reference: String,
+    kind: &'static str,
+    platform: Option<String>,
+    manifest: String,
+    config: String,
+    bytes: u64,
+    layers: Vec<Layer>,
+}
+
+#[derive(Serialize)]
+struct Layer {
+    digest: String,
+    bytes: u64,
+    media_type: String,
+    diff_id: Option<String>,
+}
+
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     context.with_node(|node| async move {
+        if let Some(layered) = node.layers(&args.reference).await? {
+            let image = image(layered);
+            match args.json {
+                true => output::json(&image)?,
+                false => print_image(image)?,
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
         let artifact = node.inspect(&args.reference).await?;
         let report = report(&args.reference, &artifact);
         if args.json {
@@ -59,6 +87,46 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         output::table(&rows)?;
         Ok(ExitCode::SUCCESS)
     })
+}
+
+fn image(layered: Layered) -> Image {
+    let layers = layered.layers.into_iter().map(|layer| Layer {
+        digest: layer.blob.to_string(),
+        bytes: layer.size,
+        media_type: layer.media_type,
+        diff_id: layer.diff_id.map(|digest| digest.to_string()),
+    });
+    let layers: Vec<Layer> = layers.collect();
+    Image {
+        reference: layered.reference,
+        kind: "image",
+        platform: layered.platform.map(|platform| platform.to_string()),
+        manifest: layered.manifest.to_string(),
+        config: layered.config.to_string(),
+        bytes: layers
+            .iter()
+            .fold(0, |sum, layer| sum.saturating_add(layer.bytes)),
+        layers,
+    }
+}
+
+fn print_image(image: Image) -> std::io::Result<()> {
+    output::line(format!("{} ({})", image.reference, image.kind))?;
+    if let Some(platform) = &image.platform {
+        output::line(format!("platform {platform}"))?;
+    }
+    output::line(format!("manifest {}", image.manifest))?;
+    let (layers, size) = (image.layers.len(), output::size(image.bytes));
+    output::line(format!("{layers} layers, {size} compressed"))?;
+    let mut rows = vec![vec!["SIZE".into(), "DIGEST".into(), "MEDIA TYPE".into()]];
+    for layer in image.layers {
+        rows.push(vec![
+            output::size(layer.bytes),
+            layer.digest,
+            layer.media_type,
+        ]);
+    }
+    output::table(&rows)
 }
 
 fn report(reference: &Reference, artifact: &Artifact) -> Report {

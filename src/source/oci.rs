@@ -15,6 +15,7 @@ mod host;
 mod hosts;
 mod manifest;
 mod models;
+mod referrers;
 
 use std::{collections::HashMap, ops::Range, path::Path, sync::Arc};
 
@@ -29,9 +30,8 @@ use self::{
     manifest::{Document, ImageConfig, check_platform, choose, descriptor},
 };
 use super::{
-    ByteStream, Config, Layered, Source, SourceError, SourceErrorKind as Kind,
-    listing::short,
-    web::{host_of, text},
+    Attached, Attachment, ByteStream, Config, Layered, Source, SourceError,
+    SourceErrorKind as Kind, listing::short, web::text,
 };
 use crate::{
     digest::Digest,
@@ -62,7 +62,8 @@ pub(crate) struct Registry {
     name: String,
     registry: String,
     repository: String,
-    hosts: Vec<Host>,
+    config: Config,
+    hosts: Vec<Arc<Host>>,
     documents: Mutex<Documents>,
 }
 
@@ -88,6 +89,8 @@ pub(crate) struct ManifestBytes {
 pub(crate) struct Manifest {
     pub(crate) digest: Digest,
     pub(crate) image: OciImageManifest,
+    /// Whether an index named it as that of the platform.
+    is_chosen: bool,
 }
 
 impl Registry {
@@ -103,19 +106,30 @@ impl Registry {
         let path = config.registry_config_path.as_deref();
         let path = path.unwrap_or(Path::new(hosts::DEFAULT_PATH));
         let endpoints = hosts::endpoints(path, &oci.registry)?;
-        let make = |endpoint| Host::new(endpoint, &oci.registry, &oci.repository, keychain, config);
+        let make = |endpoint| {
+            Host::new(endpoint, &oci.registry, &oci.repository, keychain, config).map(Arc::new)
+        };
         Ok(Self {
             name: format!("{}/{}", oci.registry, oci.repository),
             registry: oci.registry.clone(),
             repository: oci.repository.clone(),
+            config: config.clone(),
             hosts: endpoints.into_iter().map(make).collect::<Result<_, _>>()?,
             documents: Mutex::default(),
         })
     }
 
-    /// `registry/repository`.
-    pub(crate) fn name(&self) -> &str {
-        &self.name
+    /// The same without mirrors, which may be behind.
+    fn itself(&self) -> Self {
+        let itself = self.hosts.iter().filter(|host| !host.endpoint.is_mirror);
+        Self {
+            name: self.name.clone(),
+            registry: self.registry.clone(),
+            repository: self.repository.clone(),
+            config: self.config.clone(),
+            hosts: itself.cloned().collect(),
+            documents: Mutex::default(),
+        }
     }
 
     /// The manifest or index with this tag or digest; verified where it is a digest.
@@ -132,7 +146,10 @@ impl Registry {
             None => format!("oci://{}:{reference}", self.name),
         };
         let path = format!("manifests/{reference}");
-        let document = match self.get(&what, &path, &Want::Manifest(MAX_MANIFEST)).await {
+        let document = match self
+            .get(&what, &path, &Want::Manifest(MAX_MANIFEST, wanted))
+            .await
+        {
             Ok(Got::Document(document)) => document,
             Ok(Got::Stream(_)) => return Err(unexpected(&what)),
             Err(error) if error.kind() == Kind::NotFound => {
@@ -151,24 +168,6 @@ impl Registry {
             media_type: short(media_type),
             bytes: document.body.into(),
         };
-        let corrupt = |claimed: &str| {
-            let host = host_of(&document.url);
-            let message = format!(
-                "{host} answered with other bytes ({}), not {claimed}",
-                found.digest
-            );
-            SourceError::new(Kind::Corrupt, &what, message)
-        };
-        if wanted.is_some_and(|wanted| wanted != found.digest) {
-            return Err(corrupt(reference));
-        }
-        // What the registry itself says of a tag; broken on the way, if it does not agree.
-        let claimed = text(&document.headers, "docker-content-digest");
-        if let Some(claimed) = claimed.filter(|c| c.starts_with("sha256:"))
-            && claimed != found.digest.to_string()
-        {
-            return Err(corrupt(&short(claimed)));
-        }
         self.remember(&found);
         Ok(found)
     }
@@ -183,21 +182,14 @@ impl Registry {
         }
         let what = self.blob_name(digest);
         let path = format!("blobs/{digest}");
-        let Got::Document(document) = self.get(&what, &path, &Want::Blob(limit)).await? else {
+        let Got::Document(document) = self.get(&what, &path, &Want::Blob(limit, *digest)).await?
+        else {
             return Err(unexpected(&what));
         };
-        let found = Digest::of(&document.body);
-        if found != *digest {
-            let message = format!(
-                "{} answered with other bytes ({found})",
-                host_of(&document.url)
-            );
-            return Err(SourceError::new(Kind::Corrupt, what, message));
-        }
         let bytes: Arc<[u8]> = document.body.into();
         self.remember(&ManifestBytes {
             bytes: Arc::clone(&bytes),
-            digest: found,
+            digest: *digest,
             media_type: String::new(),
         });
         Ok(bytes)
@@ -223,11 +215,11 @@ impl Registry {
     /// Asks one host after the other for `path`.
     async fn get(&self, what: &str, path: &str, want: &Want) -> Result<Got, SourceError> {
         let by_tag = path.starts_with("manifests/") && !path.starts_with("manifests/sha256:");
-        let can = |host: &&Host| match by_tag {
+        let can = |host: &&Arc<Host>| match by_tag {
             true => host.endpoint.resolve,
             false => host.endpoint.pull,
         };
-        let mut hosts: Vec<&Host> = self.hosts.iter().filter(can).collect();
+        let mut hosts: Vec<&Arc<Host>> = self.hosts.iter().filter(can).collect();
         // Stable: otherwise in the order of hosts.toml.
         hosts.sort_by_key(|host| host.is_last_choice(path));
         let mut failed: Option<SourceError> = None;
@@ -288,6 +280,7 @@ impl Registry {
                     return Ok(Manifest {
                         digest: found.digest,
                         image: *image,
+                        is_chosen: seen.len() > 1,
                     });
                 }
             };
@@ -441,7 +434,10 @@ impl Source for OciSource {
         }
         let config = ImageConfig::parse(&what, &bytes)?;
         let platform = config.platform();
-        check_platform(&what, oci.platform.as_ref(), platform.as_ref())?;
+        // What an index says counts more: many configurations leave the variant out.
+        if !manifest.is_chosen {
+            check_platform(&what, oci.platform.as_ref(), platform.as_ref())?;
+        }
         Ok(Some(Layered {
             reference: reference.to_string(),
             manifest: manifest.digest,
@@ -450,6 +446,14 @@ impl Source for OciSource {
             platform,
             root,
         }))
+    }
+
+    async fn attached(&self, subject: &Digest, kind: &str) -> Result<Vec<Attached>, SourceError> {
+        self.registry.attached(subject, kind).await
+    }
+
+    async fn attach(&self, subject: &Digest, what: Attachment) -> Result<Digest, SourceError> {
+        self.registry.itself().attach(subject, what).await
     }
 }
 

@@ -54,6 +54,8 @@ pub(crate) struct Web {
 pub(crate) struct Tls {
     /// More certificate authorities.
     pub(crate) roots: Vec<reqwest::Certificate>,
+    /// The same as text.
+    pub(crate) pem: Vec<Vec<u8>>,
     /// The client's certificate and key.
     pub(crate) identity: Option<reqwest::Identity>,
     /// Whether any certificate will do.
@@ -134,7 +136,34 @@ pub(crate) struct Document {
     pub(crate) body: Vec<u8>,
 }
 
+impl Tls {
+    /// Trusts these certificates, too.
+    pub(crate) fn trust(&mut self, (roots, pem): (Vec<reqwest::Certificate>, String)) {
+        self.roots.extend(roots);
+        self.pem.push(pem.into_bytes());
+    }
+}
+
+/// What credentials are, for another client.
+pub(crate) enum Exposed<'a> {
+    Bearer(&'a str),
+    Basic(&'a str, &'a str),
+}
+
 impl Auth {
+    /// The credentials themselves.
+    pub(crate) fn exposed(&self) -> Exposed<'_> {
+        match &self.credentials {
+            Credentials::Bearer(value) => {
+                let value = value.to_str().unwrap_or_default();
+                Exposed::Bearer(value.strip_prefix("Bearer ").unwrap_or(value))
+            }
+            Credentials::Basic { user, password } => {
+                Exposed::Basic(user.expose(), password.expose())
+            }
+        }
+    }
+
     /// `Authorization: Bearer token` for the origin of `url`; `None` where the token has bytes that
     /// no header can hold.
     pub(crate) fn bearer(url: &Url, token: &Secret) -> Option<Self> {

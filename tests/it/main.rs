@@ -5,6 +5,7 @@ mod fetch;
 mod fs;
 mod http_faults;
 mod layers;
+mod registry;
 mod scripted;
 mod scripted_source;
 mod store;

@@ -112,6 +112,11 @@ impl Refused {
             challenge: Challenge::of(headers),
         })
     }
+
+    /// What the host wants, if it says so.
+    pub(super) fn into_challenge(self) -> Option<Challenge> {
+        self.challenge
+    }
 }
 
 impl Pass<'_> {
@@ -248,6 +253,14 @@ impl Session {
 }
 
 impl Gate<'_> {
+    /// What to send after `challenge`, outside of any session.
+    ///
+    /// # Errors
+    /// As [`Session::renew`].
+    pub(super) async fn enter(&self, challenge: Challenge) -> Result<Option<Auth>, SourceError> {
+        Ok(self.get_in(challenge, false).await?.auth)
+    }
+
     /// Meets `challenge`. `afresh`: what was remembered has just been refused.
     async fn get_in(&self, challenge: Challenge, afresh: bool) -> Result<Grant, SourceError> {
         let found = self.keychain.find(self.place, afresh).await;

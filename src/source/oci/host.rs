@@ -20,15 +20,21 @@ use super::{
     hosts::Endpoint,
     manifest,
 };
+use crate::digest::Digest;
 use crate::source::{
     ByteStream, Config, SourceError, SourceErrorKind as Kind,
-    web::{Ask, Document, Pin, Web, host_of},
+    listing::short,
+    web::{Ask, Auth, Document, Pin, Web, host_of, text},
 };
 
 /// How long a mirror that failed is asked last.
 const PENALTY: Duration = Duration::from_secs(15);
 /// How long a mirror is asked last for what it did not have.
 const ABSENCE: Duration = Duration::from_secs(60);
+const SLOWER: &str =
+    "wait, or log in (docker login): registries allow less to those they do not know";
+/// Longest answer to whether it is a registry, in bytes.
+const MAX_GREETING: u64 = 1 << 20;
 /// Most failures remembered.
 const MAX_FAILURES: usize = 1024;
 
@@ -49,10 +55,10 @@ pub(super) struct Host {
 /// What is wanted of a host.
 #[derive(Clone)]
 pub(super) enum Want {
-    /// A manifest of at most so many bytes.
-    Manifest(u64),
-    /// A blob of at most so many bytes.
-    Blob(u64),
+    /// A manifest of at most so many bytes, with this digest.
+    Manifest(u64, Option<Digest>),
+    /// A blob of at most so many bytes, with this digest.
+    Blob(u64, Digest),
     /// A range of a blob.
     Range(Range<u64>),
 }
@@ -112,7 +118,7 @@ impl Host {
     /// Takes note of an error, so that the other hosts are asked first.
     pub(super) fn failed(&self, path: &str, error: &SourceError) {
         let (key, time) = match error.kind() {
-            Kind::NotFound => (path, ABSENCE),
+            Kind::NotFound | Kind::Invalid | Kind::Changed => (path, ABSENCE),
             _ => ("", PENALTY),
         };
         let mut failures = self.failures.lock();
@@ -142,7 +148,7 @@ impl Host {
                 Ok(None)
             };
             let mut headers = self.endpoint.headers.clone();
-            if matches!(want, Want::Manifest(_)) {
+            if matches!(want, Want::Manifest(..)) {
                 headers.insert(header::ACCEPT, HeaderValue::from_static(manifest::ACCEPT));
             }
             let ask = Ask {
@@ -152,7 +158,7 @@ impl Host {
                 headers: Some(&headers),
             };
             let got = match want {
-                Want::Manifest(limit) | Want::Blob(limit) => {
+                Want::Manifest(limit, _) | Want::Blob(limit, _) => {
                     let document = self.web.document(&ask, None, *limit, &inspect).await;
                     document.map(Got::Document)
                 }
@@ -169,10 +175,21 @@ impl Host {
             let error = match got {
                 Ok(got) => {
                     self.session.entered(&pass);
-                    return Ok(got);
+                    return match (&got, want) {
+                        (Got::Document(found), Want::Manifest(_, wanted)) => {
+                            verify(what, found, *wanted).map(|()| got)
+                        }
+                        (Got::Document(found), Want::Blob(_, wanted)) => {
+                            verify(what, found, Some(*wanted)).map(|()| got)
+                        }
+                        _ => Ok(got),
+                    };
                 }
                 Err(error) => error,
             };
+            if error.kind() == Kind::Throttled {
+                return Err(error.with_hint(SLOWER));
+            }
             let Some(refused) = refused
                 .into_inner()
                 .filter(|_| error.kind() == Kind::Denied)
@@ -201,13 +218,71 @@ impl Host {
         }
     }
 
+    /// What opens this host for `actions`, such as `pull,push`; `None` where nothing is needed.
+    ///
+    /// # Errors
+    /// As [`Host::get`].
+    pub(super) async fn login(
+        &self,
+        what: &str,
+        actions: &str,
+    ) -> Result<Option<Auth>, SourceError> {
+        let refused = Mutex::new(None);
+        let inspect = |status: StatusCode, headers: &HeaderMap| {
+            *refused.lock() = Refused::of(status, headers);
+            Ok(None)
+        };
+        let mut url = self.endpoint.base.clone();
+        let base = url.path().trim_end_matches('/').to_owned();
+        url.set_path(&format!("{base}/"));
+        let ask = Ask {
+            what,
+            url,
+            auth: None,
+            headers: Some(&self.endpoint.headers),
+        };
+        match self.web.document(&ask, None, MAX_GREETING, &inspect).await {
+            Ok(_) => Ok(None),
+            Err(error) => match refused.into_inner().and_then(Refused::into_challenge) {
+                Some(challenge) => self.gate(actions).enter(challenge).await,
+                None => Err(error),
+            },
+        }
+    }
+
+    /// `path` may have a query.
     fn url(&self, path: &str) -> Url {
+        let (path, query) = path
+            .split_once('?')
+            .map_or((path, None), |(p, q)| (p, Some(q)));
         let mut url = self.endpoint.base.clone();
         let base = url.path().trim_end_matches('/').to_owned();
         url.set_path(&format!("{base}/{}/{path}", self.place.repository));
+        url.set_query(query);
         if let Some(namespace) = &self.namespace {
             url.query_pairs_mut().append_pair("ns", namespace);
         }
         url
+    }
+}
+
+/// Whether a document has the digest that was asked for, and that its host says it has.
+fn verify(what: &str, found: &Document, wanted: Option<Digest>) -> Result<(), SourceError> {
+    let digest = Digest::of(&found.body);
+    let corrupt = |claimed: &str| {
+        let host = host_of(&found.url);
+        let message = format!("{host} answered with other bytes ({digest}), not {claimed}");
+        Err(SourceError::new(Kind::Corrupt, what, message))
+    };
+    if let Some(wanted) = wanted {
+        return match wanted == digest {
+            true => Ok(()),
+            false => corrupt(&wanted.to_string()),
+        };
+    }
+    let claimed = text(&found.headers, "docker-content-digest");
+    match claimed.filter(|claimed| claimed.starts_with("sha256:")) {
+        Some(claimed) if claimed != digest.to_string() => corrupt(&short(claimed)),
+        _ => Ok(()),
     }
 }

@@ -220,7 +220,7 @@ fn endpoint(
         ..Tls::default()
     };
     for name in settings.ca.iter().flat_map(OneOrMore::as_slice) {
-        tls.roots.extend(authorities(&near(name))?);
+        tls.trust(authorities(&near(name))?);
     }
     if let Some(client) = settings.client.as_ref().and_then(|c| c.as_slice().first()) {
         tls.identity = match client.as_slice() {
@@ -274,7 +274,7 @@ fn docker_certificates(dir: &Path) -> Result<Tls, SourceError> {
     files.sort();
     for file in files {
         match file.extension().and_then(|e| e.to_str()) {
-            Some("crt") => tls.roots.extend(authorities(&file)?),
+            Some("crt") => tls.trust(authorities(&file)?),
             Some("cert") if tls.identity.is_none() => {
                 let key = file.with_extension("key");
                 tls.identity = Some(identity(&[file, key])?);
@@ -285,12 +285,13 @@ fn docker_certificates(dir: &Path) -> Result<Tls, SourceError> {
     Ok(tls)
 }
 
-fn authorities(file: &Path) -> Result<Vec<reqwest::Certificate>, SourceError> {
+/// The certificates of a file, and its text.
+fn authorities(file: &Path) -> Result<(Vec<reqwest::Certificate>, String), SourceError> {
     let invalid = |why: &str| SourceError::new(Kind::Invalid, file.display().to_string(), why);
     let pem = read(file)?.ok_or_else(|| invalid("is not there"))?;
     let found = reqwest::Certificate::from_pem_bundle(pem.as_bytes());
     match found {
-        Ok(found) if !found.is_empty() => Ok(found),
+        Ok(found) if !found.is_empty() => Ok((found, pem)),
         _ => Err(invalid("holds no PEM certificate")),
     }
 }

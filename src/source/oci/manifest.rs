@@ -322,3 +322,127 @@ pub(super) fn check_platform(
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn bytes(text: &[u8]) -> ManifestBytes {
+        ManifestBytes {
+            bytes: text.into(),
+            digest: Digest::of(text),
+            media_type: OCI_IMAGE_MEDIA_TYPE.to_owned(),
+        }
+    }
+
+    /// All that is made of a document.
+    fn through(text: &[u8], config: &[u8]) -> Option<Vec<Layer>> {
+        match parse("x", &bytes(text)).ok()? {
+            Document::Index(index) => {
+                let entry = choose("x", &index, None).ok()?;
+                descriptor("x", "y", &entry.digest, entry.size).ok()?;
+                None
+            }
+            Document::Image(image) => {
+                let config = ImageConfig::parse("x", config).ok()?;
+                let platform = config.platform();
+                check_platform("x", Some(&Platform::here()), platform.as_ref()).ok();
+                layers("x", &image.layers, &config).ok()
+            }
+        }
+    }
+
+    fn document(count: usize) -> (Value, Value) {
+        let digest = Digest::of(b"x").to_string();
+        let media_type = "application/vnd.docker.image.rootfs.diff.tar.gzip";
+        let layer = json!({ "mediaType": media_type, "digest": digest, "size": 7 });
+        let config =
+            json!({ "mediaType": IMAGE_DOCKER_CONFIG_MEDIA_TYPE, "digest": digest, "size": 7 });
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": IMAGE_MANIFEST_MEDIA_TYPE,
+            "config": config, "layers": vec![layer; count],
+        });
+        let config = json!({ "os": "linux", "architecture": "amd64", "rootfs": { "diff_ids": vec![digest; count] } });
+        (manifest, config)
+    }
+
+    #[test]
+    fn an_image_of_docker_is_one_too() {
+        let (manifest, config) = document(3);
+        let found = through(
+            manifest.to_string().as_bytes(),
+            config.to_string().as_bytes(),
+        );
+        assert_eq!(found.unwrap().len(), 3);
+        let (manifest, config) = document(0);
+        let found = through(
+            manifest.to_string().as_bytes(),
+            config.to_string().as_bytes(),
+        );
+        assert!(found.unwrap().is_empty());
+    }
+
+    #[test]
+    fn layers_are_known_by_their_media_type() {
+        for yes in [
+            "application/vnd.oci.image.layer.v1.tar",
+            "application/vnd.oci.image.layer.v1.tar+gzip",
+            "application/vnd.oci.image.layer.v1.tar+zstd",
+            "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+            "application/vnd.docker.image.rootfs.diff.tar.gzip",
+            "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+        ] {
+            assert!(is_image_layer(yes), "{yes}");
+        }
+        for no in [
+            "application/vnd.oci.image.layer.v1.tar+encrypted",
+            "application/vnd.oci.image.layer.v1.tar+gzip+encrypted",
+            "application/vnd.ollama.image.model",
+            "",
+        ] {
+            assert!(!is_image_layer(no), "{no}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_damage_panics(
+            count in 0..4_usize, at in 0..2000_usize, byte in any::<u8>(), cut in 0..2000_usize,
+            in_config in any::<bool>(),
+        ) {
+            let (manifest, config) = document(count);
+            let mut texts = [manifest.to_string().into_bytes(), config.to_string().into_bytes()];
+            let text = &mut texts[usize::from(in_config)];
+            if let Some(place) = text.get_mut(at) {
+                *place = byte;
+            }
+            text.truncate(cut.max(1));
+            through(&texts[0], &texts[1]);
+        }
+
+        #[test]
+        fn no_document_panics(
+            text in r#"\{("(schemaVersion|manifests|layers|config|mediaType|digest|size|platform|os|architecture)":([0-9-]{1,20}|"[a-z:/.+]{0,8}"|\[\{?|null|\{)[,\]}]{0,3}){0,8}\}?"#,
+        ) {
+            through(text.as_bytes(), text.as_bytes());
+        }
+
+        #[test]
+        fn no_index_panics(
+            entries in proptest::collection::vec(
+                ("(sha256:)?[0-9a-f]{0,64}", any::<i64>(), proptest::option::of(("[a-z]{0,6}|linux", "[a-z0-9]{0,6}|amd64|arm", proptest::option::of("v?[0-9]{0,12}")))), 0..5),
+        ) {
+            let entries: Vec<_> = entries.into_iter().map(|(digest, size, platform)| {
+                let platform = platform.map(|(os, architecture, variant)| json!({
+                    "os": os, "architecture": architecture, "variant": variant,
+                }));
+                json!({ "mediaType": OCI_IMAGE_MEDIA_TYPE, "digest": digest, "size": size, "platform": platform })
+            }).collect();
+            let index = json!({ "schemaVersion": 2, "mediaType": OCI_IMAGE_INDEX_MEDIA_TYPE, "manifests": entries });
+            through(index.to_string().as_bytes(), b"{}");
+        }
+    }
+}
