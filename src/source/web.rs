@@ -9,6 +9,7 @@
 //! [`super::http`] and [`super::hub`]; keeps nothing on disk.
 
 mod answer;
+mod auth;
 mod headers;
 mod routes;
 
@@ -21,16 +22,19 @@ use reqwest::{
 use tokio::time::timeout;
 use url::Url;
 
-pub(crate) use self::headers::{last_modified, link_next, text, total_of};
 use self::{
     answer::{
         Answer, encoded_error, is_broken, is_encoded, is_stale, ranged, redirect, refusal,
         root_cause, transport,
     },
+    auth::{Credentials, strip_user_info},
     routes::{Route, Routes},
 };
+pub(crate) use self::{
+    auth::{Auth, Exposed, Tls, extra_roots},
+    headers::{last_modified, link_next, text, total_of},
+};
 use super::{ByteStream, Config, SourceError, SourceErrorKind as Kind};
-use crate::reference::Secret;
 
 /// Most redirects followed for one request.
 const MAX_REDIRECTS: usize = 10;
@@ -47,19 +51,6 @@ pub(crate) struct Web {
     /// Longest time without a byte of a body.
     stall: Duration,
     routes: Routes,
-}
-
-/// How a host is trusted, and how it may trust us, beyond what the system says.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Tls {
-    /// More certificate authorities.
-    pub(crate) roots: Vec<reqwest::Certificate>,
-    /// The same as text.
-    pub(crate) pem: Vec<Vec<u8>>,
-    /// The client's certificate and key.
-    pub(crate) identity: Option<reqwest::Identity>,
-    /// Whether any certificate will do.
-    pub(crate) skip_verify: bool,
 }
 
 /// What is asked of whom. Not `Debug`: the URL may hold a secret, as may those below.
@@ -80,19 +71,6 @@ pub(crate) struct Ask<'a> {
 pub(crate) enum Body<'a> {
     Json(&'a serde_json::Value),
     Form(&'a [(&'a str, &'a str)]),
-}
-
-/// Credentials for one origin (scheme, host, port).
-#[derive(Debug)]
-pub(crate) struct Auth {
-    origin: url::Origin,
-    credentials: Credentials,
-}
-
-#[derive(Debug)]
-enum Credentials {
-    Bearer(HeaderValue),
-    Basic { user: Secret, password: Secret },
 }
 
 /// What the answer to a range request must match.
@@ -136,73 +114,6 @@ pub(crate) struct Document {
     pub(crate) body: Vec<u8>,
 }
 
-impl Tls {
-    /// Trusts these certificates, too.
-    pub(crate) fn trust(&mut self, (roots, pem): (Vec<reqwest::Certificate>, String)) {
-        self.roots.extend(roots);
-        self.pem.push(pem.into_bytes());
-    }
-}
-
-/// What credentials are, for another client.
-pub(crate) enum Exposed<'a> {
-    Bearer(&'a str),
-    Basic(&'a str, &'a str),
-}
-
-impl Auth {
-    /// The credentials themselves.
-    pub(crate) fn exposed(&self) -> Exposed<'_> {
-        match &self.credentials {
-            Credentials::Bearer(value) => {
-                let value = value.to_str().unwrap_or_default();
-                Exposed::Bearer(value.strip_prefix("Bearer ").unwrap_or(value))
-            }
-            Credentials::Basic { user, password } => {
-                Exposed::Basic(user.expose(), password.expose())
-            }
-        }
-    }
-
-    /// `Authorization: Bearer token` for the origin of `url`; `None` where the token has bytes that
-    /// no header can hold.
-    pub(crate) fn bearer(url: &Url, token: &Secret) -> Option<Self> {
-        let mut value = HeaderValue::from_str(&format!("Bearer {}", token.expose())).ok()?;
-        value.set_sensitive(true);
-        Some(Self {
-            origin: url.origin(),
-            credentials: Credentials::Bearer(value),
-        })
-    }
-
-    /// Basic credentials for the origin of `url`.
-    pub(crate) fn basic(url: &Url, user: Secret, password: Secret) -> Self {
-        Self {
-            origin: url.origin(),
-            credentials: Credentials::Basic { user, password },
-        }
-    }
-
-    /// Takes the user info out of `url`, as basic credentials for its origin.
-    pub(crate) fn take_from(url: &mut Url) -> Option<Self> {
-        let decode = |text: &str| {
-            Secret::new(percent_encoding::percent_decode_str(text).decode_utf8_lossy())
-        };
-        if url.username().is_empty() && url.password().is_none() {
-            return None;
-        }
-        let credentials = Credentials::Basic {
-            user: decode(url.username()),
-            password: decode(url.password().unwrap_or_default()),
-        };
-        strip_user_info(url);
-        Some(Self {
-            origin: url.origin(),
-            credentials,
-        })
-    }
-}
-
 impl Web {
     /// A client with the timeouts of `config`. Trusts the roots of the system (or `SSL_CERT_FILE`, `SSL_CERT_DIR`) and those in the PEM
     /// files that `REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE` name; uses the proxies that
@@ -220,7 +131,7 @@ impl Web {
     /// As [`Web::new`].
     pub(crate) fn with_tls(config: &Config, tls: Tls) -> Result<Self, SourceError> {
         super::install_tls();
-        let mut extra = extra_roots()?;
+        let mut extra = extra_roots()?.roots;
         extra.extend(tls.roots);
         let builder = || {
             let builder = match &tls.identity {
@@ -577,31 +488,4 @@ pub(crate) fn host_of(url: &Url) -> String {
         (host, None) => host.to_owned(),
         (host, Some(port)) => format!("{host}:{port}"),
     }
-}
-
-fn strip_user_info(url: &mut Url) {
-    // Both fail only for URLs without host, which have no user info either.
-    let _ = url.set_username("");
-    let _ = url.set_password(None);
-}
-
-/// The certificates in the bundles that Python's `requests` and curl would use. `SSL_CERT_FILE`
-/// and `SSL_CERT_DIR` are read by the platform verifier itself.
-fn extra_roots() -> Result<Vec<reqwest::Certificate>, SourceError> {
-    let mut roots = Vec::new();
-    for name in ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"] {
-        let Some(path) = std::env::var_os(name).filter(|path| !path.is_empty()) else {
-            continue;
-        };
-        let what = format!("CA bundle {} ({name})", path.display());
-        let fail = |why: String| SourceError::new(Kind::Invalid, what.as_str(), why);
-        let pem = std::fs::read(&path).map_err(|error| fail(error.to_string()))?;
-        let found = reqwest::Certificate::from_pem_bundle(&pem)
-            .map_err(|error| fail(root_cause(&error)))?;
-        if found.is_empty() {
-            return Err(fail("holds no PEM certificate".to_owned()));
-        }
-        roots.extend(found);
-    }
-    Ok(roots)
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
@@ -21,7 +22,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    servers::{Server, bed, make_certificates},
+    servers::{Server, bed, make_certificates, set_env},
     sources::{bytes, read},
 };
 
@@ -354,6 +355,74 @@ async fn a_registry_with_passwords_conforms() {
     }
 }
 
+/// The password comes from a helper that a file names, or from a plugin of the kubelet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn helpers_and_plugins_open_a_registry() {
+    let server = docker_registry(|dir| {
+        fs::write(dir.join("htpasswd"), HTPASSWD).unwrap();
+        let own = dir.display();
+        format!(
+            "http: {{addr: ADDRESS}}\nauth: {{htpasswd: {{realm: test, path: {own}/htpasswd}}}}"
+        )
+    });
+    let image = Image::new();
+    let host = format!("127.0.0.1:{}", server.port);
+    let at = format!("{host}/team/app:1");
+    let login = format!("--dest-creds=me:{SECRET}");
+    image.push(&at, &["--dest-tls-verify=false", &login]);
+    let reference = format!("oci://{at}");
+    let programs = tempfile::tempdir().unwrap();
+    let program = |name: &str, script: &str| {
+        let path = programs.path().join(name);
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    };
+    let path = std::env::var("PATH").unwrap();
+    set_env(&[("PATH", format!("{}:{path}", programs.path().display()))]);
+
+    let settings = Settings::new();
+    let file = json!({ "credHelpers": { &host: "of-the-test" } });
+    fs::write(settings.0.path().join("auth.json"), file.to_string()).unwrap();
+    let helper = format!(
+        "read server; [ \"$1 $server\" = \"get {host}\" ] || exit 1\n\
+         echo '{{\"ServerURL\": \"x\", \"Username\": \"me\", \"Secret\": \"{SECRET}\"}}'"
+    );
+    program("docker-credential-of-the-test", &helper);
+    layered(&settings.open(&reference), &reference)
+        .await
+        .unwrap();
+    program(
+        "docker-credential-of-the-test",
+        "echo credentials not found in native keychain; exit 1",
+    );
+    let error = layered(&settings.open(&reference), &reference)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), Kind::Denied, "{error}");
+
+    let answer = json!({
+        "kind": "CredentialProviderResponse",
+        "apiVersion": "credentialprovider.kubelet.k8s.io/v1",
+        "cacheKeyType": "Registry", "cacheDuration": "1h",
+        "auth": { &host: { "username": "me", "password": SECRET } },
+    });
+    program("plugin", &format!("cat > /dev/null; echo '{answer}'"));
+    let providers = format!(
+        "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n\
+         - name: plugin\n  matchImages: [\"{host}\"]\n  defaultCacheDuration: 0s\n  \
+         apiVersion: credentialprovider.kubelet.k8s.io/v1\n"
+    );
+    let file = programs.path().join("providers.yaml");
+    fs::write(&file, providers).unwrap();
+    let mut config = Config::default();
+    config.oci.credential_provider_config = Some(file);
+    config.oci.credential_provider_bin_dir = Some(programs.path().to_owned());
+    let source = Sources::new(config)
+        .open(&reference.parse().unwrap())
+        .unwrap();
+    layered(&source, &reference).await.unwrap();
+}
+
 /// A token server for `me`, whose tokens the registry takes for `seconds`, though it says that they
 /// live longer. It writes the certificate of its key to `cert.pem`, and logs each token.
 fn token_server(seconds: u64) -> Server {
@@ -477,7 +546,8 @@ async fn a_token_that_ends_in_the_middle_is_replaced() {
     let login = format!("--dest-creds=me:{SECRET}");
     image.push(&at, &["--dest-tls-verify=false", &login]);
     let reference = format!("oci://{at}");
-    let source = Settings::new().login(&host, "me", SECRET).open(&reference);
+    let settings = Settings::new().login(&host, "me", SECRET);
+    let source = settings.open(&reference);
     let found = layered(&source, &reference).await.unwrap();
     let before = tokens.log().lines().count();
     let (layer, content) = (&found.layers[0], &image.layers[0]);

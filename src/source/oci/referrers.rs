@@ -21,8 +21,9 @@ use super::{
 use crate::{
     digest::Digest,
     source::{
-        Attached, Attachment, Layer, SourceError, SourceErrorKind as Kind, listing::short,
-        web::Exposed,
+        Attached, Attachment, Layer, SourceError, SourceErrorKind as Kind,
+        listing::short,
+        web::{Exposed, extra_roots},
     },
 };
 
@@ -226,22 +227,19 @@ impl Registry {
                 }
             },
         };
+        let mut pem = extra_roots()?.pem;
+        pem.extend(host.endpoint.tls.pem.iter().cloned());
+        let roots = pem.into_iter().map(|data| Certificate {
+            encoding: CertificateEncoding::Pem,
+            data,
+        });
         let client = Client::try_from(ClientConfig {
             protocol: match host.endpoint.base.scheme() {
                 "http" => ClientProtocol::Http,
                 _ => ClientProtocol::Https,
             },
             accept_invalid_certificates: host.endpoint.tls.skip_verify,
-            extra_root_certificates: host
-                .endpoint
-                .tls
-                .pem
-                .iter()
-                .map(|pem| Certificate {
-                    encoding: CertificateEncoding::Pem,
-                    data: pem.clone(),
-                })
-                .collect(),
+            extra_root_certificates: roots.collect(),
             connect_timeout: Some(self.config.connect_timeout()),
             read_timeout: Some(self.config.request_timeout()),
             user_agent: concat!("hearth/", env!("CARGO_PKG_VERSION")),
