@@ -66,6 +66,23 @@ pub trait Source: Send + Sync + std::fmt::Debug {
         Ok(None)
     }
 
+    /// A manifest or index of the repository, by tag or digest, as its registry holds it; its digest
+    /// is computed, and the one that was asked for.
+    ///
+    /// # Errors
+    /// What the registry says; a source that is no registry.
+    async fn manifest(&self, wanted: &str) -> Result<ManifestBytes, SourceError> {
+        Err(SourceError::no_registry(wanted))
+    }
+
+    /// A blob of at most `limit` bytes, such as the configuration of an image, verified.
+    ///
+    /// # Errors
+    /// What the registry says; a blob that is longer, or another; a source that is no registry.
+    async fn small_blob(&self, digest: &Digest, _limit: u64) -> Result<Arc<[u8]>, SourceError> {
+        Err(SourceError::no_registry(&digest.to_string()))
+    }
+
     /// What others have attached to the manifest `subject` under the artifact type `kind` (OCI
     /// referrers), the newest first where the registry keeps an order. A blob of it is read as
     /// `sha256:<hex>`; who has the whole of it must verify it.
@@ -81,13 +98,18 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// What the registry says; a source to which nothing can be attached.
     async fn attach(&self, subject: &Digest, _what: Attachment) -> Result<Digest, SourceError> {
-        let message = "is not in a registry, so that nothing can be attached to it";
-        Err(SourceError::new(
-            SourceErrorKind::Invalid,
-            subject.to_string(),
-            message,
-        ))
+        Err(SourceError::no_registry(&subject.to_string()))
     }
+}
+
+/// A manifest or index as its registry holds it.
+#[derive(Debug, Clone)]
+pub struct ManifestBytes {
+    pub bytes: Arc<[u8]>,
+    /// Computed over `bytes`.
+    pub digest: Digest,
+    /// What the registry says it is.
+    pub media_type: String,
 }
 
 /// Something that is attached to a manifest.
@@ -187,6 +209,10 @@ impl SourceError {
             retry_after: None,
             hint: None,
         }
+    }
+
+    fn no_registry(what: &str) -> Self {
+        Self::new(SourceErrorKind::Invalid, what, "is not in a registry")
     }
 
     /// With the wait that the origin asked for.

@@ -75,6 +75,11 @@ impl OciRef {
         })
     }
 
+    /// Whether `text` could be a tag.
+    pub fn is_tag(text: &str) -> bool {
+        check_tag(text).is_ok()
+    }
+
     /// The digest, else the tag: what to ask the registry for.
     pub fn wanted(&self) -> &str {
         let wanted = self.digest.as_deref().or(self.tag.as_deref());

@@ -30,7 +30,7 @@ use self::{
     manifest::{Document, ImageConfig, check_platform, choose, descriptor},
 };
 use super::{
-    Attached, Attachment, ByteStream, Config, Layered, Source, SourceError,
+    Attached, Attachment, ByteStream, Config, Layered, ManifestBytes, Source, SourceError,
     SourceErrorKind as Kind, listing::short, web::text,
 };
 use crate::{
@@ -72,16 +72,6 @@ pub(crate) struct Registry {
 struct Documents {
     bytes: usize,
     known: HashMap<Digest, ManifestBytes>,
-}
-
-/// A manifest or index as the registry holds it.
-#[derive(Debug, Clone)]
-pub(crate) struct ManifestBytes {
-    pub(crate) bytes: Arc<[u8]>,
-    /// Computed over `bytes`.
-    pub(crate) digest: Digest,
-    /// What the registry says it is.
-    pub(crate) media_type: String,
 }
 
 /// The manifest of one image or model.
@@ -446,6 +436,23 @@ impl Source for OciSource {
             platform,
             root,
         }))
+    }
+
+    async fn manifest(&self, wanted: &str) -> Result<ManifestBytes, SourceError> {
+        let parsed = wanted.parse::<Digest>().is_ok() || OciRef::is_tag(wanted);
+        if !parsed {
+            let what = format!("{:?} of {}", short(wanted), self.registry.name);
+            return Err(SourceError::new(
+                Kind::Invalid,
+                what,
+                "is no tag and no sha256 digest",
+            ));
+        }
+        self.registry.manifest(wanted).await
+    }
+
+    async fn small_blob(&self, digest: &Digest, limit: u64) -> Result<Arc<[u8]>, SourceError> {
+        self.registry.blob(digest, limit).await
     }
 
     async fn attached(&self, subject: &Digest, kind: &str) -> Result<Vec<Attached>, SourceError> {

@@ -233,6 +233,28 @@ async fn an_image_is_its_layers() {
         Kind::Invalid
     );
 
+    // The documents themselves, for whoever passes them on.
+    for wanted in ["1", manifest["digest"].as_str().unwrap()] {
+        let found = source.manifest(wanted).await.unwrap();
+        assert_eq!(
+            found.digest.to_string(),
+            manifest["digest"].as_str().unwrap()
+        );
+        assert_eq!(found.media_type, OCI_MANIFEST);
+    }
+    assert_eq!(
+        source.manifest("../x").await.unwrap_err().kind(),
+        Kind::Invalid
+    );
+    let config = source.small_blob(&found.config, 1000).await.unwrap();
+    assert_eq!(Digest::of(&config), found.config);
+    let fresh = settings.open(&reference);
+    let error = fresh.small_blob(&found.config, 10).await.unwrap_err();
+    assert!(
+        error.to_string().contains("longer than 10 bytes"),
+        "{error}"
+    );
+
     // By digest, with a tag that says nothing.
     let pinned = format!("{reference}@{}", manifest["digest"].as_str().unwrap());
     assert_eq!(
@@ -594,6 +616,44 @@ async fn a_token_is_renewed_before_it_ends() {
         refused, 1,
         "after the first, no request goes out without a token"
     );
+}
+
+/// Who waits for a token that cannot be had does not wait once more for itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_server_that_is_down_is_asked_once_for_all_who_wait() {
+    let mut held = Held::default();
+    let layer = data(100);
+    held.blob(&layer);
+    let guarded = Guarded::new(held, 300);
+    let answers = guarded.clone();
+    let server = Scripted::start(move |seen| answers.answer(seen)).await;
+    let settings = Settings::new();
+    let source = settings.open(&format!("oci://{}/team/app:1", server.address));
+    let blob = digest(&layer);
+    read(&source, &blob, 0..1).await.unwrap();
+    server.take_log();
+    guarded.expired.store(true, Ordering::SeqCst);
+    let answers = guarded.clone();
+    server.now(move |seen| match seen.path() {
+        "/token" => {
+            std::thread::sleep(Duration::from_millis(500));
+            Reply::new("503 Service Unavailable", "")
+        }
+        _ => answers.answer(seen),
+    });
+    let reads = (0..8_u64).map(|n| read(&source, &blob, n..n + 1));
+    for found in join_all(reads).await {
+        assert_eq!(found.unwrap_err().kind(), Kind::Unavailable);
+    }
+    let asked = targets(&server);
+    let tokens = asked
+        .iter()
+        .filter(|target| target.starts_with("/token"))
+        .count();
+    assert!(tokens <= 2, "{asked:?}");
+    let answers = guarded.clone();
+    server.now(move |seen| answers.answer(seen));
+    read(&source, &blob, 0..1).await.unwrap();
 }
 
 #[tokio::test]

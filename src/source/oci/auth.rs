@@ -54,6 +54,8 @@ const HINT: &str = "log in with docker login or podman login, or name a file wit
 pub(super) struct Session {
     now: Mutex<Option<Arc<Grant>>>,
     turn: Turnstile<()>,
+    /// The last failure to get in: who waited meanwhile shares it, and does not wait for another.
+    failure: Mutex<Option<(Instant, SourceError)>>,
 }
 
 /// What opens a host.
@@ -197,6 +199,7 @@ impl Session {
         let grant = match known {
             Some(known) => self.exchange(gate, known, Some(challenge), None).await?,
             None => {
+                let since = Instant::now();
                 let _turn = match pass.turn {
                     Some(turn) => turn,
                     None => self.turn.lock().await,
@@ -204,7 +207,7 @@ impl Session {
                 let found = self.now.lock().clone();
                 match found {
                     Some(found) => found,
-                    None => self.store(gate.get_in(challenge, false).await?),
+                    None => self.get_in(gate, challenge, false, since).await?,
                 }
             }
         };
@@ -220,6 +223,7 @@ impl Session {
         challenge: Option<Challenge>,
         turn: Option<Turn<'_, ()>>,
     ) -> Result<Arc<Grant>, SourceError> {
+        let since = Instant::now();
         let _turn = match turn {
             Some(turn) => turn,
             None => self.turn.lock().await,
@@ -230,15 +234,34 @@ impl Session {
         }
         let was_refused = challenge.is_some();
         match challenge.or_else(|| old.challenge.clone()) {
-            Some(challenge) => Ok(self.store(gate.get_in(challenge, was_refused).await?)),
+            Some(challenge) => self.get_in(gate, challenge, was_refused, since).await,
             None => Ok(Arc::clone(old)),
         }
     }
 
-    fn store(&self, grant: Grant) -> Arc<Grant> {
-        let grant = Arc::new(grant);
-        *self.now.lock() = Some(Arc::clone(&grant));
-        grant
+    /// Gets in, unless another failed to since `since`.
+    async fn get_in(
+        &self,
+        gate: Gate<'_>,
+        challenge: Challenge,
+        afresh: bool,
+        since: Instant,
+    ) -> Result<Arc<Grant>, SourceError> {
+        let failure = self.failure.lock().clone();
+        if let Some((_, error)) = failure.filter(|(when, _)| *when >= since) {
+            return Err(error);
+        }
+        match gate.get_in(challenge, afresh).await {
+            Ok(grant) => {
+                let grant = Arc::new(grant);
+                *self.now.lock() = Some(Arc::clone(&grant));
+                Ok(grant)
+            }
+            Err(error) => {
+                *self.failure.lock() = Some((Instant::now(), error.clone()));
+                Err(error)
+            }
+        }
     }
 
     /// The error for a request that stays refused: `error`, and what was tried.
