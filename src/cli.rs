@@ -42,9 +42,10 @@ use crate::{
 /// Keeps model weights warm on this node, and serves them before they have arrived.
 ///
 /// REF is one of s3://bucket/prefix/, gs://bucket/prefix/, az://container/prefix/,
-/// http(s)://host/path, file:///dir, hf://org/name[@revision][/subdir]; each may end in
-/// ?include=GLOB&exclude=GLOB. Credentials are taken from where the usual tools look for them
-/// (AWS_*, GOOGLE_*, AZURE_*, HF_TOKEN).
+/// http(s)://host/path, file:///dir, hf://org/name[@revision][/subdir],
+/// oci://registry/repository[:tag][@digest]; each may end in ?include=GLOB&exclude=GLOB, oci:// also
+/// in ?platform=os/arch. Credentials are taken from where the usual tools look for them (AWS_*,
+/// GOOGLE_*, AZURE_*, HF_TOKEN, docker login).
 #[derive(Parser)]
 #[command(name = "hearth", version = VERSION, max_term_width = 100)]
 struct Cli {
