@@ -360,6 +360,18 @@ impl FetchError {
         }
     }
 
+    fn no_place(object: &Object) -> Self {
+        let message = format!(
+            "{}: it is a part of another object, and is read through that",
+            object.id
+        );
+        Self {
+            kind: FetchErrorKind::Corrupt,
+            message: message.into(),
+            hint: None,
+        }
+    }
+
     fn other_size(name: &str, claimed: u64, real: u64) -> Self {
         let message = format!("{name}: the origin claims {claimed} bytes, its digest has {real}");
         Self {

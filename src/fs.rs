@@ -211,8 +211,7 @@ impl View {
             }
         }
         let blocks = artifact
-            .objects
-            .iter()
+            .stored()
             .map(|o| o.size.div_ceil(u64::from(BLOCK)))
             .fold(0, u64::saturating_add);
         let mut view = Self {

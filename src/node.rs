@@ -190,7 +190,7 @@ impl Node {
                 tracing::info!(
                     reference = name,
                     revision = artifact.revision,
-                    files = artifact.objects.len(),
+                    objects = artifact.objects.len(),
                     bytes = artifact.size(),
                     took = ?asked.elapsed(),
                     "resolved"
@@ -389,15 +389,16 @@ fn is_immutable(locator: &Locator) -> bool {
 }
 
 /// The order in which objects are fetched: small ones (configuration, tokenizer, indexes) first,
-/// then by path, as loaders read shards.
+/// then by path, as loaders read shards. For slices that is what they are cut from.
 fn order(artifact: &Artifact) -> Vec<usize> {
     let mut seen = vec![false; artifact.objects.len()];
     let mut order = Vec::with_capacity(artifact.objects.len());
     for (_, _, object) in artifact.tree.files() {
-        if let Some(seen) = seen.get_mut(object as usize)
+        if let Some((stored, _)) = artifact.place(object)
+            && let Some(seen) = seen.get_mut(stored as usize)
             && !std::mem::replace(seen, true)
         {
-            order.push(object as usize);
+            order.push(stored as usize);
         }
     }
     let is_large = |o: &Object| o.size > crate::chunk::CHUNK_SIZE;

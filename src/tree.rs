@@ -42,7 +42,8 @@ pub struct Artifact {
     pub revision: String,
     /// The files.
     pub tree: Tree,
-    /// Contents of the files; [`Kind::File`] indexes into this.
+    /// Contents of the files; [`Kind::File`] indexes into this. What slices are cut from is in here
+    /// too, without a file of its own.
     pub objects: Vec<Object>,
 }
 
@@ -64,6 +65,20 @@ pub struct Object {
 pub enum Recipe {
     /// Bytes `a..b` of the object are bytes `offset + a..offset + b` at the location.
     Raw(Location),
+    /// Bytes `a..b` of the object are bytes `offset + a..offset + b` of `objects[object]` of the same
+    /// artifact, which is no slice: a file inside a tar. Only the container is fetched, stored
+    /// and verified.
+    Slice { object: u32, offset: u64 },
+}
+
+impl Recipe {
+    /// Where the bytes are at the origin; `None` for a slice, which has no place of its own.
+    pub const fn location(&self) -> Option<&Location> {
+        match self {
+            Self::Raw(location) => Some(location),
+            Self::Slice { .. } => None,
+        }
+    }
 }
 
 /// A byte range at an origin, pinned to one generation.
@@ -230,12 +245,37 @@ impl Artifact {
         Digest::of(&self.encode())
     }
 
-    /// Bytes of all distinct objects.
+    /// Bytes of all distinct objects, each byte once: slices count as what they are cut from.
     pub fn size(&self) -> u64 {
-        self.objects
-            .iter()
+        self.stored()
             .fold(0, |sum, object| sum.saturating_add(object.size))
     }
+
+    /// The objects that are fetched and stored: all but slices.
+    pub fn stored(&self) -> impl Iterator<Item = &Object> {
+        let stored = |object: &&Object| object.recipe.location().is_some();
+        self.objects.iter().filter(stored)
+    }
+
+    /// Where the bytes of `objects[object]` are stored: the index of that object (itself, unless it
+    /// is a slice) and the offset in it. `None` where the objects contradict each other.
+    pub fn place(&self, object: u32) -> Option<(u32, u64)> {
+        place(&self.objects, object)
+    }
+}
+
+fn place(objects: &[Object], object: u32) -> Option<(u32, u64)> {
+    let this = objects.get(object as usize)?;
+    let &Recipe::Slice {
+        object: container,
+        offset,
+    } = &this.recipe
+    else {
+        return Some((object, 0));
+    };
+    let within = objects.get(container as usize)?;
+    let end = offset.checked_add(this.size)?;
+    (within.recipe.location().is_some() && end <= within.size).then_some((container, offset))
 }
 
 /// Builds a [`Tree`] from paths, in any order. Missing parents are made with the default meta.

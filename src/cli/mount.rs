@@ -428,8 +428,8 @@ impl Status {
             pid: std::process::id(),
             log: self.log.clone(),
             total_bytes: artifact.size(),
-            present_bytes: artifact.objects.iter().map(here).sum(),
-            complete: artifact.objects.iter().all(is_complete),
+            present_bytes: artifact.stored().map(here).sum(),
+            complete: artifact.stored().all(is_complete),
             error: self.error.lock().clone(),
             mount: mount.map(|m| m.stats()).unwrap_or_default(),
             metrics: metrics::global()

@@ -22,7 +22,6 @@ use crate::{
     metrics::{self, Metric},
     source::{ByteStream, SourceError, SourceErrorKind},
     store::{Lease, StoreError, WriteMode},
-    tree::Recipe,
 };
 
 /// Chunks of one flight that may wait for the disk.
@@ -318,7 +317,7 @@ impl<'a> Run<'a> {
     /// Asks for the range; a demand request that stays without an answer is asked a second time.
     async fn open(&self, range: std::ops::Range<u64>) -> Result<ByteStream, Stop> {
         let route = self.handle.route();
-        let Recipe::Raw(location) = &route.recipe;
+        let location = &route.location;
         let range = range.start + location.offset..range.end + location.offset;
         let asked = Instant::now();
         let ask = || {

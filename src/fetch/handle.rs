@@ -21,7 +21,7 @@ use super::{
     Class, FetchError, FetchErrorKind, Inner, VerifyPolicy,
     buffer::ChunkBuf,
     flight::{self, Flight},
-    safetensors::Tensors,
+    safetensors::Sections,
     stream::Streams,
     verify::Verifier,
 };
@@ -31,7 +31,7 @@ use crate::{
     metrics,
     source::Source,
     store::{Complete, Lease, Partial, StoreErrorKind},
-    tree::{Object, Recipe},
+    tree::{Location, Object},
 };
 
 /// Origins of equal content that are remembered.
@@ -57,8 +57,8 @@ pub struct Handle {
     waiting: AtomicUsize,
     verifier: Verifier,
     streams: Mutex<Streams>,
-    /// `None` inside where the header is no safetensors header.
-    tensors: Mutex<Option<Option<Arc<Tensors>>>>,
+    /// Files in it that may be safetensors, as far as anyone reads them.
+    sections: Mutex<Sections>,
     /// Called when content turned out wrong.
     on_wrong: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
     /// Chunks below this were all here, as of a generation.
@@ -80,7 +80,7 @@ pub struct Handle {
 /// An origin that has the content.
 pub(super) struct Route {
     pub(super) source: Arc<dyn Source>,
-    pub(super) recipe: Recipe,
+    pub(super) location: Location,
 }
 
 /// Where the content is.
@@ -108,7 +108,8 @@ impl Handle {
         object: &Object,
         source: &Arc<dyn Source>,
     ) -> Result<Arc<Self>, FetchError> {
-        let Recipe::Raw(location) = &object.recipe;
+        let location = object.recipe.location();
+        let location = location.ok_or_else(|| FetchError::no_place(object))?;
         let name = location.path.clone();
         let failed = |e| FetchError::store_named(&name, &e);
         let complete = || engine.store.complete(&object.id).map_err(failed);
@@ -133,12 +134,16 @@ impl Handle {
         {
             return Err(FetchError::other_size(&name, object.size, complete.size));
         }
+        let mut sections = Sections::default();
+        if name.ends_with(".safetensors") {
+            sections.add(0..object.size);
+        }
         Ok(Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
             name,
             verifier: Verifier::new(object),
             object: object.clone(),
-            routes: Mutex::new(VecDeque::from([route(object, source)])),
+            routes: Mutex::new(VecDeque::from([route(location, source)])),
             engine: Arc::downgrade(engine),
             state: RwLock::new(state),
             flights: Mutex::default(),
@@ -146,7 +151,7 @@ impl Handle {
             changed: Notify::new(),
             waiting: AtomicUsize::new(0),
             streams: Mutex::default(),
-            tensors: Mutex::default(),
+            sections: Mutex::new(sections),
             on_wrong: Mutex::default(),
             prefix: Mutex::default(),
             wrong: Mutex::default(),
@@ -201,6 +206,12 @@ impl Handle {
     /// cache from now on.
     pub fn expect_reads(&self) {
         self.read.store(true, Ordering::Relaxed);
+    }
+
+    /// Tells that `bytes` are a file of their own, read as such: if it is a safetensors file,
+    /// read-ahead knows its tensors.
+    pub fn expect_file(&self, bytes: Range<u64>) {
+        self.sections.lock().add(bytes);
     }
 
     /// Reads what is here now: fills `buf` from `offset` and says true, or says false where bytes
@@ -299,13 +310,16 @@ impl Handle {
     /// Another user has the object, perhaps from elsewhere: what is asked for next comes from
     /// there.
     pub(super) fn also_from(&self, object: &Object, source: &Arc<dyn Source>) {
+        let Some(location) = object.recipe.location() else {
+            return;
+        };
         let mut routes = self.routes.lock();
-        let same = |r: &Arc<Route>| Arc::ptr_eq(&r.source, source) && r.recipe == object.recipe;
+        let same = |r: &Arc<Route>| Arc::ptr_eq(&r.source, source) && r.location == *location;
         if routes.front().is_some_and(same) {
             return;
         }
         routes.retain(|r| !same(r));
-        routes.push_front(route(object, source));
+        routes.push_front(route(location, source));
         routes.truncate(MAX_ROUTES);
     }
 
@@ -475,10 +489,10 @@ fn checkpoint(partial: &Partial) {
     }
 }
 
-fn route(object: &Object, source: &Arc<dyn Source>) -> Arc<Route> {
+fn route(location: &Location, source: &Arc<dyn Source>) -> Arc<Route> {
     Arc::new(Route {
         source: Arc::clone(source),
-        recipe: object.recipe.clone(),
+        location: location.clone(),
     })
 }
 

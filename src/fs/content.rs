@@ -1,6 +1,6 @@
 //! Where the bytes of a view come from: the fetch engine, or a stand-in in tests.
 
-use std::{fs::File, sync::Arc};
+use std::{fs::File, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 
@@ -27,8 +27,21 @@ pub trait Body: Send + Sync {
     /// Bytes.
     fn size(&self) -> u64;
 
-    /// The complete file, once all is here and verified.
+    /// The complete file, once all is here and verified; never one that holds more than this.
     fn complete(&self) -> Option<Arc<dyn Whole>>;
+
+    /// The larger body that this one is a part of, and with which it is verified.
+    fn within(&self) -> Option<Arc<dyn Body>> {
+        None
+    }
+
+    /// Whether all of it is here and verified, in a file of its own or not.
+    fn is_verified(&self) -> bool {
+        match self.within() {
+            Some(whole) => whole.is_verified(),
+            None => self.complete().is_some(),
+        }
+    }
 
     /// Fills `buf` from `offset` (within the size) and says true, or says false where bytes are
     /// missing. Never waits for the network.
@@ -43,11 +56,11 @@ pub trait Body: Send + Sync {
     /// Bytes that could not be had.
     async fn read(self: Arc<Self>, offset: u64, len: usize) -> Result<Bytes, FsError>;
 
-    /// Fetches the whole, verified.
+    /// Fetches all of it, verified where it is stored in a file of its own.
     ///
     /// # Errors
     /// Bytes that could not be had or kept.
-    async fn whole(self: Arc<Self>) -> Result<Arc<dyn Whole>, FsError>;
+    async fn whole(self: Arc<Self>) -> Result<(), FsError>;
 
     /// Has `call` run each time what was read may have been wrong; from then on until it is
     /// complete nothing unverified is read. `call` must not wait for content.
@@ -80,14 +93,78 @@ impl Fetched {
 
 impl Contents for Fetched {
     fn open(&self, object: u32) -> Result<Arc<dyn Body>, FsError> {
-        let object = self
-            .artifact
-            .objects
-            .get(object as usize)
-            .ok_or(FsError::Damaged("a file names no object"))?;
-        let handle: Arc<Handle> = self.engine.open(object, &self.source)?;
+        let damaged = FsError::Damaged("a file names no object");
+        let (stored, offset) = self.artifact.place(object).ok_or(damaged)?;
+        let objects = &self.artifact.objects;
+        let handle: Arc<Handle> = self.engine.open(&objects[stored as usize], &self.source)?;
         handle.expect_reads();
-        Ok(handle)
+        if stored == object {
+            return Ok(handle);
+        }
+        let end = offset + objects[object as usize].size;
+        handle.expect_file(offset..end);
+        Ok(Arc::new(Part {
+            handle,
+            bytes: offset..end,
+        }))
+    }
+}
+
+/// A file inside a larger object: read through that one, and never by passthrough, which knows no
+/// offsets.
+struct Part {
+    handle: Arc<Handle>,
+    /// Where it is in the object.
+    bytes: Range<u64>,
+}
+
+#[async_trait::async_trait]
+impl Body for Part {
+    fn size(&self) -> u64 {
+        self.bytes.end - self.bytes.start
+    }
+
+    fn complete(&self) -> Option<Arc<dyn Whole>> {
+        None
+    }
+
+    fn within(&self) -> Option<Arc<dyn Body>> {
+        Some(self.handle.clone())
+    }
+
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool, FsError> {
+        if offset.saturating_add(buf.len() as u64) > self.size() {
+            return Err(FsError::Damaged("a read beyond the end"));
+        }
+        Ok(Handle::try_read(
+            &self.handle,
+            self.bytes.start + offset,
+            buf,
+        )?)
+    }
+
+    async fn read(self: Arc<Self>, offset: u64, len: usize) -> Result<Bytes, FsError> {
+        let left = self.size().saturating_sub(offset);
+        let len = len.min(usize::try_from(left).unwrap_or(usize::MAX));
+        if len == 0 {
+            return Ok(Bytes::new());
+        }
+        Ok(Handle::read(&self.handle, self.bytes.start + offset, len).await?)
+    }
+
+    /// Brings the bytes of this file, not of all that it lies in.
+    async fn whole(self: Arc<Self>) -> Result<(), FsError> {
+        let mut at = self.bytes.start;
+        while at < self.bytes.end {
+            let len = usize::try_from(self.bytes.end - at).unwrap_or(usize::MAX);
+            let read = Handle::read(&self.handle, at, len).await?;
+            at += read.len().max(1) as u64;
+        }
+        Ok(())
+    }
+
+    fn on_wrong(&self, call: Box<dyn Fn() + Send + Sync>) {
+        Handle::on_wrong(&self.handle, call);
     }
 }
 
@@ -109,8 +186,9 @@ impl Body for Handle {
         Ok(Handle::read(&self, offset, len).await?)
     }
 
-    async fn whole(self: Arc<Self>) -> Result<Arc<dyn Whole>, FsError> {
-        Ok(self.ensure(Class::Demand).await?)
+    async fn whole(self: Arc<Self>) -> Result<(), FsError> {
+        self.ensure(Class::Demand).await?;
+        Ok(())
     }
 
     fn on_wrong(&self, call: Box<dyn Fn() + Send + Sync>) {

@@ -17,7 +17,7 @@ use super::Shadow;
 use crate::{
     digest::{ObjectId, to_hex},
     reference::{HubKind, HubRepo},
-    tree::{Artifact, Kind, Meta, Object, Recipe, TreeBuilder, TreeError},
+    tree::{Artifact, Kind, Meta, Object, TreeBuilder, TreeError},
 };
 
 const TAG: &str = "Signature: 8a477f597d28d172789f06886806bc55\n\
@@ -95,8 +95,8 @@ pub fn layout(artifact: &Artifact, repo: &HubRepo, root: &str) -> Result<Layout,
     let files = artifact.tree.files();
     let mut root = root.trim_matches('/');
     if let [(name, _, object)] = &files[..]
-        && let Some(Recipe::Raw(location)) =
-            artifact.objects.get(*object as usize).map(|o| &o.recipe)
+        && let Some(object) = artifact.objects.get(*object as usize)
+        && let Some(location) = object.recipe.location()
         && location.path == root
         && root.rsplit('/').next() == Some(name)
     {

@@ -111,7 +111,7 @@ impl Filesystem for Adapter {
             Ok(Opened::Upper) => reply.opened(HANDLE, FopenFlags::FOPEN_KEEP_CACHE),
             Ok(Opened::Body(body)) => {
                 let small = body.size() <= server.small_file;
-                if small && body.complete().is_none() {
+                if small && !body.is_verified() {
                     let server = server.clone();
                     self.0
                         .runtime

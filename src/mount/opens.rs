@@ -127,7 +127,7 @@ impl<B> Opens<B> {
         });
         let gone = if last { files.open.remove(&ino) } else { None };
         if let Some(Mode::Cached(body)) = gone.as_ref().map(|open| &open.mode)
-            && body.complete().is_some()
+            && body.is_verified()
         {
             files.cached.insert(ino, Cached::Verified);
         }
@@ -145,6 +145,8 @@ fn note(
     body: &Arc<dyn Body>,
     watch: impl FnOnce(&dyn Body),
 ) -> bool {
+    // A part lives no longer than it is open; what it is cut from may be watched already.
+    let body = &body.within().unwrap_or_else(|| body.clone());
     let good = match cached.get(&ino) {
         Some(Cached::Verified) => true,
         Some(Cached::Watched(old)) if std::ptr::addr_eq(old.as_ptr(), Arc::as_ptr(body)) => {
@@ -153,7 +155,7 @@ fn note(
         // Nobody would have said if it was wrong.
         Some(Cached::Watched(_)) | None => false,
     };
-    let now = if body.complete().is_some() {
+    let now = if body.is_verified() {
         Cached::Verified
     } else {
         watch(&**body);
@@ -186,7 +188,7 @@ mod tests {
         async fn read(self: Arc<Self>, _: u64, _: usize) -> Result<Bytes, FsError> {
             Err(FsError::Invalid)
         }
-        async fn whole(self: Arc<Self>) -> Result<Arc<dyn Whole>, FsError> {
+        async fn whole(self: Arc<Self>) -> Result<(), FsError> {
             Err(FsError::Invalid)
         }
         fn on_wrong(&self, _: Box<dyn Fn() + Send + Sync>) {}

@@ -54,11 +54,14 @@ impl Progress {
     /// Starts (again) with an artifact; returns the bytes that are here already.
     pub(super) fn begin(&self, artifact: &Arc<Artifact>, store: &Arc<Store>) -> u64 {
         let mut names = vec![String::new(); artifact.objects.len()];
+        // What slices are cut from is called after the largest of them.
+        let mut largest = vec![0; names.len()];
         for (path, _, object) in artifact.tree.files() {
-            if let Some(name) = names.get_mut(object as usize)
-                && name.is_empty()
-            {
-                *name = path;
+            if let Some((stored, _)) = artifact.place(object) {
+                let (stored, size) = (stored as usize, artifact.objects[object as usize].size);
+                if names[stored].is_empty() || size > largest[stored] {
+                    (names[stored], largest[stored]) = (path, size);
+                }
             }
         }
         self.done_bytes.store(0, Relaxed);
@@ -72,7 +75,7 @@ impl Progress {
             Ok(Some(_)) => o.size,
             _ => store.present_bytes(&o.id, o.size),
         };
-        artifact.objects.iter().map(here).sum()
+        artifact.stored().map(here).sum()
     }
 
     /// Shows an object as under way until the guard is dropped.
@@ -91,7 +94,7 @@ impl Progress {
         let mut snapshot = Snapshot {
             total_bytes: artifact.size(),
             present_bytes: self.done_bytes.load(Relaxed),
-            total_files: artifact.objects.len(),
+            total_files: artifact.stored().count(),
             done_files: self.done_files.load(Relaxed),
             active: Vec::new(),
         };

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{Node, NodeError};
 use crate::{
+    digest::ObjectId,
     store::{Record, Store},
     tree::Artifact,
 };
@@ -36,7 +37,8 @@ pub struct FileStatus {
     pub bytes: u64,
     pub present_bytes: u64,
     pub complete: bool,
-    /// The content digest or, until that is known, the name of its place at the origin.
+    /// The content digest or, until that is known, the name of its place at the origin. A file
+    /// inside a tar: that of the tar, `@` and where the file starts in it.
     pub object: String,
 }
 
@@ -68,17 +70,29 @@ impl Node {
         let store = self.store();
         let mut files = Vec::new();
         for (path, _, object) in artifact.tree.files() {
-            let object = &artifact.objects[object as usize];
-            let complete = store.complete(&object.id)?;
+            let bytes = artifact.objects[object as usize].size;
+            let Some((stored, offset)) = artifact.place(object) else {
+                continue; // the tree of a record keeps its invariants
+            };
+            let within = &artifact.objects[stored as usize];
+            let complete = store.complete(&within.id)?;
+            let is_complete = complete.is_some();
+            let mut name = complete
+                .map_or(within.id, |c| ObjectId::Sha256(c.digest))
+                .to_string();
+            if stored != object {
+                name = format!("{name}@{offset}");
+            }
+            let part = offset..offset + bytes;
             files.push(FileStatus {
                 path,
-                bytes: object.size,
-                present_bytes: match complete {
-                    Some(_) => object.size,
-                    None => store.present_bytes(&object.id, object.size),
+                bytes,
+                present_bytes: match is_complete {
+                    true => bytes,
+                    false => store.present_within(&within.id, within.size, &part),
                 },
-                complete: complete.is_some(),
-                object: complete.map_or_else(|| object.id.to_string(), |c| c.digest.to_string()),
+                complete: is_complete,
+                object: name,
             });
         }
         Ok((artifact_status(store, record, &artifact)?, files))
@@ -92,7 +106,7 @@ fn artifact_status(
 ) -> Result<ArtifactStatus, NodeError> {
     let mut present_bytes = 0;
     let mut complete = true;
-    for object in &artifact.objects {
+    for object in artifact.stored() {
         if store.complete(&object.id)?.is_some() {
             present_bytes += object.size;
         } else {

@@ -513,7 +513,7 @@ mod tests {
         fs::write(&path, vec![1; 3 << 20]).unwrap();
         let (source, reference) = source(&path, "");
         let artifact = source.resolve(&reference).await.unwrap();
-        let crate::tree::Recipe::Raw(location) = &artifact.objects[0].recipe;
+        let location = artifact.objects[0].recipe.location().unwrap();
         let mut body = source.read(location, 0..3 << 20).await.unwrap();
         assert_eq!(body.next().await.unwrap().unwrap().len(), 1 << 20);
         fs::write(&path, vec![2; 3 << 20]).unwrap();

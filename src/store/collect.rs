@@ -177,7 +177,7 @@ impl<'s> Sweep<'s> {
             contents: Vec::new(),
         };
         if let Some(artifact) = self.store.read_tree(digest)? {
-            known.ids = artifact.objects.iter().map(|object| object.id).collect();
+            known.ids = artifact.stored().map(|object| object.id).collect();
             for id in &known.ids {
                 known.contents.extend(self.store.content_of(id)?);
                 *self.ids.entry(*id).or_default() += 1;

@@ -103,11 +103,16 @@ impl Store {
 
     /// Bytes of an object that are in present chunks; 0 where nothing of it is on its way.
     pub fn present_bytes(self: &Arc<Self>, id: &ObjectId, size: u64) -> u64 {
+        self.present_within(id, size, &(0..size))
+    }
+
+    /// As [`Store::present_bytes`], of a part of it.
+    pub fn present_within(self: &Arc<Self>, id: &ObjectId, size: u64, part: &Range<u64>) -> u64 {
         let paths = Paths::of(&self.partial_stem(id));
         match self.disk.stat(&paths.data) {
             Ok(Some(_)) => self
                 .partial(id, size)
-                .map_or(0, |partial| partial.present_bytes()),
+                .map_or(0, |partial| partial.present_within(part)),
             _ => 0,
         }
     }
@@ -258,10 +263,15 @@ impl Partial {
 
     /// Bytes in present chunks. Looks at every chunk.
     pub fn present_bytes(&self) -> u64 {
-        let present = (0..self.chunks()).filter(|&index| self.present(index));
+        self.present_within(&(0..self.size))
+    }
+
+    /// As [`Partial::present_bytes`], of a part of it.
+    pub fn present_within(&self, part: &Range<u64>) -> u64 {
+        let present = chunk::covering(part).filter(|&index| self.present(index));
         present
             .map(|index| chunk::bytes(index, self.size))
-            .map(|bytes| bytes.end - bytes.start)
+            .map(|bytes| bytes.end.min(part.end) - bytes.start.max(part.start))
             .sum()
     }
 

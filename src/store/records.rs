@@ -127,7 +127,7 @@ impl Store {
             digest: digest.to_string(),
             revision: artifact.revision.clone(),
             resolved_at: since.map_or(0, |since| since.as_millis() as u64),
-            objects: artifact.objects.len() as u64,
+            objects: artifact.stored().count() as u64,
             bytes: artifact.size(),
             checksum: String::new(),
         };

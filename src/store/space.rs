@@ -145,7 +145,7 @@ impl Store {
     /// # Errors
     /// [`StoreErrorKind::NoSpace`] with the arithmetic; nothing was evicted then.
     pub fn admit(self: &Arc<Self>, artifact: &Artifact) -> Result<Reservation> {
-        let sizes = artifact.objects.iter().map(|o| (o.id, o.size));
+        let sizes = artifact.stored().map(|o| (o.id, o.size));
         let wanted = Arc::new(Wanted {
             reference: artifact.reference.clone(),
             objects: sizes.collect(),

@@ -245,7 +245,7 @@ impl Store {
                 continue;
             };
             let mut whole = true;
-            for object in &artifact.objects {
+            for object in artifact.stored() {
                 let content = self.content_of(&object.id)?;
                 let stat = match &content {
                     Some(digest) => self.disk.stat(&self.object_path(digest))?,

@@ -4,7 +4,7 @@
 //! "hrthtree" version
 //! reference revision
 //! count { kind(0 sha256, 1 located) id[32] size git(0 | 1 sha1[20]) recipe }*
-//!     recipe: 0 path generation(0 | 1 text) offset
+//!     recipe: 0 path generation(0 | 1 text) offset     1 object offset
 //! count { kind mode uid gid seconds nanos  count { name value }*  body }*
 //!     body: 0 dir      count { name inode }*      1 file     object
 //!           2 symlink  target                     3 char, 4 block  major minor
@@ -20,15 +20,15 @@ use std::collections::VecDeque;
 
 use super::{
     Artifact, Entry, Inode, Kind, Location, MAX_INODES, MAX_PATH, Meta, Object, Recipe, Tree,
-    TreeError, check_inode, check_name,
+    TreeError, check_inode, check_name, place,
 };
 use crate::digest::{Digest, ObjectId};
 
 const MAGIC: &[u8; 8] = b"hrthtree";
 const VERSION: u32 = 1;
 
-/// Fewest bytes of an encoded object: kind, id, size, git, recipe, path, generation, offset.
-const MIN_OBJECT: usize = 1 + 32 + 1 + 1 + 1 + 1 + 1 + 1;
+/// Fewest bytes of an encoded object: kind, id, size, git, recipe (a slice), object, offset.
+const MIN_OBJECT: usize = 1 + 32 + 1 + 1 + 1 + 1 + 1;
 /// Fewest bytes of an encoded inode: kind, mode, uid, gid, seconds, nanos, xattrs.
 const MIN_INODE: usize = 7;
 /// Fewest bytes of an encoded directory entry: length, one byte of name, inode.
@@ -78,6 +78,11 @@ impl Artifact {
         let mut objects = Vec::with_capacity(count);
         for _ in 0..count {
             objects.push(input.object()?);
+        }
+        if (0..objects.len()).any(|at| place(&objects, at as u32).is_none()) {
+            return Err(TreeError::Damaged(
+                "a slice lies outside of what it is cut from",
+            ));
         }
         let count = input.count(MIN_INODE)?;
         if count > MAX_INODES {
@@ -191,17 +196,25 @@ impl Writer {
                 self.0.extend_from_slice(sha1);
             }
         }
-        let Recipe::Raw(location) = &object.recipe;
-        self.0.push(0);
-        self.bytes(location.path.as_bytes());
-        match &location.generation {
-            None => self.0.push(0),
-            Some(generation) => {
+        match &object.recipe {
+            Recipe::Raw(location) => {
+                self.0.push(0);
+                self.bytes(location.path.as_bytes());
+                match &location.generation {
+                    None => self.0.push(0),
+                    Some(generation) => {
+                        self.0.push(1);
+                        self.bytes(generation.as_bytes());
+                    }
+                }
+                self.number(location.offset);
+            }
+            Recipe::Slice { object, offset } => {
                 self.0.push(1);
-                self.bytes(generation.as_bytes());
+                self.number((*object).into());
+                self.number(*offset);
             }
         }
-        self.number(location.offset);
     }
 
     fn inode(&mut self, inode: &Inode) {
@@ -334,24 +347,30 @@ impl<'b> Reader<'b> {
         } else {
             None
         };
-        if self.byte()? != 0 {
-            return Err(TreeError::Damaged("an object has an unknown recipe"));
-        }
-        let path = self.text()?;
-        let generation = if self.flag()? {
-            Some(self.text()?)
-        } else {
-            None
+        let recipe = match self.byte()? {
+            0 => {
+                let path = self.text()?;
+                let generation = if self.flag()? {
+                    Some(self.text()?)
+                } else {
+                    None
+                };
+                let offset = self.number()?;
+                if offset.checked_add(size).is_none() {
+                    return Err(TreeError::Damaged("an object ends beyond all offsets"));
+                }
+                Recipe::Raw(Location {
+                    path,
+                    generation,
+                    offset,
+                })
+            }
+            1 => Recipe::Slice {
+                object: self.small()?,
+                offset: self.number()?,
+            },
+            _ => return Err(TreeError::Damaged("an object has an unknown recipe")),
         };
-        let offset = self.number()?;
-        if offset.checked_add(size).is_none() {
-            return Err(TreeError::Damaged("an object ends beyond all offsets"));
-        }
-        let recipe = Recipe::Raw(Location {
-            path,
-            generation,
-            offset,
-        });
         Ok(Object {
             id,
             size,
@@ -516,9 +535,16 @@ mod tests {
         assert_eq!(Artifact::decode(&full.encode()), Ok(full));
     }
 
+    /// As [`full`], with a slice.
+    fn with_slice() -> Artifact {
+        let mut artifact = full();
+        artifact.objects.push(slice(1, 10, 500));
+        artifact
+    }
+
     #[test]
     fn every_cut_and_every_changed_byte_is_refused_or_another_artifact() {
-        let full = full();
+        let full = with_slice();
         let good = full.encode();
         for at in 0..good.len() {
             assert!(Artifact::decode(&good[..at]).is_err(), "cut at {at}");
@@ -533,6 +559,40 @@ mod tests {
         }
         let longer = [&good[..], b"\0"].concat();
         assert!(Artifact::decode(&longer).is_err());
+    }
+
+    fn slice(of: u32, offset: u64, size: u64) -> Object {
+        Object {
+            id: ObjectId::located("a slice", "", size),
+            size,
+            git_sha1: None,
+            recipe: Recipe::Slice { object: of, offset },
+        }
+    }
+
+    #[test]
+    fn slices_round_trip_and_lie_in_what_they_are_cut_from() {
+        let with = |objects: Vec<Object>| Artifact { objects, ..full() };
+        let artifact = with(vec![slice(1, 900, 100), object(1), slice(1, 1000, 0)]);
+        assert_eq!(artifact.size(), 1000, "stored once");
+        assert_eq!(artifact.stored().count(), 1);
+        assert_eq!(artifact.place(0), Some((1, 900)));
+        assert_eq!(artifact.place(1), Some((1, 0)));
+        assert_eq!(artifact.place(3), None);
+        assert_eq!(Artifact::decode(&artifact.encode()), Ok(artifact));
+        for bad in [
+            slice(0, 0, 1),
+            slice(2, 0, 1),
+            slice(3, 0, 1),
+            slice(1, 901, 100),
+            slice(1, u64::MAX, 1),
+            slice(1, 1001, 0),
+        ] {
+            let artifact = with(vec![bad, object(1), slice(1, 0, 10)]);
+            assert_eq!(artifact.place(0), None);
+            let error = Artifact::decode(&artifact.encode()).unwrap_err();
+            assert!(error.to_string().contains("slice"), "{error}");
+        }
     }
 
     /// Encodes inodes that no builder makes.
@@ -632,7 +692,7 @@ mod tests {
             changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
             cut in any::<prop::sample::Index>(),
         ) {
-            let mut bytes = full().encode();
+            let mut bytes = with_slice().encode();
             for (at, byte) in changes {
                 let at = at.index(bytes.len());
                 bytes[at] = byte;

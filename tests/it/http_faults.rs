@@ -15,7 +15,7 @@ use futures_util::StreamExt as _;
 use hearth::{
     digest::{Digest, ObjectId, to_hex},
     source::{Config, Source, SourceError, SourceErrorKind as Kind, Sources},
-    tree::{Artifact, Location, Recipe},
+    tree::{Artifact, Location},
 };
 
 use crate::scripted::{Reply, Scripted, Seen, Then};
@@ -69,7 +69,7 @@ fn location(path: String, generation: &str) -> Location {
 
 fn only_location(artifact: &Artifact) -> Location {
     assert_eq!(artifact.objects.len(), 1);
-    let Recipe::Raw(location) = &artifact.objects[0].recipe;
+    let location = artifact.objects[0].recipe.location().unwrap();
     location.clone()
 }
 
@@ -858,7 +858,8 @@ impl HubBed {
     async fn read(&self, path: &str, range: Range<u64>) -> Result<Vec<u8>, SourceError> {
         let files = self.artifact.tree.files();
         let (_, _, object) = files.iter().find(|(name, ..)| name == path).unwrap();
-        let Recipe::Raw(location) = &self.artifact.objects[*object as usize].recipe;
+        let recipe = &self.artifact.objects[*object as usize].recipe;
+        let location = recipe.location().unwrap();
         read(&self.source, location, range).await
     }
 

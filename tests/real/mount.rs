@@ -103,10 +103,10 @@ impl Body for Made {
         self.file.read_exact_at(&mut bytes, offset).unwrap();
         Ok(bytes.into())
     }
-    async fn whole(self: Arc<Self>) -> Result<Arc<dyn Whole>, FsError> {
+    async fn whole(self: Arc<Self>) -> Result<(), FsError> {
         self.arrived().await?;
         self.mode.send_replace(Mode::Complete);
-        Ok(self.file.clone())
+        Ok(())
     }
     fn on_wrong(&self, call: Box<dyn Fn() + Send + Sync>) {
         self.on_wrong.lock().unwrap().push(call);

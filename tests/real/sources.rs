@@ -13,7 +13,7 @@ use std::{
 use futures_util::{StreamExt, TryStreamExt, stream};
 use hearth::{
     source::{Config, Source, SourceError, SourceErrorKind, Sources},
-    tree::{Artifact, Location, Recipe},
+    tree::{Artifact, Location},
 };
 use object_store::{
     ObjectStore, ObjectStoreExt, PutPayload, aws::AmazonS3Builder, azure::MicrosoftAzureBuilder,
@@ -105,13 +105,7 @@ pub(crate) fn locate(artifact: &Artifact, path: &str) -> (Location, u64) {
         )
     });
     let object = &artifact.objects[*object as usize];
-    #[expect(
-        clippy::infallible_destructuring_match,
-        reason = "there will be more recipes"
-    )]
-    let location = match &object.recipe {
-        Recipe::Raw(location) => location,
-    };
+    let location = object.recipe.location().unwrap();
     (location.clone(), object.size)
 }
 

@@ -1,6 +1,7 @@
 //! Reads of objects that are not complete: from memory, from the store, or as the bytes arrive.
 
 use std::{
+    cell::Cell,
     ops::Range,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
@@ -68,24 +69,21 @@ impl Handle {
         }
     }
 
-    /// Where the tensor ends whose beginning is read here, if it is a safetensors file.
+    /// Where the tensor ends whose beginning is read here, if it is in a safetensors file.
     fn tensor_hint(&self, bytes: &Range<u64>, partial: &Partial) -> Option<u64> {
-        if !self.name.ends_with(".safetensors") || !partial.present(0) {
-            return None;
-        }
-        let known = self.tensors.lock().clone();
+        let (file, known) = self.sections.lock().at(bytes.start)?;
         let tensors = match known {
             Some(known) => known,
             None => {
-                let here = std::cell::Cell::new(true);
-                let parsed = Tensors::read(self.size(), |at, buf| {
+                let here = Cell::new(true);
+                let parsed = Tensors::read(&file, |at, buf| {
                     let range = at..at + buf.len() as u64;
                     here.set(chunk::covering(&range).all(|c| partial.present(c)));
                     here.get() && partial.read_at(buf, at).is_ok()
                 });
                 let tensors = parsed.map(Arc::new);
                 if tensors.is_some() || here.get() {
-                    *self.tensors.lock() = Some(tensors.clone());
+                    self.sections.lock().found(file.start, tensors.clone());
                 }
                 tensors
             }

@@ -19,7 +19,6 @@ use crate::{
     metrics,
     source::{SourceError, SourceErrorKind},
     store::{Complete, Partial},
-    tree::Recipe,
 };
 
 /// How long content that was wrong twice is not fetched again; doubles each time.
@@ -112,7 +111,7 @@ impl Handle {
         while (data.len() as u64) < bytes.end - bytes.start {
             let before = data.len();
             let route = self.route();
-            let Recipe::Raw(location) = &route.recipe;
+            let location = &route.location;
             let start = bytes.start + before as u64 + location.offset;
             let end = bytes.end + location.offset;
             let attempt = async {

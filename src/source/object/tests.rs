@@ -250,7 +250,7 @@ async fn objects_without_etags_are_pinned_by_their_time() {
         }
     });
     let artifact = resolve(&source).await.unwrap();
-    let crate::tree::Recipe::Raw(location) = &artifact.objects[0].recipe;
+    let location = artifact.objects[0].recipe.location().unwrap();
     assert_eq!(location.generation.as_deref(), Some("modified:1767225600"));
     assert!(source.read(location, 0..4).await.is_ok());
     let error = source.read(location, 1..4).await.err().unwrap();
