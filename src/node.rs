@@ -6,6 +6,7 @@
 //! recorded artifact is used. Called by the faces and the CLI.
 
 mod progress;
+mod slices;
 mod status;
 
 use std::{sync::Arc, time::Duration};
@@ -20,7 +21,7 @@ use crate::{
     fetch::{Class, Engine, FetchError, FetchErrorKind},
     reference::{HubRepo, Locator, Reference},
     source::{Layered, Source, SourceError, SourceErrorKind, Sources},
-    store::{Hold, Reservation, Store, StoreError},
+    store::{Complete, Hold, Reservation, Store, StoreError},
     tree::{Artifact, Object},
 };
 
@@ -49,6 +50,13 @@ pub enum NodeError {
     Store(#[from] StoreError),
     #[error("{0} is not in the store")]
     Unknown(String),
+    /// The registry said of a layer what its verified bytes do not.
+    #[error("{reference}: the content of {layer} is not what was said of it: {why}")]
+    Misled {
+        reference: String,
+        layer: String,
+        why: String,
+    },
 }
 
 impl NodeError {
@@ -84,6 +92,9 @@ impl NodeError {
             },
             Self::Store(source) => source.hint().map(str::to_owned),
             Self::Unknown(_) => Some("`hearth list` shows what is".into()),
+            Self::Misled { .. } => Some(
+                "run the command again: what was recorded of it is forgotten; if that does not help, something on the way to the registry changes what it says".into(),
+            ),
         }
     }
 }
@@ -311,6 +322,7 @@ impl Node {
             reference: artifact.reference.clone(),
             source,
         };
+        let mut cut = slices::by_container(artifact);
         let mut under_way = stream::iter(order(artifact))
             .map(|index| async move {
                 let object = &artifact.objects[index];
@@ -319,15 +331,42 @@ impl Node {
                     handle.expect_reads();
                 }
                 let shown = progress.watch(index, &handle);
-                handle.ensure(Class::Warm).await?;
+                let complete = handle.ensure(Class::Warm).await?;
                 shown.finished();
-                Ok::<_, FetchError>(())
+                Ok::<_, FetchError>((index, complete))
             })
             .buffer_unordered(OBJECTS_AT_ONCE);
         while let Some(done) = under_way.next().await {
-            done.map_err(failed)?;
+            let (index, complete) = done.map_err(failed)?;
+            if let Some(slices) = cut.remove(&index) {
+                self.check_slices(artifact, slices, complete).await?;
+            }
         }
         Ok(())
+    }
+
+    /// Checks the files that were cut from an object before it could be verified.
+    async fn check_slices(
+        &self,
+        artifact: &Arc<Artifact>,
+        slices: Vec<slices::Slice>,
+        complete: Arc<Complete>,
+    ) -> Result<(), NodeError> {
+        let (store, reference) = (Arc::clone(self.store()), artifact.reference.clone());
+        let checked = blocking(move || {
+            let Err(why) = slices::check(&slices, complete.file(), complete.size) else {
+                return Ok(Ok(()));
+            };
+            if store.writable() {
+                store.forget_resolution(&reference)?;
+            }
+            Ok(Err(NodeError::Misled {
+                reference,
+                layer: complete.digest.to_string(),
+                why,
+            }))
+        });
+        checked.await?
     }
 
     /// Keeps an artifact from eviction while the guard lives.

@@ -14,6 +14,8 @@ mod object;
 mod oci;
 mod web;
 
+pub(crate) use self::oci::tarwalk;
+
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
@@ -166,6 +168,9 @@ pub struct Layer {
     /// The digest of the decoded layer, where the configuration says it.
     pub diff_id: Option<Digest>,
     pub annotations: BTreeMap<String, String>,
+    /// The layer is no tar but one file, as it is, at this path (untrusted, relative to the root of
+    /// all layers). A tar is compressed as its media type ends: `gzip`, `zstd`, else not at all.
+    pub as_file: Option<String>,
 }
 
 /// What a source error means for whoever asked.

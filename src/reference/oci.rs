@@ -23,6 +23,8 @@ pub struct OciRef {
     pub digest: Option<String>,
     /// Which manifest of a multi-platform index; `None` is that of this machine.
     pub platform: Option<Platform>,
+    /// The directory of the content that is meant, without slashes at its ends; empty for all.
+    pub path: String,
 }
 
 /// What an image runs on, in the words of Go (OCI image-spec, image-index.md), normalized.
@@ -72,6 +74,7 @@ impl OciRef {
             tag,
             digest: digest.map(str::to_owned),
             platform: None,
+            path: String::new(),
         })
     }
 
@@ -88,7 +91,7 @@ impl OciRef {
 }
 
 impl fmt::Display for OciRef {
-    /// Without the platform.
+    /// Without the platform and the path.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "oci://{}/{}", self.registry, self.repository)?;
         if let Some(tag) = &self.tag {

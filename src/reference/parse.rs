@@ -111,12 +111,17 @@ impl fmt::Display for Reference {
         self.locator.fmt(f)?;
         let mut separator = match &self.locator {
             Locator::Http(url) if url.public.query().is_some() => '&',
-            Locator::Oci(OciRef {
-                platform: Some(platform),
-                ..
-            }) => {
-                write!(f, "?platform={platform}")?;
-                '&'
+            Locator::Oci(OciRef { platform, path, .. }) => {
+                let mut separator = '?';
+                if let Some(platform) = platform {
+                    write!(f, "?platform={platform}")?;
+                    separator = '&';
+                }
+                if !path.is_empty() {
+                    write!(f, "{separator}path={}", utf8_percent_encode(path, PATH))?;
+                    separator = '&';
+                }
+                separator
             }
             _ => '?',
         };
@@ -232,18 +237,27 @@ fn hub(text: &str) -> Result<HubRepo, Problem> {
     })
 }
 
-/// `registry/repository[:tag][@digest][?platform=os/arch[/variant]&include=...]`.
+/// `registry/repository[:tag][@digest][?platform=os/arch[/variant]&path=dir&include=...]`.
 fn oci(text: &str) -> Result<(Locator, Filter), Problem> {
     let (path, query) = text.split_once('?').unwrap_or((text, ""));
     let mut oci = OciRef::parse(path)?;
-    let (platforms, globs): (Vec<_>, Vec<_>) =
-        pairs(query).partition(|(name, _)| name == "platform");
-    for (_, pair) in platforms {
-        if oci.platform.is_some() {
-            return Err("names a platform twice".into());
+    let (own, globs): (Vec<_>, Vec<_>) =
+        pairs(query).partition(|(name, _)| matches!(&**name, "platform" | "path"));
+    for (name, pair) in own {
+        let value = decode(pair.split_once('=').map_or("", |(_, value)| value))?;
+        if name == "platform" {
+            if oci.platform.is_some() {
+                return Err("names a platform twice".into());
+            }
+            oci.platform = Some(Platform::parse(&value)?);
+        } else {
+            if !oci.path.is_empty() {
+                return Err("names a path twice".into());
+            }
+            let path = value.trim_matches('/');
+            components(path)?;
+            oci.path = path.to_owned();
         }
-        let platform = decode(pair.split_once('=').map_or("", |(_, value)| value))?;
-        oci.platform = Some(Platform::parse(&platform)?);
     }
     Ok((Locator::Oci(oci), globs_only(globs)?))
 }

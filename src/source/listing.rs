@@ -4,13 +4,13 @@
 //! paths that escape, that are there twice or are both file and directory, too many entries, sizes
 //! no file can have.
 
-use std::collections::{HashMap, hash_map};
+use std::collections::{HashMap, HashSet, hash_map};
 
 use super::{SourceError, SourceErrorKind};
 use crate::{
     digest::ObjectId,
     reference::{Matcher, Reference},
-    tree::{Artifact, Location, MAX_INODES, Meta, Object, Recipe, TreeBuilder, TreeError},
+    tree::{Artifact, Kind, Location, MAX_INODES, Meta, Object, Recipe, TreeBuilder, TreeError},
 };
 
 /// Largest size of a file that is believed, in bytes.
@@ -32,6 +32,15 @@ pub(crate) struct Listed<'a> {
     pub(crate) executable: bool,
 }
 
+/// An object that files are cut from.
+#[derive(Debug, Clone)]
+pub(crate) struct Whole {
+    pub(crate) id: ObjectId,
+    /// Bytes.
+    pub(crate) size: u64,
+    pub(crate) location: Location,
+}
+
 /// Collects the files of one reference.
 pub(crate) struct Listing {
     reference: String,
@@ -40,6 +49,7 @@ pub(crate) struct Listing {
     tree: TreeBuilder,
     objects: Vec<Object>,
     by_id: HashMap<ObjectId, u32>,
+    dirs: HashSet<String>,
     total: u64,
     listed: usize,
     filtered: usize,
@@ -64,6 +74,7 @@ impl Listing {
             tree: TreeBuilder::new(Meta::dir(0)),
             objects: Vec::new(),
             by_id: HashMap::new(),
+            dirs: HashSet::new(),
             total: 0,
             listed: 0,
             filtered: 0,
@@ -98,55 +109,66 @@ impl Listing {
     /// A path that escapes, is too long, is there twice or is a directory too; a size that cannot
     /// be; too many entries.
     pub(crate) fn add(&mut self, file: Listed<'_>) -> Result<(), SourceError> {
-        self.listed += 1;
-        if self.listed > self.max_entries {
-            return Err(self.too_many());
+        if self.admit(file.path, file.size)? {
+            let recipe = Recipe::Raw(file.location.clone());
+            self.add_file(&file, recipe)?;
         }
-        if !self.wants(file.path) {
-            self.filtered += 1;
+        Ok(())
+    }
+
+    /// Adds a file that is bytes `file.location.offset..` of `whole`, unless the filter removes it.
+    ///
+    /// # Errors
+    /// As [`Listing::add`].
+    pub(crate) fn add_slice(
+        &mut self,
+        whole: &Whole,
+        file: &Listed<'_>,
+    ) -> Result<(), SourceError> {
+        if !self.admit(file.path, file.size)? {
             return Ok(());
         }
-        let total = self.total.checked_add(file.size);
-        if file.size > MAX_SIZE || total.is_none_or(|total| total > MAX_SIZE) {
-            return Err(self.invalid(format!(
-                "file {:?} is said to have {} bytes",
-                short(file.path),
-                file.size
-            )));
-        }
-        self.total += file.size;
-        let next = self.objects.len() as u32;
-        let object = match self.by_id.entry(file.id) {
-            hash_map::Entry::Occupied(known) => {
-                let known = *known.get();
-                let size = self.objects[known as usize].size;
-                if size != file.size {
-                    return Err(self.invalid(format!(
-                        "file {:?} is said to have {} bytes, and {size} elsewhere with the same id",
-                        short(file.path),
-                        file.size
-                    )));
-                }
-                known
-            }
-            hash_map::Entry::Vacant(free) => {
-                free.insert(next);
-                self.objects.push(Object {
-                    id: file.id,
-                    size: file.size,
-                    git_sha1: file.git_sha1,
-                    recipe: Recipe::Raw(file.location),
-                });
-                next
-            }
+        let container = Object {
+            id: whole.id,
+            size: whole.size,
+            git_sha1: None,
+            recipe: Recipe::Raw(whole.location.clone()),
         };
-        let mut meta = Meta::file(file.mtime);
-        if file.executable {
-            meta.mode = 0o555;
+        let object = self.object(file.path, container)?;
+        let offset = file.location.offset;
+        self.add_file(file, Recipe::Slice { object, offset })
+    }
+
+    /// Adds a directory, which may be there already.
+    ///
+    /// # Errors
+    /// As [`Listing::add`].
+    pub(crate) fn add_dir(&mut self, path: &str) -> Result<(), SourceError> {
+        self.count()?;
+        if !self.dirs.contains(path) {
+            let entries = Vec::new();
+            let kind = Kind::Dir { parent: 0, entries };
+            let added = self.tree.add(path.as_bytes(), kind, Meta::dir(0));
+            added.map_err(|error| self.refuse(error))?;
+            self.dirs.insert(path.to_owned());
         }
-        self.tree
-            .add_file(file.path.as_bytes(), object, meta)
-            .map_err(|error| self.refuse(error))?;
+        Ok(())
+    }
+
+    /// Adds a symbolic link, unless the filter removes it.
+    ///
+    /// # Errors
+    /// As [`Listing::add`]; a target that no link can have.
+    pub(crate) fn add_symlink(&mut self, path: &str, target: &str) -> Result<(), SourceError> {
+        if self.admit(path, 0)? {
+            let target = target.as_bytes().into();
+            let mut meta = Meta::file(0);
+            meta.mode = 0o777;
+            let added = self
+                .tree
+                .add(path.as_bytes(), Kind::Symlink { target }, meta);
+            added.map_err(|error| self.refuse(error))?;
+        }
         Ok(())
     }
 
@@ -178,6 +200,72 @@ impl Listing {
     pub(crate) fn too_many(&self) -> SourceError {
         self.invalid(format!("has more than {} files", self.max_entries))
             .with_hint("name a smaller part of it, or raise source.max_entries")
+    }
+
+    fn count(&mut self) -> Result<(), SourceError> {
+        self.listed += 1;
+        match self.listed > self.max_entries {
+            true => Err(self.too_many()),
+            false => Ok(()),
+        }
+    }
+
+    /// Counts a file, and says whether it is wanted.
+    fn admit(&mut self, path: &str, size: u64) -> Result<bool, SourceError> {
+        self.count()?;
+        if !self.wants(path) {
+            self.filtered += 1;
+            return Ok(false);
+        }
+        let total = self.total.checked_add(size);
+        if size > MAX_SIZE || total.is_none_or(|total| total > MAX_SIZE) {
+            let path = short(path);
+            return Err(self.invalid(format!("file {path:?} is said to have {size} bytes")));
+        }
+        self.total += size;
+        Ok(true)
+    }
+
+    /// The number of an object, which may be there already.
+    fn object(&mut self, path: &str, object: Object) -> Result<u32, SourceError> {
+        let next = self.objects.len() as u32;
+        match self.by_id.entry(object.id) {
+            hash_map::Entry::Occupied(known) => {
+                let known = *known.get();
+                let size = self.objects[known as usize].size;
+                if size != object.size {
+                    return Err(self.invalid(format!(
+                        "file {:?} is said to have {} bytes, and {size} elsewhere with the same id",
+                        short(path),
+                        object.size
+                    )));
+                }
+                Ok(known)
+            }
+            hash_map::Entry::Vacant(free) => {
+                free.insert(next);
+                self.objects.push(object);
+                Ok(next)
+            }
+        }
+    }
+
+    fn add_file(&mut self, file: &Listed<'_>, recipe: Recipe) -> Result<(), SourceError> {
+        let object = Object {
+            id: file.id,
+            size: file.size,
+            git_sha1: file.git_sha1,
+            recipe,
+        };
+        let object = self.object(file.path, object)?;
+        let mut meta = Meta::file(file.mtime);
+        if file.executable {
+            meta.mode = 0o555;
+        }
+        self.tree
+            .add_file(file.path.as_bytes(), object, meta)
+            .map_err(|error| self.refuse(error))?;
+        Ok(())
     }
 
     fn invalid(&self, message: String) -> SourceError {

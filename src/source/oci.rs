@@ -16,6 +16,7 @@ mod hosts;
 mod manifest;
 mod models;
 mod referrers;
+pub(crate) mod tarwalk;
 
 use std::{collections::HashMap, ops::Range, path::Path, sync::Arc};
 
@@ -359,13 +360,13 @@ impl Source for OciSource {
         let oci = self.here(reference)?;
         let manifest = self.registry.image(oci).await?;
         let fail = |message: String| SourceError::new(Kind::Invalid, oci.to_string(), message);
-        if models::image_root(&manifest).is_some() {
+        if models::image_root(&manifest, oci).is_some() {
             return Err(fail(
                 "is a container image: its files are known once its layers are unpacked".into(),
             ));
         }
         let most = self.max_entries;
-        match models::resolve(&self.registry, reference, &manifest, most).await? {
+        match models::resolve(&self.registry, reference, oci, &manifest, most).await? {
             Some(artifact) => Ok(artifact),
             None => {
                 let found = &manifest.image;
@@ -397,8 +398,8 @@ impl Source for OciSource {
     async fn layered(&self, reference: &Reference) -> Result<Option<Layered>, SourceError> {
         let oci = self.here(reference)?;
         let manifest = self.registry.image(oci).await?;
-        let Some(root) = models::image_root(&manifest) else {
-            return Ok(None);
+        let Some(root) = models::image_root(&manifest, oci) else {
+            return models::layered(&self.registry, reference, oci, &manifest).await;
         };
         let what = oci.to_string();
         let invalid = |message: String| SourceError::new(Kind::Invalid, &what, message);

@@ -360,6 +360,15 @@ impl Store {
         self.unlink_record(reference)
     }
 
+    /// Forgets what a reference was resolved to, even while it is held; its pins stay.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn forget_resolution(&self, reference: &str) -> Result<bool> {
+        self.need_writable()?;
+        self.unlink_record(reference)
+    }
+
     /// Removes the record of a reference that nobody holds; whether there was one, or `None`
     /// where it is held.
     pub(super) fn forget(&self, reference: &str) -> Result<Option<bool>> {

@@ -284,6 +284,7 @@ pub(super) fn layers(
             media_type: layer.media_type.clone(),
             diff_id: Some(diff_id),
             annotations: layer.annotations.clone().unwrap_or_default(),
+            as_file: None,
         })
     })
     .collect()
