@@ -8,4 +8,5 @@ mod layers;
 mod registry;
 mod scripted;
 mod scripted_source;
+mod slices;
 mod store;

@@ -3,6 +3,8 @@
 //! All access happens in child processes with a time limit; a child that is stuck is freed by
 //! aborting the FUSE connection.
 
+mod slices;
+
 use std::{
     fs::{File, Permissions},
     io::Read as _,
