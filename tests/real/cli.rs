@@ -22,6 +22,7 @@ mod consumers;
 mod demo;
 mod faults;
 mod interrupted;
+mod models;
 mod mounts;
 mod secrets;
 

@@ -5,6 +5,8 @@ mod cli;
 mod http;
 mod hub;
 mod mount;
+mod oci_models;
+mod pushed;
 mod registry;
 #[path = "../it/scripted_source.rs"]
 #[expect(dead_code, reason = "here only some of it is needed")]

@@ -15,6 +15,8 @@ struct Cut {
     source: Arc<Scripted>,
     engine: Engine,
     fixture: Fixture,
+    /// The engine lives on it.
+    _runtime: tokio::runtime::Runtime,
     _home: tempfile::TempDir,
 }
 
@@ -53,13 +55,12 @@ fn cut(source: Scripted) -> Cut {
     };
     let contents = Fetched::new(engine.clone(), source.source(), artifact.clone());
     let view = View::new(artifact, Arc::new(contents)).unwrap();
-    let mut fixture = Fixture::mount(view, Vec::new(), &Config::default());
-    // The engine lives on it.
-    std::mem::replace(&mut fixture.runtime, runtime).shutdown_background();
+    let fixture = Fixture::mount(view, Vec::new(), &Config::default());
     Cut {
         source,
         engine,
         fixture,
+        _runtime: runtime,
         _home: home,
     }
 }

@@ -1,0 +1,119 @@
+//! Models from a real registry: looked at, warmed, mounted while they arrive.
+
+use crate::{
+    oci_models::{Model, Push, layouts},
+    pushed::{Registry, tar},
+};
+
+use super::*;
+
+#[test]
+fn models_of_a_registry_are_inspected_warmed_and_mounted() {
+    let (registry, model) = (Registry::start(), Model::new());
+    let total: u64 = model.files.values().map(|f| f.len() as u64).sum();
+    for (layout, reference) in layouts(&registry, &model) {
+        let bed = Bed::new();
+        let report = bed.json(&format!("inspect {reference} --json"));
+        assert_eq!(report["kind"], "registry", "{layout}");
+        let files = report["files"].as_array().unwrap();
+        let is_tar = layout.ends_with("tar");
+        for (file, (path, content)) in files.iter().zip(&model.files) {
+            assert_eq!(file["path"], *path, "{layout}");
+            assert_eq!(file["bytes"], content.len());
+            let digest = hearth::digest::Digest::of(content).to_string();
+            match is_tar {
+                // Nobody knows the digest of a file inside a tar before it is here.
+                true => assert_eq!(file["digest"], Value::Null, "{layout}"),
+                false if layout.ends_with("v0.1") => {}
+                false => assert_eq!(file["digest"], digest, "{layout}"),
+            }
+        }
+        assert_eq!(files.len(), model.files.len());
+        let bytes = report["bytes"].as_u64().unwrap();
+        assert!(bytes >= total && (is_tar || layout.ends_with("v0.1") || bytes == total));
+        assert!(bed.objects().is_empty(), "{layout}");
+
+        let dir = bed.mount_dir("mnt");
+        bed.ok(&format!("mount {reference} {dir}"));
+        assert_same(&dir, model.dir.path());
+        let status = bed.wait_complete(&dir);
+        assert_eq!(status["total_bytes"], bytes, "{layout}");
+        assert_eq!(status["error"], Value::Null, "{layout}");
+        assert_same(&dir, model.dir.path());
+        bed.ok(&format!("umount {dir}"));
+
+        let warm = bed.json(&format!("warm {reference} --json"));
+        assert_eq!(
+            (&warm["bytes"], &warm["bytes_before"]),
+            (&bytes.into(), &bytes.into())
+        );
+        assert_eq!(
+            total_size(&bed.store().join("objects")),
+            bytes,
+            "stored once"
+        );
+        let status = bed.json(&format!("status {reference} --json"));
+        assert_eq!(status["artifact"]["complete"], true, "{layout}: {status}");
+        for file in status["files"].as_array().unwrap() {
+            assert_eq!(file["present_bytes"], file["bytes"], "{layout}");
+            let object = file["object"].as_str().unwrap();
+            assert!(object.starts_with("sha256:"), "{object}");
+            assert!(!is_tar || object.contains('@'), "{object}");
+        }
+        bed.ok(&format!("verify {reference}"));
+        bed.ok(&format!("rm {reference}"));
+        assert!(bed.objects().is_empty(), "{layout}");
+    }
+}
+
+#[test]
+fn a_file_inside_a_tar_is_read_before_the_tar_is_here() {
+    let registry = Registry::start();
+    let bed = Bed::new();
+    let model = bed.path("model");
+    write_model(&model, 24, 2, 7);
+    let layer = tar(&model, &["--sort=name", "--format=gnu"], &["."]);
+    let mut push = Push::new(
+        &registry,
+        "slow/kit",
+        "application/vnd.kitops.modelkit.config.v1+json",
+    );
+    push.layer("application/vnd.kitops.modelkit.model.v1.tar", &layer, &[]);
+    push.done();
+    // Every connection gets 1 MiB a second.
+    let proxy = format!(
+        "location /v2/ {{ proxy_pass http://{}; proxy_set_header Host $http_host;
+           proxy_buffering off; limit_rate 1m; }}",
+        registry.host()
+    );
+    let empty = tempfile::tempdir().unwrap();
+    let slow = servers::nginx(empty.path(), &proxy);
+    let reference = format!("oci://127.0.0.1:{}/slow/kit:v1", slow.port);
+    let dir = bed.mount_dir("mnt");
+    bed.ok(&format!("mount {reference} {dir}"));
+    let script = r#"
+import hashlib, mmap, os, sys
+root, name = sys.argv[1:]
+tail = open(os.path.join(root, "tokenizer.json"), "rb").read()
+with open(os.path.join(root, name), "rb") as f:
+    data = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
+    last = data[-5000:]
+print(hashlib.sha256(tail + last).hexdigest())
+"#;
+    let shard = "model-00002-of-00002.safetensors";
+    let read = || Done::of(&mut python(script, &[&dir, shard])).ok();
+    let weights = fs::read(model.join(shard)).unwrap();
+    let tail = fs::read(model.join("tokenizer.json")).unwrap();
+    let right = [&tail[..], &weights[weights.len() - 5000..]].concat();
+    let right = hearth::digest::Digest::of(&right).hex();
+    assert_eq!(read().trim(), right);
+    let status = bed.json(&format!("status {dir} --json"));
+    assert_eq!(status["complete"], false, "{status}");
+    let file = bed.json(&format!("status {reference} --json"));
+    assert_eq!(file["artifact"]["complete"], false);
+    bed.wait_complete(&dir);
+    assert_same(&dir, &model);
+    assert_eq!(bed.objects().len(), 1, "the tar, once");
+    assert_eq!(read().trim(), right);
+    bed.ok(&format!("umount {dir}"));
+}
