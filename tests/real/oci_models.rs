@@ -612,7 +612,7 @@ async fn what_cannot_be_a_model_is_refused_by_name() {
             weight("tar"),
             gzip(&tar(&[], &["a"])),
             none,
-            "checksum",
+            "compressed",
         ),
         (
             "unnamed",

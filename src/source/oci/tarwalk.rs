@@ -138,6 +138,10 @@ impl TarWalk {
     /// What is no tar, and members that are no files, directories or links.
     pub(crate) fn take(&mut self, bytes: &[u8]) -> Result<(), TarError> {
         let start = self.at;
+        let compressed = matches!(bytes, [0x1f, 0x8b, ..] | [0x28, 0xb5, 0x2f, 0xfd, ..]);
+        if start == 0 && compressed {
+            return Err(self.damaged("it is compressed, which its media type does not say"));
+        }
         let end = start + bytes.len() as u64;
         while !self.done && self.at.saturating_add(self.needed()) <= end {
             let rest = &bytes[(self.at - start) as usize..];
