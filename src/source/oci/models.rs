@@ -91,7 +91,7 @@ pub(super) async fn layered(
         annotations: part.annotations,
         as_file: match part.content {
             Content::File { path, .. } => Some(path),
-            Content::Tar(_) => None,
+            Content::Tar(_) | Content::Unpack => None,
         },
     };
     Ok(Some(Layered {
@@ -135,7 +135,7 @@ pub(super) async fn resolve(
         .map(async |part| {
             let members = match &part.content {
                 Content::File { .. } => Vec::new(),
-                Content::Tar(_) => walk(registry, &what, &part, most).await?,
+                Content::Tar(_) | Content::Unpack => walk(registry, &what, &part, most).await?,
             };
             Ok::<_, SourceError>((part, members))
         })
@@ -143,7 +143,7 @@ pub(super) async fn resolve(
     while let Some((part, members)) = walked.try_next().await? {
         match &part.content {
             Content::File { path, mode, mtime } => files.add_layer(&part, path, *mode, *mtime)?,
-            Content::Tar(_) => files.add_members(&part, &members)?,
+            Content::Tar(_) | Content::Unpack => files.add_members(&part, &members)?,
         }
     }
     drop(walked);
@@ -291,4 +291,41 @@ fn stays_inside(path: &str, target: &str) -> bool {
                 true
             }
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn symlinks_stay_inside() {
+        for (path, target) in [
+            ("a", "b"),
+            ("a", "./b/../c"),
+            ("d/a", "../b"),
+            ("d/e/a", "../../b"),
+            ("snapshots/1/a", "../../blobs/x"),
+        ] {
+            assert!(stays_inside(path, target), "{path} -> {target}");
+        }
+        for (path, target) in [
+            ("a", "/b"),
+            ("a", ".."),
+            ("d/a", "../../b"),
+            ("d/a", "x/../../../b"),
+            ("d/a", "../../d/b"),
+        ] {
+            assert!(!stays_inside(path, target), "{path} -> {target}");
+        }
+    }
+
+    #[test]
+    fn directories_are_chosen_by_whole_names() {
+        assert_eq!(below("", "a/b"), Some("a/b"));
+        assert_eq!(below("a", "a/b"), Some("b"));
+        assert_eq!(below("a/b", "a/b/c/d"), Some("c/d"));
+        for path in ["a", "ab/c", "b/a", ""] {
+            assert_eq!(below("a", path), None, "{path}");
+        }
+    }
 }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use futures_util::TryStreamExt as _;
+use oci_distribution::manifest::OciDescriptor;
 use serde::Deserialize;
 
 use super::{Kind, Location, Manifest, Registry, SourceError, is_image_layer, short};
@@ -51,6 +52,8 @@ pub(super) enum Content {
     },
     /// Files with paths of their own.
     Tar(Compression),
+    /// The same; only its first bytes say how it is compressed.
+    Unpack,
 }
 
 /// How a tar is compressed.
@@ -123,6 +126,31 @@ pub(super) async fn parts(
     manifest: &Manifest,
 ) -> Result<Option<Vec<Part>>, SourceError> {
     let layers = &manifest.image.layers;
+    let known = |layer: &OciDescriptor| known(&layer.media_type);
+    let names = match layers
+        .iter()
+        .any(|l| matches!(known(l), Known::Descriptor(_)))
+    {
+        true => descriptor_names(registry, what, manifest).await?,
+        false => Vec::new(),
+    };
+    let Some(mut parts) = plan(what, layers, &names)? else {
+        return Ok(None);
+    };
+    for part in &mut parts {
+        if part.content == Content::Unpack {
+            part.content = Content::Tar(sniff(registry, part).await?);
+        }
+    }
+    Ok(Some(parts))
+}
+
+/// What the layers are, as far as the manifest says; `names` are those of their descriptors.
+fn plan(
+    what: &str,
+    layers: &[OciDescriptor],
+    names: &[Option<String>],
+) -> Result<Option<Vec<Part>>, SourceError> {
     if layers.len() > MAX_LAYERS {
         let message = format!("its manifest has more than {MAX_LAYERS} layers");
         return Err(SourceError::new(Kind::Invalid, what, message));
@@ -135,10 +163,6 @@ pub(super) async fn parts(
     if (0..layers.len()).all(|at| known[at] == Known::Other && !titled(at)) {
         return Ok(None);
     }
-    let names = match known.iter().any(|k| matches!(k, Known::Descriptor(_))) {
-        true => descriptor_names(registry, what, manifest).await?,
-        false => Vec::new(),
-    };
     let mut counts: HashMap<&Name, usize> = HashMap::new();
     for name in known.iter().filter_map(Known::name) {
         *counts.entry(name).or_default() += 1;
@@ -181,7 +205,7 @@ pub(super) async fn parts(
                 continue;
             }
             Known::Other if unpack => {
-                part.content = Content::Tar(sniff(registry, &part).await?);
+                part.content = Content::Unpack;
                 parts.push(part);
                 continue;
             }
@@ -505,6 +529,56 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn layers_have_paths_or_an_error_that_names_them(
+            layers in prop::collection::vec(
+                (
+                    prop::sample::select(vec![
+                        "application/vnd.cncf.model.weight.v1.raw",
+                        "application/vnd.cncf.model.doc.v1.tar",
+                        "application/vnd.kitops.modelkit.code.v1.tar+gzip",
+                        "application/vnd.docker.ai.gguf.v3",
+                        "application/vnd.docker.ai.license",
+                        "application/vnd.ollama.image.model",
+                        "application/vnd.ollama.image.json",
+                        "application/vnd.oci.image.layer.v1.tar",
+                        "application/octet-stream",
+                    ]),
+                    prop::collection::btree_map(
+                        prop::sample::select(vec![FILEPATH[0], FILEPATH[1], TITLE, UNPACK, METADATA[0]]),
+                        "[a-z./{}:\"0-9]{0,12}|true",
+                        0..4,
+                    ),
+                    prop::option::of("[a-z/.]{0,9}"),
+                    -1i64..1 << 62,
+                ),
+                0..6,
+            ),
+        ) {
+            let (mut descriptors, mut names) = (Vec::new(), Vec::new());
+            for (media_type, annotations, name, size) in layers {
+                names.push(name);
+                descriptors.push(OciDescriptor {
+                    media_type: media_type.to_owned(),
+                    digest: Digest::of(media_type.as_bytes()).to_string(),
+                    size,
+                    annotations: Some(annotations.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()),
+                    ..OciDescriptor::default()
+                });
+            }
+            match plan("oci://r.io/m:1", &descriptors, &names) {
+                Ok(Some(parts)) => {
+                    prop_assert_eq!(parts.len(), descriptors.len());
+                    for part in parts {
+                        let unnamed = matches!(&part.content, Content::File { path, .. } if path.is_empty());
+                        prop_assert!(!unnamed);
+                    }
+                }
+                Ok(None) => prop_assert!(descriptors.iter().all(|d| known(&d.media_type) == Known::Other)),
+                Err(error) => prop_assert!(error.to_string().contains("layer "), "{}", error),
+            }
+        }
+
         #[test]
         fn times_do_not_panic(text in "[0-9TZ:+. -]{0,30}|.{0,30}") {
             let _ = rfc3339(&text);
