@@ -135,9 +135,8 @@ impl Handle {
             return Err(FetchError::other_size(&name, object.size, complete.size));
         }
         let mut sections = Sections::default();
-        if name.ends_with(".safetensors") {
-            sections.add(0..object.size);
-        }
+        // Whatever its name: registries name by digest.
+        sections.add(0..object.size);
         Ok(Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
             name,

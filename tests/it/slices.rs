@@ -153,7 +153,14 @@ async fn a_part_brings_what_it_needs_and_the_whole_serves_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_safetensors_file_inside_a_tar_is_read_ahead_by_its_tensors() {
+async fn safetensors_files_are_read_ahead_by_their_tensors() {
+    // A file that is an object, whatever its name, and one inside a tar.
+    for (object, start) in [(1, 0), (0, 7 * MIB + 512)] {
+        read_ahead_by_tensors(object, start as usize).await;
+    }
+}
+
+async fn read_ahead_by_tensors(object: u32, start: usize) {
     let size = 20 * MIB;
     let header = format!(
         r#"{{"a":{{"dtype":"U8","shape":[1],"data_offsets":[0,{0}]}},"b":{{"dtype":"U8","shape":[1],"data_offsets":[{0},{1}]}}}}"#,
@@ -161,13 +168,12 @@ async fn a_safetensors_file_inside_a_tar_is_read_ahead_by_its_tensors() {
         12 * MIB
     );
     let mut source = Scripted::new(64 << 20);
-    let start = (7 * MIB + 512) as usize;
     let mut data = source.data.to_vec();
     data[start..start + 8].copy_from_slice(&(header.len() as u64).to_le_bytes());
     data[start + 8..start + 8 + header.len()].copy_from_slice(header.as_bytes());
     source.data = data.into();
     let bed = bed(source, &[("model.safetensors", start as u64, size)]);
-    let body = bed.body(0);
+    let body = bed.body(object);
     body.clone().read(0, 4096).await.unwrap();
     bed.wait_present(MIB).await;
     // The start of a tensor, and no more: the rest of it is read ahead.
