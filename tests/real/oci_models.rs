@@ -555,6 +555,9 @@ async fn a_modelcar_is_an_image_of_which_a_directory_is_the_model() {
     assert_eq!(layered.reference, format!("{reference}?path=models"));
 }
 
+/// Name, media type, content and annotations of a layer, and why it is refused.
+type Case<'c> = (&'c str, String, Vec<u8>, &'c [(&'c str, &'c str)], &'c str);
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_a_model_is_refused_by_name() {
     let registry = Registry::start();
@@ -581,7 +584,7 @@ async fn what_cannot_be_a_model_is_refused_by_name() {
     let weight = |encoding: &str| format!("{CNCF}.weight.v1.{encoding}");
     let file = "two layers";
     let none: &[(&str, &str)] = &[];
-    let cases: Vec<(&str, String, Vec<u8>, &[(&str, &str)], &str)> = vec![
+    let cases: [Case<'_>; 15] = [
         ("up", weight("tar"), up, none, "\"..\""),
         ("absolute", weight("tar"), absolute, none, "absolute"),
         ("twice", weight("tar"), twice, none, "is there twice"),

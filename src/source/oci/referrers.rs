@@ -79,6 +79,7 @@ impl Registry {
                     media_type: layer.media_type.clone(),
                     diff_id: None,
                     annotations: layer.annotations.clone().unwrap_or_default(),
+                    as_file: None,
                 })
             });
             found.push(Attached {
