@@ -44,9 +44,9 @@ use crate::{
 };
 
 /// Tars looked into at a time.
-const PARALLEL: usize = 8;
+const PARALLEL: usize = 4;
 /// Most members of one tar.
-const MAX_MEMBERS: usize = 1_000_000;
+const MAX_MEMBERS: usize = 250_000;
 
 /// The directory that is the content, where the manifest is that of a container image (its layers
 /// have to be unpacked); `None` where it is a model that [`resolve`] understands, or nothing known.

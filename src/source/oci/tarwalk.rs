@@ -10,6 +10,8 @@
 
 use std::ops::Range;
 
+use crate::tree::MAX_PATH;
+
 const BLOCK: u64 = 512;
 /// Bytes of a first look, and after a long jump.
 const SHORT_LOOK: u64 = 64 << 10;
@@ -18,7 +20,7 @@ const LONG_LOOK: u64 = 4 << 20;
 /// Most looks at one tar.
 const MAX_LOOKS: usize = 10_000;
 /// Most bytes looked at in one tar.
-const MAX_LOOKED_AT: u64 = 2 << 30;
+const MAX_LOOKED_AT: u64 = 256 << 20;
 /// Longest name or set of pax records, in bytes.
 const MAX_EXTENSION: u64 = 1 << 20;
 
@@ -237,7 +239,13 @@ impl TarWalk {
                 let target = self.path(target.as_bytes())?;
                 MemberKind::Hardlink { target }
             }
-            b'2' => MemberKind::Symlink { target: target()? },
+            b'2' => {
+                let target = target()?;
+                if target.len() >= MAX_PATH {
+                    return Err(refuse("a symlink to a path longer than 4095 bytes"));
+                }
+                MemberKind::Symlink { target }
+            }
             b'5' => MemberKind::Dir,
             b'3' | b'4' | b'6' => return Err(refuse("a device or pipe, which no model has")),
             b'S' => return Err(refuse("a sparse file, which cannot be read in place")),
@@ -331,6 +339,9 @@ impl TarWalk {
                 path: raw.chars().take(200).collect(),
                 why: "an absolute path",
             });
+        }
+        if raw.len() > MAX_PATH {
+            return Err(self.damaged("it has a path longer than 4096 bytes"));
         }
         let parts: Vec<_> = raw
             .split('/')
@@ -625,6 +636,26 @@ mod tests {
             (header("a", b'L', 2 << 20, "").to_vec(), "empty or too long"),
             ([sparse, vec![0; 512]].concat(), "sparse"),
             ([global, vec![0; 512]].concat(), "global"),
+            (
+                [&extension(b'L', &[b'n'; 5000])[..], &[b'x'; 512]].concat(),
+                "checksum",
+            ),
+            (
+                [
+                    &extension(b'L', &[b'n'; 5000])[..],
+                    &header("a", b'0', 0, ""),
+                ]
+                .concat(),
+                "longer than 4096",
+            ),
+            (
+                [
+                    &extension(b'K', &[b'n'; 5000])[..],
+                    &header("a", b'2', 0, ""),
+                ]
+                .concat(),
+                "longer than 4095",
+            ),
             (extension(b'x', b"nonsense"), "malformed"),
             (extension(b'x', b"5 a=b\n"), "malformed"),
             (extension(b'x', &pax("path", "a")), "after an extension"),
