@@ -240,7 +240,7 @@ impl SimDisk {
 
 impl Disk for SimDisk {
     fn open(&self, path: &Path, how: Open) -> Result<Arc<dyn DiskFile>> {
-        let made = how == Open::Create && !path.exists();
+        let made = matches!(how, Open::Create | Open::New) && !path.exists();
         if made {
             self.before(&format!("create {}", path.display()));
         }
@@ -273,6 +273,16 @@ impl Disk for SimDisk {
         Ok(())
     }
 
+    fn rename_new(&self, from: &Path, to: &Path) -> Result<bool> {
+        self.before(&format!("rename to new {}", to.display()));
+        let inode = self.inode(from);
+        let renamed = RealDisk.rename_new(from, to)?;
+        if renamed {
+            self.change(Some(from), Some((to, Some(inode))));
+        }
+        Ok(renamed)
+    }
+
     fn link(&self, from: &Path, to: &Path) -> Result<bool> {
         self.before(&format!("link {}", to.display()));
         let inode = self.inode(from);
@@ -301,6 +311,15 @@ impl Disk for SimDisk {
         Ok(made)
     }
 
+    fn remove_dir(&self, path: &Path) -> Result<bool> {
+        self.before(&format!("rmdir {}", path.display()));
+        let removed = RealDisk.remove_dir(path)?;
+        if removed {
+            self.change(Some(path), None);
+        }
+        Ok(removed)
+    }
+
     fn sync_dir(&self, path: &Path) -> Result<()> {
         self.before(&format!("sync dir {}", path.display()));
         self.image.lock().unwrap().sync_names(|c| c.touches(path));
@@ -319,16 +338,6 @@ impl Disk for SimDisk {
 
     fn touch(&self, path: &Path) -> Result<()> {
         RealDisk.touch(path)
-    }
-
-    fn syncfs(&self, _path: &Path) -> Result<()> {
-        self.before("syncfs");
-        let mut image = self.image.lock().unwrap();
-        image.sync_names(|_| true);
-        for inode in image.inodes.values_mut() {
-            inode.durable = inode.content(Left::All, 0);
-        }
-        Ok(())
     }
 
     fn space(&self, path: &Path) -> Result<Space> {
@@ -364,6 +373,16 @@ impl DiskFile for SimFile {
         self.before("sync");
         let mut image = self.image.lock().unwrap();
         if let Some(inode) = image.inodes.get_mut(&self.inode) {
+            inode.durable = inode.content(Left::All, 0);
+        }
+        Ok(())
+    }
+
+    fn sync_fs(&self) -> Result<()> {
+        self.before("sync fs");
+        let mut image = self.image.lock().unwrap();
+        image.sync_names(|_| true);
+        for inode in image.inodes.values_mut() {
             inode.durable = inode.content(Left::All, 0);
         }
         Ok(())
