@@ -282,7 +282,7 @@ fn imports_survive_power_failures() {
             let store = make(disk, root, expected);
             let mut contents = vec![content(40, 5000), Vec::new()];
             if many {
-                contents.extend((41..51).map(|seed| content(seed, 10)));
+                contents.extend((41..49).map(|seed| content(seed, 10)));
             } else {
                 let mut sparse = content(50, MIB + 100_000);
                 sparse[300_000..MIB].fill(0);
@@ -294,7 +294,7 @@ fn imports_survive_power_failures() {
             });
             expected.lock().unwrap().objects.extend(objects);
             let imports = [store.import().unwrap(), store.import().unwrap()];
-            let (half, all) = (contents.len() - 2, contents.len());
+            let (half, all) = (contents.len() - 1, contents.len());
             for (import, part) in imports.iter().zip([0..half, 1..all]) {
                 for bytes in &contents[part.clone()] {
                     let mut file = import.begin(bytes.len() as u64).unwrap();
