@@ -6,7 +6,7 @@
 //! no seam: they go to the `std` file in [`DiskFile::file`].
 //!
 //! Called by the store alone. What survives a crash: data after [`DiskFile::sync_data`], names
-//! after [`Disk::sync_dir`], both after [`Disk::syncfs`]; a rename is atomic. Nothing else.
+//! after [`Disk::sync_dir`], both after [`DiskFile::sync_fs`]; a rename is atomic. Nothing else.
 
 mod buf;
 mod lock;
@@ -35,6 +35,9 @@ use std::{
 
 /// What offset, length and address of a direct write must be multiples of, in bytes.
 pub const DIRECT_ALIGN: usize = 4096;
+
+/// Of complete objects: nobody writes them.
+const COMPLETE_MODE: u32 = 0o444;
 
 /// A failed operation on a file. Keeps the errno of the system.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +85,8 @@ pub enum Open {
     Write,
     /// To read and write; made, mode 0600, where it is not there.
     Create,
+    /// To read and write; made, mode 0444 whatever the umask, and must not be there.
+    New,
     /// To write past the page cache (`O_DIRECT`); it must be there.
     Direct,
 }
@@ -126,12 +131,16 @@ pub trait Disk: Send + Sync + fmt::Debug {
     fn open(&self, path: &Path, how: Open) -> Result<Arc<dyn DiskFile>>;
     /// Atomically gives `from` the name `to`, replacing what is there.
     fn rename(&self, from: &Path, to: &Path) -> Result<()>;
+    /// Gives `from` the name `to`; false, and nothing changes, where `to` is there already.
+    fn rename_new(&self, from: &Path, to: &Path) -> Result<bool>;
     /// Gives `from` the second name `to`; false where `to` is there already.
     fn link(&self, from: &Path, to: &Path) -> Result<bool>;
     /// Removes a file; false where there is none.
     fn unlink(&self, path: &Path) -> Result<bool>;
     /// Makes a directory, mode 0700; false where it is there already.
     fn create_dir(&self, path: &Path) -> Result<bool>;
+    /// Removes an empty directory; false where there is none.
+    fn remove_dir(&self, path: &Path) -> Result<bool>;
     /// Makes the names in a directory durable.
     fn sync_dir(&self, path: &Path) -> Result<()>;
     /// The names in a directory; none where it is not there.
@@ -140,8 +149,6 @@ pub trait Disk: Send + Sync + fmt::Debug {
     fn stat(&self, path: &Path) -> Result<Option<Stat>>;
     /// Sets the modification time of a file to now.
     fn touch(&self, path: &Path) -> Result<()>;
-    /// Makes everything on the file system of `path` durable.
-    fn syncfs(&self, path: &Path) -> Result<()>;
     /// Size of the file system of `path`.
     fn space(&self, path: &Path) -> Result<Space>;
     /// Whether files can be made in the directory `path`.
@@ -158,6 +165,10 @@ pub trait DiskFile: Send + Sync + fmt::Debug {
     fn write_at(&self, data: &[u8], offset: u64) -> Result<()>;
     /// Makes data and length durable.
     fn sync_data(&self) -> Result<()>;
+    /// Makes everything on its file system durable, names too. Fails where anything could not be
+    /// written since this file was opened or since the last call, so it is opened before what it
+    /// is to sync is written (syncfs(2)).
+    fn sync_fs(&self) -> Result<()>;
     /// Sets the length, in bytes; what is added is a hole.
     fn set_len(&self, len: u64) -> Result<()>;
     /// Reserves disk space for `len` bytes; nothing where the file system cannot.
@@ -188,17 +199,40 @@ impl Disk for RealDisk {
             Open::Read => &mut options,
             Open::Write => options.write(true),
             Open::Create => options.write(true).create(true),
+            Open::New => options.write(true).create_new(true).mode(COMPLETE_MODE),
             Open::Direct => options.write(true).custom_flags(libc::O_DIRECT),
         };
         let file = options
             .open(path)
             .map_err(|e| DiskError::new("open", path, e))?;
         let path = path.to_owned();
-        Ok(Arc::new(RealFile { file, path }))
+        let file = RealFile { file, path };
+        if how == Open::New {
+            let meta = file.file.metadata().map_err(file.fail("stat"))?;
+            if meta.mode() & 0o7777 != COMPLETE_MODE {
+                file.set_mode(COMPLETE_MODE)?;
+            }
+        }
+        Ok(Arc::new(file))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         fs::rename(from, to).map_err(|e| DiskError::new("rename a file to", to, e))
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> Result<bool> {
+        let renamed = match rename_noreplace(from, to) {
+            // The file system does not know how.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => match self.stat(to)? {
+                Some(_) => return Ok(false),
+                None => fs::rename(from, to),
+            },
+            other => other,
+        };
+        absent_ok(
+            renamed.map_err(|e| DiskError::new("rename a file to", to, e)),
+            libc::EEXIST,
+        )
     }
 
     fn link(&self, from: &Path, to: &Path) -> Result<bool> {
@@ -220,6 +254,13 @@ impl Disk for RealDisk {
         absent_ok(
             made.map_err(|e| DiskError::new("make directory", path, e)),
             libc::EEXIST,
+        )
+    }
+
+    fn remove_dir(&self, path: &Path) -> Result<bool> {
+        absent_ok(
+            fs::remove_dir(path).map_err(|e| DiskError::new("remove directory", path, e)),
+            libc::ENOENT,
         )
     }
 
@@ -251,12 +292,6 @@ impl Disk for RealDisk {
     fn touch(&self, path: &Path) -> Result<()> {
         let touched = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
         touched.map_err(|e| DiskError::new("touch", path, e))
-    }
-
-    fn syncfs(&self, path: &Path) -> Result<()> {
-        let fail = |e| DiskError::new("sync the file system of", path, e);
-        let dir = File::open(path).map_err(fail)?;
-        nix::unistd::syncfs(&dir).map_err(|e| fail(e.into()))
     }
 
     fn space(&self, path: &Path) -> Result<Space> {
@@ -302,6 +337,11 @@ impl DiskFile for RealFile {
         self.file.sync_data().map_err(self.fail("sync"))
     }
 
+    fn sync_fs(&self) -> Result<()> {
+        let fail = self.fail("sync the file system of");
+        nix::unistd::syncfs(&self.file).map_err(|e| fail(e.into()))
+    }
+
     fn set_len(&self, len: u64) -> Result<()> {
         self.file
             .set_len(len)
@@ -343,6 +383,20 @@ impl DiskFile for RealFile {
             .read_exact_at(buf, offset)
             .map_err(self.fail("read"))
     }
+}
+
+/// `renameat2` with `RENAME_NOREPLACE`.
+#[cfg(target_env = "gnu")]
+fn rename_noreplace(from: &Path, to: &Path) -> io::Result<()> {
+    use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+    renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE)?;
+    Ok(())
+}
+
+/// Other C libraries may not have it.
+#[cfg(not(target_env = "gnu"))]
+fn rename_noreplace(_from: &Path, _to: &Path) -> io::Result<()> {
+    Err(io::Error::from_raw_os_error(libc::EINVAL))
 }
 
 /// True for success, false for the one errno that says it was so already.

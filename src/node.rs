@@ -106,6 +106,8 @@ pub struct Resolved {
     pub source: Arc<dyn Source>,
     /// Whether the origin said so just now; else it is what the store remembers.
     pub fresh: bool,
+    /// Whether the store did not know the reference before.
+    pub new: bool,
 }
 
 /// What a warm did.
@@ -192,6 +194,7 @@ impl Node {
                 artifact: Arc::clone(artifact),
                 source,
                 fresh: false,
+                new: false,
             });
         }
         let asked = std::time::Instant::now();
@@ -214,6 +217,7 @@ impl Node {
                     artifact,
                     source,
                     fresh: true,
+                    new: recorded.is_none(),
                 })
             }
             Err(error) => match (error.kind(), recorded) {
@@ -223,6 +227,7 @@ impl Node {
                         artifact,
                         source,
                         fresh: false,
+                        new: false,
                     })
                 }
                 _ => Err(failed(error)),
@@ -277,8 +282,17 @@ impl Node {
         progress: &Progress,
     ) -> Result<u64, NodeError> {
         let artifact = &resolved.artifact;
-        let _hold = self.hold(&artifact.reference).await?;
-        let _room = self.admit(artifact).await?;
+        let hold = self.hold(&artifact.reference).await?;
+        let _room = match self.admit(artifact).await {
+            Ok(room) => room,
+            Err(error) => {
+                drop(hold);
+                if resolved.new {
+                    self.forget(&artifact.reference).await;
+                }
+                return Err(error);
+            }
+        };
         if let Some(owner) = pin {
             let (store, owner) = (Arc::clone(self.store()), owner.to_owned());
             let name = artifact.reference.clone();
@@ -385,6 +399,15 @@ impl Node {
     pub async fn admit(&self, artifact: &Arc<Artifact>) -> Result<Reservation, NodeError> {
         let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
         Ok(blocking(move || store.admit(&artifact)).await?)
+    }
+
+    /// Takes back the record of an artifact that was refused, so that it is not listed as one that
+    /// is on its way. Not where it is pinned, or another process uses it.
+    async fn forget(&self, reference: &str) {
+        let (store, name) = (Arc::clone(self.store()), reference.to_owned());
+        if let Err(error) = blocking(move || store.remove(&name)).await {
+            tracing::debug!(reference, %error, "the record of what was refused stays");
+        }
     }
 
     async fn recorded(&self, reference: &str) -> Result<Option<Arc<Artifact>>, NodeError> {

@@ -2,13 +2,17 @@
 //!
 //! ```text
 //! <root>/hearth.json                     format version and store id
-//! <root>/objects/sha256/ab/<hex>         complete: verified, immutable, mode 0444, without holes
+//! <root>/objects/sha256/ab/<hex>         complete: verified, immutable, mode 0444; zeros may be holes
 //! <root>/objects/tmp/                    files being written, renamed when they are durable
+//! <root>/imports/<salt>-<n>/             an import under way: what it keeps, files without names
 //! <root>/located/ab/<hex>                "sha256:<hex> <size>": the content of a located id
 //! <root>/partial/<kind>-<hex>.data       sparse data of an object on its way
 //! <root>/partial/<kind>-<hex>.map        its chunks that are durable: bitmap with a checksum
 //! <root>/partial/<kind>-<hex>.live       its chunks that are here: words mapped by all processes
 //! <root>/trees/<hex>                     artifacts by digest: zstd of their encoding
+//! <root>/indexes/<hex>                   indexes of layers, by the layer's digest
+//! <root>/images/<sha256 of reference>.json      reference -> manifest, layers of an image
+//! <root>/chains/<hex>                    chain id of layers -> images that begin with them
 //! <root>/artifacts/<sha256 of reference>.json   reference -> artifact; mtime = last use
 //! <root>/artifacts/<sha256 of reference>.lock   flock: shared while held, exclusive to evict
 //! <root>/pins/<sha256 of reference>/<owner>     what keeps it from eviction
@@ -24,16 +28,20 @@
 //! - An absent chunk is written only under a [`Lease`], whose file lock dies with its process. So an
 //!   object whose chunks are all present has no writer left.
 //! - Record before you look: an artifact is recorded before its objects are looked for, and a
-//!   collection keeps what is recorded, held or open. So no process loses what it has seen.
+//!   collection keeps what is recorded, held, open, or listed by an import that lives. So no process loses what it has seen.
 //! - Opening a store lists no directory; an object is complete if its file is there.
 //!
 //! Called by `fetch` (objects) and `node` (artifacts, space), from any number of processes at once.
 //! All calls block on the disk. After kill -9 nothing is lost; after a power failure what came
-//! since the last [`Partial::checkpoint`].
+//! since the last [`Partial::checkpoint`] or [`Import::commit`].
 
+mod batch;
 mod collect;
 mod config;
 mod error;
+mod images;
+mod import;
+mod indexes;
 mod layout;
 mod lease;
 mod objects;
@@ -47,6 +55,9 @@ pub use crate::disk::AlignedBuf;
 pub use collect::{CollectOptions, CollectReport};
 pub use config::{ByteSize, Config};
 pub use error::{StoreError, StoreErrorKind};
+pub use images::{ImageLayer, ImageRecord};
+pub use import::{Import, ImportFile, Imported};
+pub use indexes::MAX_INDEX;
 pub use lease::{Lease, WriteMode};
 pub use objects::{Complete, hash_file};
 pub use partial::{MAX_OBJECT, Partial};

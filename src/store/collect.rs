@@ -1,18 +1,22 @@
 //! Collection: evicts artifacts that were not used for longest, then removes what nothing leads to.
 //!
-//! Roots are recorded artifacts, and trees that someone holds. Under the exclusive records lock
+//! Roots are recorded artifacts, with their images, trees that someone holds, and what living imports
+//! list. The index of a layer stays while objects of a root are made from it. Under the exclusive records lock
 //! nobody records, finishes or puts; who recorded before is seen, who records later looks later. An
 //! object that is open in any process (shared flock) is left for the next time, so is an open partial.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     ffi::OsStr,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use super::{Record, Result, Store, StoreError, layout::FileLock, space::Wanted};
+use super::{
+    Record, Result, Store, StoreError, images::ImageState, indexes::layers_of, layout::FileLock,
+    space::Wanted,
+};
 use crate::{
     digest::{Digest, ObjectId},
     disk::{Open, Span, lock_file},
@@ -20,6 +24,9 @@ use crate::{
 
 /// Temporary files older than this belong to nobody alive.
 const TEMP_AGE: Duration = Duration::from_secs(3600);
+
+/// Most bytes of what an import lists: of 32 million files.
+const MAX_KEPT: u64 = 1 << 30;
 
 /// What to collect.
 #[derive(Debug, Clone, Copy, Default)]
@@ -39,7 +46,7 @@ pub struct CollectReport {
     pub objects: u64,
     /// Partial objects removed.
     pub partials: u64,
-    /// Trees, located records, lock and temporary files removed.
+    /// Trees, indexes, records, lock and temporary files removed.
     pub others: u64,
     /// Bytes freed on the disk.
     pub bytes: u64,
@@ -62,6 +69,11 @@ struct Sweep<'s> {
     ids: HashMap<ObjectId, u32>,
     contents: HashMap<Digest, u32>,
     trees: HashSet<Digest>,
+    /// Indexes of layers: bytes on the disk; and how many artifacts need a layer.
+    indexes: HashMap<Digest, u64>,
+    layers: HashMap<Digest, u32>,
+    /// What imports left that are dead.
+    dead: Vec<PathBuf>,
     report: CollectReport,
 }
 
@@ -71,6 +83,7 @@ struct Known {
     record: Option<Record>,
     ids: Vec<ObjectId>,
     contents: Vec<Digest>,
+    layers: BTreeSet<Digest>,
 }
 
 impl Store {
@@ -139,6 +152,9 @@ impl<'s> Sweep<'s> {
             ids: HashMap::new(),
             contents: HashMap::new(),
             trees: HashSet::new(),
+            indexes: HashMap::new(),
+            layers: HashMap::new(),
+            dead: Vec::new(),
             report: CollectReport::default(),
         };
         let objects = &mut sweep.objects;
@@ -151,6 +167,15 @@ impl<'s> Sweep<'s> {
                 sweep.partials.insert(id, store.partial_stem(&id));
             }
         }
+        for (path, name) in sweep.files("indexes")? {
+            let layer = name.to_str().and_then(|n| Digest::from_hex(n).ok());
+            if let Some(layer) = layer
+                && let Some(stat) = store.disk.stat(&path)?
+            {
+                sweep.indexes.insert(layer, stat.disk);
+            }
+        }
+        sweep.look_at_imports()?;
         let mut records = store.records()?;
         records.sort_by_key(|record| std::cmp::Reverse(record.used));
         for record in records {
@@ -175,18 +200,61 @@ impl<'s> Sweep<'s> {
             record,
             ids: Vec::new(),
             contents: Vec::new(),
+            layers: BTreeSet::new(),
         };
         if let Some(artifact) = self.store.read_tree(digest)? {
+            known.layers = layers_of(&artifact.objects);
             known.ids = artifact.stored().map(|object| object.id).collect();
             for id in &known.ids {
                 known.contents.extend(self.store.content_of(id)?);
-                *self.ids.entry(*id).or_default() += 1;
-            }
-            for content in &known.contents {
-                *self.contents.entry(*content).or_default() += 1;
             }
         }
+        if let Some(record) = &known.record
+            && let Some(image) = self.store.image(&record.reference)?
+        {
+            known.contents.extend([image.manifest, image.config]);
+            known.layers.extend(image.layers.iter().map(|l| l.blob));
+        }
+        count(&mut self.ids, &known.ids);
+        count(&mut self.contents, &known.contents);
+        count(&mut self.layers, &known.layers);
         self.artifacts.push(known);
+        Ok(())
+    }
+
+    /// Counts what living imports list, as if it were recorded; finds the dead ones.
+    fn look_at_imports(&mut self) -> Result<()> {
+        let store = self.store;
+        for dir in store.import_dirs()? {
+            let path = dir.join("kept");
+            let file = match store.disk.open(&path, Open::Read) {
+                Ok(file) => file,
+                Err(error) if error.errno() == Some(libc::ENOENT) => {
+                    self.dead.push(dir);
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            if lock_file(file.file(), Span::Exclusive, false)
+                .map_err(|error| StoreError::io(path.display(), &error))?
+            {
+                self.dead.push(dir);
+                continue;
+            }
+            let Some(bytes) = store.read_small(&path, MAX_KEPT)? else {
+                continue;
+            };
+            let kept: Vec<Digest> = bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|digest| Digest::from_bytes(*digest))
+                .collect();
+            count(&mut self.contents, &kept);
+            count(&mut self.layers, &kept);
+            let ids: Vec<ObjectId> = kept.into_iter().map(ObjectId::Sha256).collect();
+            count(&mut self.ids, &ids);
+        }
         Ok(())
     }
 
@@ -202,6 +270,15 @@ impl<'s> Sweep<'s> {
             if !self.ids.contains_key(&id) {
                 self.remove_partial(&id)?;
             }
+        }
+        let layers: Vec<Digest> = self.indexes.keys().copied().collect();
+        for layer in layers {
+            if !self.layers.contains_key(&layer) {
+                self.remove_index(&layer)?;
+            }
+        }
+        for dir in std::mem::take(&mut self.dead) {
+            self.remove_import(&dir)?;
         }
         Ok(())
     }
@@ -254,6 +331,41 @@ impl<'s> Sweep<'s> {
             if last(&mut self.contents, content) {
                 self.remove_object(content)?;
             }
+        }
+        for layer in &known.layers {
+            if last(&mut self.layers, layer) {
+                self.remove_index(layer)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_index(&mut self, layer: &Digest) -> Result<()> {
+        let Some(bytes) = self.indexes.remove(layer) else {
+            return Ok(());
+        };
+        if !self.dry_run {
+            self.store.disk.unlink(&self.store.index_path(layer))?;
+        }
+        self.report.others += 1;
+        self.report.bytes += bytes;
+        Ok(())
+    }
+
+    /// Removes what a dead import left.
+    fn remove_import(&mut self, dir: &Path) -> Result<()> {
+        let disk = &self.store.disk;
+        for name in disk.list(dir)? {
+            let path = dir.join(name);
+            let bytes = disk.stat(&path)?.map_or(0, |stat| stat.disk);
+            if !self.dry_run {
+                disk.unlink(&path)?;
+            }
+            self.report.others += 1;
+            self.report.bytes += bytes;
+        }
+        if !self.dry_run {
+            disk.remove_dir(dir)?;
         }
         Ok(())
     }
@@ -324,6 +436,7 @@ impl<'s> Sweep<'s> {
                 self.report.others += 1;
             }
         }
+        self.remove_images()?;
         let mut stale = Vec::new();
         store.each_sharded(&store.root.join("located"), |key, path, _| {
             let id = ObjectId::Located(key);
@@ -343,6 +456,42 @@ impl<'s> Sweep<'s> {
         Ok(())
     }
 
+    /// Removes records of images without an artifact, and what leads to them.
+    fn remove_images(&mut self) -> Result<()> {
+        let store = self.store;
+        let mut chains: HashMap<Digest, Vec<Digest>> = HashMap::new();
+        for path in store.image_paths()? {
+            let Some(name) = path.file_name() else {
+                continue;
+            };
+            if store
+                .disk
+                .stat(&store.root.join("artifacts").join(name))?
+                .is_none()
+            {
+                if !self.dry_run {
+                    store.disk.unlink(&path)?;
+                }
+                self.report.others += 1;
+            } else if let ImageState::Here(image) = store.read_image(&path)? {
+                let own = Digest::of(image.reference.as_bytes());
+                for chain in image.chain_ids() {
+                    chains.entry(chain).or_default().push(own);
+                }
+            }
+        }
+        for (path, name) in self.files("chains")? {
+            let Some(chain) = name.to_str().and_then(|n| Digest::from_hex(n).ok()) else {
+                continue;
+            };
+            let images = chains.remove(&chain).unwrap_or_default();
+            if store.prune_chain(&path, &images, self.dry_run)? {
+                self.report.others += 1;
+            }
+        }
+        Ok(())
+    }
+
     fn files(&self, dir: &str) -> Result<Vec<(PathBuf, std::ffi::OsString)>> {
         let dir = self.store.root.join(dir);
         let names = self.store.disk.list(&dir)?;
@@ -355,6 +504,16 @@ impl Store {
     fn tree_is_held(&self, digest: &Digest) -> Result<bool> {
         let there = self.disk.stat(&self.tree_path(digest))?.is_some();
         Ok(there && self.lock_tree(digest, Span::Exclusive, false)?.is_none())
+    }
+}
+
+/// Adds one reference to each.
+fn count<'k, K: std::hash::Hash + Eq + Copy + 'k>(
+    counts: &mut HashMap<K, u32>,
+    keys: impl IntoIterator<Item = &'k K>,
+) {
+    for key in keys {
+        *counts.entry(*key).or_default() += 1;
     }
 }
 

@@ -4,10 +4,10 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 
 use super::{Result, Store, StoreError, StoreErrorKind};
 use crate::{
@@ -54,6 +54,30 @@ pub(super) fn json(value: &impl Serialize) -> Result<Vec<u8>> {
         .map_err(|error| StoreError::new(StoreErrorKind::Invalid, error.to_string()))
 }
 
+/// A record that holds its own checksum: the SHA-256 of its JSON with an empty one.
+pub(super) trait Sealed: Serialize + DeserializeOwned {
+    /// Where the checksum stands.
+    fn checksum(&mut self) -> &mut String;
+}
+
+/// The JSON of a record, with its checksum.
+pub(super) fn seal<T: Sealed>(mut record: T) -> Result<Vec<u8>> {
+    record.checksum().clear();
+    let checksum = Digest::of(&json(&record)?).hex();
+    *record.checksum() = checksum;
+    json(&record)
+}
+
+/// Reads a record; none where its checksum does not fit.
+pub(super) fn unseal<T: Sealed>(bytes: &[u8]) -> Result<Option<T>> {
+    let Ok(mut record) = serde_json::from_slice::<T>(bytes) else {
+        return Ok(None);
+    };
+    let found = std::mem::take(record.checksum());
+    let fits = Digest::of(&json(&record)?).hex() == found;
+    Ok(fits.then_some(record))
+}
+
 impl Store {
     pub(super) fn object_path(&self, digest: &Digest) -> PathBuf {
         sharded(&self.root.join("objects/sha256"), digest)
@@ -84,6 +108,20 @@ impl Store {
     pub(super) fn temp_path(&self) -> PathBuf {
         let number = self.temps.fetch_add(1, Ordering::Relaxed);
         self.temp_dir().join(format!("{}-{number}", self.temp_salt))
+    }
+
+    /// The path of the directory of a new import.
+    pub(super) fn import_dir(&self) -> PathBuf {
+        let number = self.temps.fetch_add(1, Ordering::Relaxed);
+        self.root
+            .join(format!("imports/{}-{number}", self.temp_salt))
+    }
+
+    /// The directories of all imports, alive or dead.
+    pub(super) fn import_dirs(&self) -> Result<Vec<PathBuf>> {
+        let dir = self.root.join("imports");
+        let names = self.disk.list(&dir)?;
+        Ok(names.into_iter().map(|name| dir.join(name)).collect())
     }
 
     /// Fails where the store cannot be written.
@@ -121,6 +159,16 @@ impl Store {
                 Err(error.into())
             }
         }
+    }
+
+    /// Writes the content of an object to the new file `path`.
+    pub(super) fn write_object(&self, path: &Path, content: &[u8]) -> Result<()> {
+        let write = || self.disk.open(path, Open::New)?.write_at(content, 0);
+        write().map_err(|error| {
+            // The first error says what is wrong; the rest goes with the next collection.
+            let _ = self.disk.unlink(path);
+            error.into()
+        })
     }
 
     /// Replaces the small file `path`: after this, and after a crash, it is old or new, never between.
@@ -198,6 +246,19 @@ impl Store {
 pub(super) fn linked(file: &fs::File) -> std::io::Result<bool> {
     use std::os::unix::fs::MetadataExt as _;
     Ok(file.metadata()?.nlink() > 0)
+}
+
+/// A time as it stands in records: milliseconds since the epoch.
+pub(super) fn to_millis(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
+}
+
+/// The inverse of [`to_millis`].
+pub(super) fn from_millis(millis: u64) -> SystemTime {
+    UNIX_EPOCH
+        .checked_add(Duration::from_millis(millis))
+        .unwrap_or(UNIX_EPOCH)
 }
 
 fn sharded(dir: &Path, digest: &Digest) -> PathBuf {

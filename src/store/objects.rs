@@ -3,14 +3,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
-    path::PathBuf,
     sync::Arc,
 };
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use sha2::{Digest as _, Sha256};
 
-use super::{Result, Store, StoreError, StoreErrorKind, layout::linked};
+use super::{Result, Store, StoreError, StoreErrorKind, batch::Batch, layout::linked};
 use crate::{
     digest::{Digest, ObjectId},
     disk::{DiskFile, Open, Span, lock_file},
@@ -50,6 +49,15 @@ impl Store {
                 Ok(found.filter(|object| object.size == size))
             }
         }
+    }
+
+    /// Whether the object with this content is complete. One look at the disk; holds nothing: to
+    /// rely on it, record an artifact that leads to it first, or [`Import::keep`](super::Import::keep) it.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn has(&self, digest: &Digest) -> Result<bool> {
+        Ok(self.disk.stat(&self.object_path(digest))?.is_some())
     }
 
     /// The object with this content.
@@ -122,7 +130,7 @@ impl Store {
         }
     }
 
-    /// Durably stores small objects: one sync of the file system for all. Content of `Sha256` ids
+    /// Durably stores small objects, with one sync for all where they are many. Content of `Sha256` ids
     /// is checked. What is there already is kept.
     ///
     /// # Errors
@@ -136,10 +144,7 @@ impl Store {
             digests.push(digest);
         }
         let mut done: BTreeMap<Digest, Arc<Complete>> = BTreeMap::new();
-        let mut batch = Batch {
-            store: self,
-            moves: Vec::new(),
-        };
+        let mut batch = Batch::new(self);
         let mut fresh = BTreeSet::new();
         for ((id, content), digest) in objects.iter().zip(&digests) {
             let size = content.len() as u64;
@@ -150,7 +155,7 @@ impl Store {
                     }
                     _ => {
                         self.need_writable()?;
-                        batch.add(content, self.object_path(digest))?;
+                        batch.add_object(content, self.object_path(digest))?;
                         fresh.insert(*digest);
                     }
                 }
@@ -160,11 +165,11 @@ impl Store {
             {
                 self.need_writable()?;
                 let record = format!("{digest} {size}\n");
-                batch.add(record.as_bytes(), self.located_path(key))?;
+                batch.add_record(record.as_bytes(), self.located_path(key))?;
             }
         }
         // A collection must not take content away before the record that leads to it is there.
-        let _records = match batch.moves.is_empty() {
+        let _records = match batch.is_empty() {
             true => None,
             false => Some(self.lock_records(Span::Shared)?),
         };
@@ -178,59 +183,6 @@ impl Store {
         }
         let found = digests.iter().filter_map(|digest| done.get(digest));
         Ok(found.cloned().collect())
-    }
-}
-
-/// Files written under temporary names, to be synced together and renamed.
-struct Batch<'s> {
-    store: &'s Store,
-    /// Temporary path, final path.
-    moves: Vec<(PathBuf, PathBuf)>,
-}
-
-impl Batch<'_> {
-    fn add(&mut self, content: &[u8], to: PathBuf) -> Result<()> {
-        let temp = self.store.write_temp(content, false)?;
-        self.moves.push((temp, to));
-        Ok(())
-    }
-
-    /// Syncs, then renames, then syncs the directories.
-    fn publish(mut self) -> Result<()> {
-        let disk = &self.store.disk;
-        match &self.moves[..] {
-            [] => return Ok(()),
-            [(temp, _)] => disk.open(temp, Open::Write)?.sync_data()?,
-            _ => disk.syncfs(&self.store.root)?,
-        }
-        let mut dirs = Vec::new();
-        for (_, to) in &self.moves {
-            self.store.make_parent(to)?;
-            dirs.extend(to.parent().map(ToOwned::to_owned));
-        }
-        while let Some((temp, to)) = self.moves.last() {
-            if to.starts_with(self.store.root.join("objects")) {
-                disk.open(temp, Open::Write)?.set_mode(0o444)?;
-            }
-            disk.rename(temp, to)?;
-            self.moves.pop();
-        }
-        dirs.sort();
-        dirs.dedup();
-        for dir in dirs {
-            disk.sync_dir(&dir)?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Batch<'_> {
-    /// Removes what was not published.
-    fn drop(&mut self) {
-        for (temp, _) in &self.moves {
-            // Best effort: the error that led here is the one to report.
-            let _ = self.store.disk.unlink(temp);
-        }
     }
 }
 

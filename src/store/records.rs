@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::SystemTime,
 };
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
@@ -63,16 +63,12 @@ struct OnDisk {
     resolved_at: u64,
     objects: u64,
     bytes: u64,
-    /// SHA-256 of this JSON with an empty checksum.
     checksum: String,
 }
 
-impl OnDisk {
-    fn checksum(&mut self) -> Result<String> {
-        let found = std::mem::take(&mut self.checksum);
-        let checksum = Digest::of(&layout::json(self)?).hex();
-        self.checksum = found;
-        Ok(checksum)
+impl layout::Sealed for OnDisk {
+    fn checksum(&mut self) -> &mut String {
+        &mut self.checksum
     }
 }
 
@@ -121,18 +117,16 @@ impl Store {
                 .map_err(|error| StoreError::io(format_args!("tree {digest}"), &error))?;
             self.write_durably(&self.tree_path(&digest), &compressed)?;
         }
-        let since = SystemTime::now().duration_since(UNIX_EPOCH);
-        let mut record = OnDisk {
+        let record = OnDisk {
             reference: reference.clone(),
             digest: digest.to_string(),
             revision: artifact.revision.clone(),
-            resolved_at: since.map_or(0, |since| since.as_millis() as u64),
+            resolved_at: layout::to_millis(SystemTime::now()),
             objects: artifact.stored().count() as u64,
             bytes: artifact.size(),
             checksum: String::new(),
         };
-        record.checksum = record.checksum()?;
-        let json = layout::json(&record)?;
+        let json = layout::seal(record)?;
         if json.len() as u64 > MAX_RECORD {
             return Err(invalid("its reference and revision are too long".into()));
         }
@@ -183,7 +177,9 @@ impl Store {
             Err(error) if error.kind() == StoreErrorKind::Damaged => Vec::new(),
             Err(error) => return Err(error),
         };
-        let Some((on_disk, digest)) = parse_record(&bytes)? else {
+        let on_disk = layout::unseal::<OnDisk>(&bytes)?;
+        let digest = on_disk.as_ref().and_then(|r| r.digest.parse().ok());
+        let (Some(on_disk), Some(digest)) = (on_disk, digest) else {
             tracing::warn!(path = %path.display(), "damaged artifact record: it counts as absent");
             return Ok(None);
         };
@@ -194,9 +190,7 @@ impl Store {
             pins: self.pins(&on_disk.reference)?,
             digest,
             revision: on_disk.revision,
-            resolved: UNIX_EPOCH
-                .checked_add(Duration::from_millis(on_disk.resolved_at))
-                .unwrap_or(UNIX_EPOCH),
+            resolved: layout::from_millis(on_disk.resolved_at),
             used: stat.modified,
             objects: on_disk.objects,
             bytes: on_disk.bytes,
@@ -383,21 +377,12 @@ impl Store {
     }
 
     fn unlink_record(&self, reference: &str) -> Result<bool> {
+        // First: an image record without an artifact would say of nothing that it is here.
+        self.disk.unlink(&self.image_path(reference))?;
         let removed = self.disk.unlink(&self.record_path(reference))?;
         if removed {
             self.disk.sync_dir(&self.root.join("artifacts"))?;
         }
         Ok(removed)
     }
-}
-
-/// A record and its digest, if the checksum fits.
-fn parse_record(bytes: &[u8]) -> Result<Option<(OnDisk, Digest)>> {
-    let Ok(mut record) = serde_json::from_slice::<OnDisk>(bytes) else {
-        return Ok(None);
-    };
-    if record.checksum()? != record.checksum {
-        return Ok(None);
-    }
-    Ok(record.digest.parse().ok().map(|digest| (record, digest)))
 }

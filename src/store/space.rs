@@ -3,7 +3,10 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use super::{ByteSize, Result, Store, StoreError, StoreErrorKind, partial::Paths};
@@ -35,8 +38,8 @@ impl Usage {
     }
 }
 
-/// Disk space promised to an artifact by [`Store::admit`] until dropped. What has arrived already
-/// does not count twice.
+/// Disk space promised by [`Store::admit`] or [`Store::admit_bytes`] until dropped. What has arrived
+/// already does not count twice.
 #[derive(Debug)]
 #[must_use = "dropped at once, it reserves nothing"]
 pub struct Reservation {
@@ -48,6 +51,15 @@ impl Reservation {
     pub fn reference(&self) -> &str {
         &self.wanted.reference
     }
+
+    /// Of [`Store::admit_bytes`]: that many bytes have arrived, and need not be reserved any more.
+    pub fn arrived(&self, bytes: u64) {
+        self.wanted.arrived(bytes);
+    }
+
+    pub(super) fn wanted(&self) -> Arc<Wanted> {
+        Arc::clone(&self.wanted)
+    }
 }
 
 /// What a reservation is for.
@@ -55,6 +67,27 @@ impl Reservation {
 pub(super) struct Wanted {
     pub(super) reference: String,
     objects: BTreeMap<ObjectId, u64>,
+    /// Beside the objects: bytes that have not arrived.
+    bytes: AtomicU64,
+}
+
+impl Wanted {
+    fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn arrived(&self, bytes: u64) {
+        let less = |left: u64| Some(left.saturating_sub(bytes));
+        // It never refuses.
+        let _ = self
+            .bytes
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    }
+
+    /// What had arrived was dropped.
+    pub(super) fn gone(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
 }
 
 /// What may be written, in bytes, and why not more.
@@ -90,8 +123,17 @@ impl Store {
                 false => usage.other_bytes += stat.disk,
             }
         }
-        for dir in ["objects/tmp", "trees", "artifacts"] {
-            let dir = self.root.join(dir);
+        let imports = self.import_dirs()?;
+        let dirs = [
+            "objects/tmp",
+            "trees",
+            "artifacts",
+            "indexes",
+            "images",
+            "chains",
+        ];
+        let dirs = dirs.map(|dir| self.root.join(dir)).into_iter();
+        for dir in dirs.chain(imports) {
             for name in self.disk.list(&dir)? {
                 let stat = self.disk.stat(&dir.join(name))?;
                 usage.other_bytes += stat.map_or(0, |stat| stat.disk);
@@ -146,21 +188,42 @@ impl Store {
     /// [`StoreErrorKind::NoSpace`] with the arithmetic; nothing was evicted then.
     pub fn admit(self: &Arc<Self>, artifact: &Artifact) -> Result<Reservation> {
         let sizes = artifact.stored().map(|o| (o.id, o.size));
-        let wanted = Arc::new(Wanted {
+        self.admit_wanted(Wanted {
             reference: artifact.reference.clone(),
             objects: sizes.collect(),
-        });
+            bytes: AtomicU64::new(0),
+        })
+    }
+
+    /// As [`Store::admit`], for `bytes` of content that is not known yet. `what` is a reference;
+    /// its artifact is not evicted. See [`Store::import_within`].
+    ///
+    /// # Errors
+    /// As [`Store::admit`].
+    pub fn admit_bytes(self: &Arc<Self>, what: &str, bytes: u64) -> Result<Reservation> {
+        self.admit_wanted(Wanted {
+            reference: what.to_owned(),
+            objects: BTreeMap::new(),
+            bytes: AtomicU64::new(bytes),
+        })
+    }
+
+    fn admit_wanted(self: &Arc<Self>, wanted: Wanted) -> Result<Reservation> {
+        let wanted = Arc::new(wanted);
         let mut reservations = self.reservations.lock();
         reservations.retain(|other| other.strong_count() > 0);
         let mut admitted: Vec<Arc<Wanted>> = Vec::new();
         admitted.extend(reservations.iter().filter_map(std::sync::Weak::upgrade));
-        let mut others = BTreeMap::new();
+        let mut objects = BTreeMap::new();
+        let mut bytes = 0u64;
         for other in &admitted {
-            others.extend(other.objects.iter().map(|(id, size)| (*id, *size)));
+            objects.extend(other.objects.iter().map(|(id, size)| (*id, *size)));
+            bytes = bytes.saturating_add(other.bytes());
         }
-        let reserved = self.outstanding(&others)?;
-        others.extend(wanted.objects.iter().map(|(id, size)| (*id, *size)));
-        let needed = self.outstanding(&others)?;
+        let reserved = self.outstanding(&objects)?.saturating_add(bytes);
+        objects.extend(wanted.objects.iter().map(|(id, size)| (*id, *size)));
+        bytes = bytes.saturating_add(wanted.bytes());
+        let needed = self.outstanding(&objects)?.saturating_add(bytes);
         if needed > 0 {
             self.need_writable()?;
             let mut room = self.room()?;

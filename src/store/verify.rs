@@ -14,6 +14,8 @@ use super::{
     Result, Store, StoreError,
     collect::partial_id,
     hash_file,
+    images::ImageState,
+    indexes::layers_of,
     partial::Paths,
     presence::{Bits, map_len},
 };
@@ -24,6 +26,9 @@ use crate::{
 
 /// Objects read at once: a disk is rarely faster with more, and a busy node keeps its cores.
 const READERS: usize = 2;
+
+/// References that need something.
+type Users = BTreeMap<Digest, BTreeSet<String>>;
 
 /// What to verify.
 #[derive(Debug, Clone, Copy)]
@@ -78,7 +83,7 @@ struct Check {
 
 impl Store {
     /// Hashes complete objects from the disk (not from the page cache, where it can be dropped),
-    /// and checks trees, records and chunk maps. With `repair`, what is damaged is removed; who
+    /// and checks trees, records, chunk maps and indexes. With `repair`, what is damaged is removed; who
     /// wants it fetches it again. `progress` stops the run by saying false.
     ///
     /// # Errors
@@ -93,8 +98,9 @@ impl Store {
             self.need_writable()?;
         }
         let mut report = VerifyReport::default();
-        let mut users: BTreeMap<Digest, BTreeSet<String>> = BTreeMap::new();
-        self.verify_records(scope, repair, &mut report, &mut users)?;
+        let mut users = Users::new();
+        let mut layers = Users::new();
+        self.verify_records(scope, repair, &mut report, &mut users, &mut layers)?;
         let mut checks = Vec::new();
         match scope {
             VerifyScope::All => {
@@ -104,8 +110,21 @@ impl Store {
                     Ok(())
                 })?;
                 self.verify_maps(repair, &mut report)?;
+                for path in self.image_paths()? {
+                    self.verify_image(path, repair, &mut report, &mut layers)?;
+                }
+                for name in self.disk.list(&self.root.join("indexes"))? {
+                    let layer = name.to_str().and_then(|n| Digest::from_hex(n).ok());
+                    if let Some(layer) = layer {
+                        layers.entry(layer).or_default();
+                    }
+                }
             }
-            VerifyScope::References(_) => {
+            VerifyScope::References(references) => {
+                for reference in references {
+                    let path = self.image_path(reference);
+                    self.verify_image(path, repair, &mut report, &mut layers)?;
+                }
                 for digest in users.keys() {
                     let path = self.object_path(digest);
                     if let Some(stat) = self.disk.stat(&path)? {
@@ -115,6 +134,7 @@ impl Store {
                 }
             }
         }
+        self.verify_indexes(repair, &mut report, layers)?;
         let bad = self.hash_all(&checks, progress, &mut report)?;
         for (check, what) in bad {
             if repair {
@@ -199,7 +219,8 @@ impl Store {
         scope: VerifyScope<'_>,
         repair: bool,
         report: &mut VerifyReport,
-        users: &mut BTreeMap<Digest, BTreeSet<String>>,
+        users: &mut Users,
+        layers: &mut Users,
     ) -> Result<()> {
         let dir = self.root.join("artifacts");
         let paths: Vec<PathBuf> = match scope {
@@ -244,6 +265,10 @@ impl Store {
                 report.missing.push(record.reference);
                 continue;
             };
+            for layer in layers_of(&artifact.objects) {
+                let references = layers.entry(layer).or_default();
+                references.insert(record.reference.clone());
+            }
             let mut whole = true;
             for object in artifact.stored() {
                 let content = self.content_of(&object.id)?;
@@ -261,6 +286,46 @@ impl Store {
             }
             if !whole && matches!(scope, VerifyScope::References(_)) {
                 report.missing.push(record.reference);
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the record of an image, if there is one, and gathers its layers.
+    fn verify_image(
+        &self,
+        path: PathBuf,
+        repair: bool,
+        report: &mut VerifyReport,
+        layers: &mut Users,
+    ) -> Result<()> {
+        if self.disk.stat(&path)?.is_none() {
+            return Ok(());
+        }
+        match self.read_image(&path)? {
+            ImageState::Damaged => {
+                let what = "its checksum does not fit";
+                self.damaged(path, what, Vec::new(), repair, report)
+            }
+            ImageState::Absent => Ok(()),
+            ImageState::Here(image) => {
+                for layer in image.layers {
+                    let references = layers.entry(layer.blob).or_default();
+                    references.insert(image.reference.clone());
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Checks the indexes of layers.
+    fn verify_indexes(&self, repair: bool, report: &mut VerifyReport, layers: Users) -> Result<()> {
+        for (layer, references) in layers {
+            let path = self.index_path(&layer);
+            if self.index(&layer)?.is_none() && self.disk.stat(&path)?.is_some() {
+                let references = references.into_iter().collect();
+                let what = "its checksum does not fit";
+                self.damaged(path, what, references, repair, report)?;
             }
         }
         Ok(())

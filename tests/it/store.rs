@@ -4,6 +4,8 @@
 
 mod artifacts;
 mod crash;
+mod images;
+mod import;
 mod model;
 mod objects;
 mod processes;

@@ -151,6 +151,56 @@ fn a_full_ext4_is_an_error_and_no_damage() {
     }
 }
 
+/// Imports files of `size` bytes until the disk is full; then goes on where there is space again.
+fn import_to_a_full_disk(root: &Path, size: usize) {
+    let store = open(root);
+    let bytes = |seed: usize| -> Vec<u8> {
+        let mut bytes = vec![7u8; size];
+        bytes[..8].copy_from_slice(&seed.to_le_bytes());
+        bytes
+    };
+    let import = store.import().unwrap();
+    let bring = |seed: usize| {
+        let mut file = import.begin(size as u64)?;
+        file.write(&bytes(seed))?;
+        file.finish()
+    };
+    let committed = bring(0).unwrap().0;
+    import.commit().unwrap();
+    let error = (1..100_000).find_map(|seed| bring(seed).err()).unwrap();
+    assert_eq!(error.kind(), StoreErrorKind::NoSpace, "{error}");
+    assert!(error.to_string().contains("/imports/"), "{error}");
+    let free = store.free_bytes().unwrap();
+    drop(import);
+    nix::unistd::syncfs(std::fs::File::open(store.root()).unwrap()).unwrap();
+    assert!(store.free_bytes().unwrap() > free + (8 << 20));
+    let left = std::fs::read_dir(store.root().join("imports")).unwrap();
+    assert_eq!(left.count(), 0);
+    assert!(store.has(&committed).unwrap());
+    assert_eq!(store.usage().unwrap().objects, 1);
+    let import = store.import().unwrap();
+    let mut digests = Vec::new();
+    for seed in 0..3 {
+        let mut file = import.begin(size as u64).unwrap();
+        file.write(&bytes(seed)).unwrap();
+        digests.push(file.finish().unwrap().0);
+    }
+    import.commit().unwrap();
+    assert!(digests.iter().all(|digest| store.has(digest).unwrap()));
+}
+
+#[test]
+fn an_import_to_a_full_disk_leaves_nothing_behind() {
+    let images = tempfile::tempdir().unwrap();
+    for size in [20_000, 3 << 20] {
+        let mounted = Mounted::tmpfs("32m");
+        import_to_a_full_disk(&mounted.root(), size);
+        drop(mounted);
+        let mounted = Mounted::ext4(&images.path().join("image"), 64);
+        import_to_a_full_disk(&mounted.root(), size);
+    }
+}
+
 #[test]
 fn a_read_only_store_can_be_read() {
     let mounted = Mounted::tmpfs("32m");
@@ -171,6 +221,8 @@ fn a_read_only_store_can_be_read() {
         store.put(&[(other, "other".into())]).unwrap_err(),
         store.pin("x", "y").unwrap_err(),
         store.collect(&Default::default()).unwrap_err(),
+        store.import().unwrap_err(),
+        store.put_index(&Digest::of(b"x"), b"y").unwrap_err(),
     ];
     for error in errors {
         assert_eq!(error.kind(), StoreErrorKind::ReadOnly, "{error}");

@@ -1,18 +1,20 @@
 //! Power failure at every operation on the disk, with every kind of torn state.
 
 use std::{
+    collections::BTreeMap,
     io::Read as _,
     path::{Path, PathBuf},
     sync::Mutex,
 };
 
 use super::{
+    images::image,
     sim::{Left, SimDisk},
     *,
 };
 use hearth::{
     disk::Disk,
-    store::{CollectOptions, VerifyScope},
+    store::{CollectOptions, ImageRecord, VerifyScope},
 };
 
 /// What the store has acknowledged, and what may be there.
@@ -27,6 +29,10 @@ struct Expected {
     /// Artifacts that may be recorded, oldest first, and how many are acknowledged.
     artifacts: Vec<Artifact>,
     recorded: usize,
+    /// Indexes that may be there, by layer, oldest first, and how many are acknowledged.
+    indexes: BTreeMap<Digest, (Vec<Vec<u8>>, usize)>,
+    /// Images that may be recorded, and whether they are acknowledged.
+    images: Vec<(ImageRecord, bool)>,
     /// Whether the store itself was acknowledged.
     made: bool,
 }
@@ -106,6 +112,7 @@ fn check(root: &Path, expected: &Expected, case: &str) {
         );
         assert!(store.complete(id).unwrap().is_some(), "{case}");
     }
+    check_images(&store, expected, case);
     let Some(first) = expected.artifacts.first() else {
         return;
     };
@@ -132,6 +139,35 @@ fn check(root: &Path, expected: &Expected, case: &str) {
     }
     let report = store.verify(VerifyScope::All, false, |_| true).unwrap();
     assert_eq!(report.damaged, [], "{case}");
+}
+
+fn check_images(store: &Store, expected: &Expected, case: &str) {
+    for (layer, (versions, acknowledged)) in &expected.indexes {
+        let at = store.index(layer).unwrap().map_or(0, |found| {
+            let known = versions.iter().position(|known| *known == found);
+            known.unwrap_or_else(|| panic!("{case}: an index that never was")) + 1
+        });
+        assert!(at >= *acknowledged, "{case}: an index is lost");
+    }
+    for (image, acknowledged) in &expected.images {
+        let found = store.image(&image.reference).unwrap();
+        assert!(found.is_some() || !acknowledged, "{case}: an image is lost");
+        assert!(found.is_none_or(|found| found == *image), "{case}");
+        for (at, chain) in image.chain_ids().iter().enumerate() {
+            let found = store.image_by_chain(chain).unwrap();
+            assert!(
+                found.is_some() || !acknowledged,
+                "{case}: layer {at} is lost"
+            );
+            if let Some((found, layers)) = found {
+                assert!(
+                    expected.images.iter().any(|(known, _)| *known == found),
+                    "{case}"
+                );
+                assert_eq!((found.chain_ids()[at], layers), (*chain, at + 1), "{case}");
+            }
+        }
+    }
 }
 
 fn make(disk: Arc<dyn Disk>, root: &Path, expected: &Mutex<Expected>) -> Arc<Store> {
@@ -234,6 +270,89 @@ fn a_batch_and_its_record_survive_power_failures() {
                 .unwrap()
                 .complete
                 .extend(batch.iter().map(|(id, _)| *id));
+        }
+    });
+}
+
+/// Two imports of few files and of many, some of them equal, some large, some sparse.
+#[test]
+fn imports_survive_power_failures() {
+    for many in [false, true] {
+        at_every_crash(|disk, root, expected| {
+            let store = make(disk, root, expected);
+            let mut contents = vec![content(40, 5000), Vec::new()];
+            if many {
+                contents.extend((41..49).map(|seed| content(seed, 10)));
+            } else {
+                let mut sparse = content(50, MIB + 100_000);
+                sparse[300_000..MIB].fill(0);
+                contents.push(sparse);
+            }
+            let objects = contents.iter().map(|bytes| {
+                let digest = Digest::of(bytes);
+                (ObjectId::Sha256(digest), digest, bytes.clone())
+            });
+            expected.lock().unwrap().objects.extend(objects);
+            let imports = [store.import().unwrap(), store.import().unwrap()];
+            let (half, all) = (contents.len() - 1, contents.len());
+            for (import, part) in imports.iter().zip([0..half, 1..all]) {
+                for bytes in &contents[part.clone()] {
+                    let mut file = import.begin(bytes.len() as u64).unwrap();
+                    for piece in bytes.chunks(MIB / 4) {
+                        match piece.iter().all(|&b| b == 0) {
+                            true => file.hole(piece.len() as u64).unwrap(),
+                            false => file.write(piece).unwrap(),
+                        }
+                    }
+                    file.finish().unwrap();
+                }
+                import.commit().unwrap();
+                let done = contents[part]
+                    .iter()
+                    .map(|bytes| ObjectId::Sha256(Digest::of(bytes)));
+                expected.lock().unwrap().complete.extend(done);
+            }
+            // What another has published is durable for who found it.
+            let third = store.import().unwrap();
+            let mut file = third.begin(5000).unwrap();
+            file.write(&contents[0]).unwrap();
+            file.finish().unwrap();
+            third.commit().unwrap();
+            let parts: Vec<&[u8]> = contents.iter().map(Vec::as_slice).collect();
+            let artifact = artifact("oci://r/a:1", &parts, false);
+            expected.lock().unwrap().artifacts.push(artifact.clone());
+            store.record(&artifact).unwrap();
+            expected.lock().unwrap().recorded = 1;
+        });
+    }
+}
+
+#[test]
+fn indexes_and_images_survive_power_failures() {
+    at_every_crash(|disk, root, expected| {
+        let store = make(disk, root, expected);
+        let layer = Digest::of(b"layer");
+        for version in [content(60, 9000), content(61, 100)] {
+            let mut shared = expected.lock().unwrap();
+            let (versions, _) = shared.indexes.entry(layer).or_default();
+            versions.push(version.clone());
+            drop(shared);
+            store.put_index(&layer, &version).unwrap();
+            let mut shared = expected.lock().unwrap();
+            shared.indexes.get_mut(&layer).unwrap().1 += 1;
+        }
+        for image in [
+            image("oci://r/one:1", &["base", "one"]),
+            image(
+                "oci://r/two:1",
+                &["base", "a", "b", "c", "d", "e", "f", "g", "h", "i"],
+            ),
+        ] {
+            let artifact = artifact(&image.reference, &[b""], false);
+            store.record(&artifact).unwrap();
+            expected.lock().unwrap().images.push((image.clone(), false));
+            store.record_image(&image).unwrap();
+            expected.lock().unwrap().images.last_mut().unwrap().1 = true;
         }
     });
 }

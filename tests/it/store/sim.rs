@@ -11,10 +11,13 @@ use std::{
     fs::{self, File},
     os::unix::fs::{FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use hearth::disk::{Disk, DiskFile, Open, RealDisk, Result, Space, Stat};
+use hearth::disk::{Disk, DiskError, DiskFile, Open, RealDisk, Result, Space, Stat};
 
 /// What of the unsynced a power failure leaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +57,11 @@ impl Change {
     }
 
     fn apply(&self, names: &mut BTreeMap<PathBuf, Option<u64>>) {
-        if let Some(path) = &self.remove {
-            names.remove(path);
+        if let Some(path) = &self.remove
+            && let Some(None) = names.remove(path)
+        {
+            // It was empty, whatever else of that is durable.
+            names.retain(|name, _| !name.starts_with(path));
         }
         if let Some((path, node)) = &self.set {
             names.insert(path.clone(), *node);
@@ -156,6 +162,8 @@ pub(crate) struct SimDisk {
     /// Calls of `list`, which opening a store must not make.
     pub(crate) lists: std::sync::atomic::AtomicU64,
     pub(crate) boot: [u8; 16],
+    /// Whether a sync of content fails.
+    failing: Arc<AtomicBool>,
     /// Whether it keeps an image; else it is only a disk without syncs, after another boot.
     tracks: bool,
 }
@@ -167,6 +175,7 @@ impl std::fmt::Debug for SimDisk {
 }
 
 struct SimFile {
+    failing: Arc<AtomicBool>,
     inner: Arc<dyn DiskFile>,
     inode: u64,
     image: Arc<Mutex<Image>>,
@@ -191,6 +200,7 @@ impl SimDisk {
             image: Arc::default(),
             hook: Arc::default(),
             lists: Default::default(),
+            failing: Arc::default(),
             boot: [boot; 16],
             tracks: true,
         }
@@ -207,6 +217,11 @@ impl SimDisk {
     /// Calls `hook` before each operation that changes or syncs something.
     pub(crate) fn before_each(&self, hook: impl FnMut(&Image, &str) + Send + 'static) {
         *self.hook.lock().unwrap() = Some(Box::new(hook));
+    }
+
+    /// Whether syncs of content fail from now on.
+    pub(crate) fn fail_syncs(&self, fail: bool) {
+        self.failing.store(fail, Ordering::Relaxed);
     }
 
     /// Calls the hook once more and drops it.
@@ -240,13 +255,15 @@ impl SimDisk {
 
 impl Disk for SimDisk {
     fn open(&self, path: &Path, how: Open) -> Result<Arc<dyn DiskFile>> {
-        let made = how == Open::Create && !path.exists();
+        let made = matches!(how, Open::Create | Open::New) && !path.exists();
         if made {
             self.before(&format!("create {}", path.display()));
         }
         let inner = RealDisk.open(path, how)?;
-        if !self.tracks {
+        let directory = inner.file().metadata().unwrap().is_dir();
+        if directory || !self.tracks {
             return Ok(Arc::new(SimFile {
+                failing: Arc::clone(&self.failing),
                 inner,
                 inode: 0,
                 image: Arc::clone(&self.image),
@@ -258,6 +275,7 @@ impl Disk for SimDisk {
             self.change(None, Some((path, Some(inode))));
         }
         Ok(Arc::new(SimFile {
+            failing: Arc::clone(&self.failing),
             inner,
             inode,
             image: Arc::clone(&self.image),
@@ -271,6 +289,16 @@ impl Disk for SimDisk {
         RealDisk.rename(from, to)?;
         self.change(Some(from), Some((to, Some(inode))));
         Ok(())
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> Result<bool> {
+        self.before(&format!("rename to new {}", to.display()));
+        let inode = self.inode(from);
+        let renamed = RealDisk.rename_new(from, to)?;
+        if renamed {
+            self.change(Some(from), Some((to, Some(inode))));
+        }
+        Ok(renamed)
     }
 
     fn link(&self, from: &Path, to: &Path) -> Result<bool> {
@@ -301,6 +329,15 @@ impl Disk for SimDisk {
         Ok(made)
     }
 
+    fn remove_dir(&self, path: &Path) -> Result<bool> {
+        self.before(&format!("rmdir {}", path.display()));
+        let removed = RealDisk.remove_dir(path)?;
+        if removed {
+            self.change(Some(path), None);
+        }
+        Ok(removed)
+    }
+
     fn sync_dir(&self, path: &Path) -> Result<()> {
         self.before(&format!("sync dir {}", path.display()));
         self.image.lock().unwrap().sync_names(|c| c.touches(path));
@@ -319,16 +356,6 @@ impl Disk for SimDisk {
 
     fn touch(&self, path: &Path) -> Result<()> {
         RealDisk.touch(path)
-    }
-
-    fn syncfs(&self, _path: &Path) -> Result<()> {
-        self.before("syncfs");
-        let mut image = self.image.lock().unwrap();
-        image.sync_names(|_| true);
-        for inode in image.inodes.values_mut() {
-            inode.durable = inode.content(Left::All, 0);
-        }
-        Ok(())
     }
 
     fn space(&self, path: &Path) -> Result<Space> {
@@ -350,6 +377,15 @@ impl SimFile {
     }
 }
 
+impl SimFile {
+    fn check_sync(&self) -> Result<()> {
+        match self.failing.load(Ordering::Relaxed) {
+            true => Err(DiskError::new("sync", "the disk", nix::errno::Errno::EIO)),
+            false => Ok(()),
+        }
+    }
+}
+
 impl DiskFile for SimFile {
     fn file(&self) -> &File {
         self.inner.file()
@@ -362,8 +398,20 @@ impl DiskFile for SimFile {
 
     fn sync_data(&self) -> Result<()> {
         self.before("sync");
+        self.check_sync()?;
         let mut image = self.image.lock().unwrap();
         if let Some(inode) = image.inodes.get_mut(&self.inode) {
+            inode.durable = inode.content(Left::All, 0);
+        }
+        Ok(())
+    }
+
+    fn sync_fs(&self) -> Result<()> {
+        self.before("sync fs");
+        self.check_sync()?;
+        let mut image = self.image.lock().unwrap();
+        image.sync_names(|_| true);
+        for inode in image.inodes.values_mut() {
             inode.durable = inode.content(Left::All, 0);
         }
         Ok(())

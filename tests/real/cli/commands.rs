@@ -486,6 +486,11 @@ fn the_store_keeps_its_size() {
         assert!(error.contains(part), "{part}: {error}");
     }
     assert_eq!(web.sent(), 0);
+    assert_eq!(
+        known(),
+        [a.as_str(), c.as_str()],
+        "what was refused is not listed"
+    );
     bed.ok(&format!("unpin {c}"));
     let warm = bed.start(&format!("{flag} warm {b}"));
     while web

@@ -1,0 +1,314 @@
+//! What the store knows of container images: which layers they are made of.
+//!
+//! ```text
+//! <root>/images/<sha256 of reference>.json   the image of a reference, with a checksum
+//! <root>/images/lock                         flock: held to write chains
+//! <root>/chains/<hex of chain id>            names of records above, newest first: a hint
+//! ```
+//!
+//! The record of an image lives as long as the artifact record of its reference, whose name it
+//! shares; without that it counts as absent. A chain file only says where to look: an image counts
+//! if its layers give the chain id. So none of them can lie, and what is torn is absent.
+
+use std::{
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Result, Store, StoreError, StoreErrorKind, batch::Batch, layout, layout::Sealed};
+use crate::{digest::Digest, disk::Span};
+
+/// Most bytes of an image record.
+const MAX_RECORD: u64 = 1 << 20;
+/// Images that a chain file names: base layers belong to very many, and any one is enough.
+const MAX_NAMES: usize = 16;
+
+/// An image that the store has, or is getting.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageRecord {
+    /// The reference, as in its artifact record.
+    pub reference: String,
+    /// The digest of the manifest, of one platform. The document may be kept as an object.
+    pub manifest: Digest,
+    /// The digest of the configuration, likewise.
+    pub config: Digest,
+    /// As in `linux/amd64`.
+    pub platform: String,
+    /// From the bottom up.
+    pub layers: Vec<ImageLayer>,
+    /// When this was found out; stored in milliseconds.
+    pub made: SystemTime,
+}
+
+/// A layer of an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageLayer {
+    /// The digest of the layer as it lies in the registry.
+    pub blob: Digest,
+    /// Bytes of the layer as it lies in the registry.
+    pub size: u64,
+    /// Its media type in the manifest.
+    pub media_type: String,
+    /// The digest of the decoded layer.
+    pub diff_id: Digest,
+}
+
+impl ImageRecord {
+    /// The chain ids of its layers, from the bottom up (OCI image-spec, config.md, "Layer ChainID").
+    pub fn chain_ids(&self) -> Vec<Digest> {
+        let mut chains: Vec<Digest> = Vec::with_capacity(self.layers.len());
+        for layer in &self.layers {
+            chains.push(match chains.last() {
+                None => layer.diff_id,
+                Some(below) => Digest::of(format!("{below} {}", layer.diff_id).as_bytes()),
+            });
+        }
+        chains
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OnDisk {
+    reference: String,
+    manifest: String,
+    config: String,
+    platform: String,
+    layers: Vec<LayerOnDisk>,
+    /// Milliseconds since the epoch.
+    made_at: u64,
+    checksum: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LayerOnDisk {
+    blob: String,
+    size: u64,
+    media_type: String,
+    diff_id: String,
+}
+
+/// What was found where an image record may be.
+pub(super) enum ImageState {
+    Here(ImageRecord),
+    /// There is none, or no artifact of its reference.
+    Absent,
+    Damaged,
+}
+
+impl ImageState {
+    fn here(self) -> Option<ImageRecord> {
+        match self {
+            Self::Here(image) => Some(image),
+            Self::Absent | Self::Damaged => None,
+        }
+    }
+}
+
+impl Sealed for OnDisk {
+    fn checksum(&mut self) -> &mut String {
+        &mut self.checksum
+    }
+}
+
+impl OnDisk {
+    fn of(image: &ImageRecord) -> Self {
+        let layers = image.layers.iter().map(|layer| LayerOnDisk {
+            blob: layer.blob.to_string(),
+            size: layer.size,
+            media_type: layer.media_type.clone(),
+            diff_id: layer.diff_id.to_string(),
+        });
+        Self {
+            reference: image.reference.clone(),
+            manifest: image.manifest.to_string(),
+            config: image.config.to_string(),
+            platform: image.platform.clone(),
+            layers: layers.collect(),
+            made_at: layout::to_millis(image.made),
+            checksum: String::new(),
+        }
+    }
+
+    fn image(self) -> Option<ImageRecord> {
+        let layers = self.layers.into_iter().map(|layer| {
+            Some(ImageLayer {
+                blob: layer.blob.parse().ok()?,
+                size: layer.size,
+                media_type: layer.media_type,
+                diff_id: layer.diff_id.parse().ok()?,
+            })
+        });
+        Some(ImageRecord {
+            layers: layers.collect::<Option<_>>()?,
+            reference: self.reference,
+            manifest: self.manifest.parse().ok()?,
+            config: self.config.parse().ok()?,
+            platform: self.platform,
+            made: layout::from_millis(self.made_at),
+        })
+    }
+}
+
+impl Store {
+    pub(super) fn image_path(&self, reference: &str) -> PathBuf {
+        let name = Digest::of(reference.as_bytes()).hex();
+        self.root.join(format!("images/{name}.json"))
+    }
+
+    pub(super) fn chain_path(&self, chain: &Digest) -> PathBuf {
+        self.root.join("chains").join(chain.hex())
+    }
+
+    /// Durably records the image of a reference, in place of an earlier one, so that it is found
+    /// by the reference and by the chain id of each of its layers. Its artifact comes first.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::NotFound`] where the reference is not recorded as an artifact,
+    /// [`StoreErrorKind::Invalid`] for a record that is too long, [`StoreErrorKind::NoSpace`],
+    /// [`StoreErrorKind::ReadOnly`], and what the disk says.
+    pub fn record_image(&self, image: &ImageRecord) -> Result<()> {
+        self.need_writable()?;
+        let reference = &image.reference;
+        let json = layout::seal(OnDisk::of(image))?;
+        if json.len() as u64 > MAX_RECORD {
+            let message = format!("the record of image {reference} is too long");
+            return Err(StoreError::new(StoreErrorKind::Invalid, message));
+        }
+        let path = self.image_path(reference);
+        let lock = path.with_file_name("lock");
+        let _records = self.lock_records(Span::Shared)?;
+        if self.disk.stat(&self.record_path(reference))?.is_none() {
+            let message = format!("image {reference} has no artifact in the store");
+            return Err(StoreError::new(StoreErrorKind::NotFound, message));
+        }
+        self.make_parent(&lock)?;
+        let _chains = self.lock(&lock, Span::Exclusive)?;
+        let mut batch = Batch::new(self);
+        let own = Digest::of(reference.as_bytes());
+        for chain in image.chain_ids() {
+            let path = self.chain_path(&chain);
+            let mut names = self.read_chain(&path)?.unwrap_or_default();
+            if !names.contains(&own) {
+                names.insert(0, own);
+                batch.add_record(chain_text(&names).as_bytes(), path)?;
+            }
+        }
+        // Last in is first out: the image is there before anything leads to it.
+        batch.add_record(&json, path)?;
+        batch.publish()
+    }
+
+    /// The image of a reference. A damaged record counts as absent.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn image(&self, reference: &str) -> Result<Option<ImageRecord>> {
+        Ok(self.read_image(&self.image_path(reference))?.here())
+    }
+
+    /// All images, by reference. Damaged records are left out.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn images(&self) -> Result<Vec<ImageRecord>> {
+        let mut images = Vec::new();
+        for path in self.image_paths()? {
+            images.extend(self.read_image(&path)?.here());
+        }
+        images.sort_by(|a, b| a.reference.cmp(&b.reference));
+        Ok(images)
+    }
+
+    /// An image whose lowest `n` layers have this chain id, and `n`. Reads a few small files,
+    /// however many images there are.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn image_by_chain(&self, chain: &Digest) -> Result<Option<(ImageRecord, usize)>> {
+        for name in self
+            .read_chain(&self.chain_path(chain))?
+            .unwrap_or_default()
+        {
+            let path = self.root.join(format!("images/{}.json", name.hex()));
+            if let Some(image) = self.read_image(&path)?.here()
+                && let Some(at) = image.chain_ids().iter().position(|id| id == chain)
+            {
+                return Ok(Some((image, at + 1)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The paths of all image records.
+    pub(super) fn image_paths(&self) -> Result<Vec<PathBuf>> {
+        let dir = self.root.join("images");
+        let names = self.disk.list(&dir)?.into_iter();
+        let paths = names.map(|name| dir.join(name));
+        Ok(paths
+            .filter(|path| path.extension().is_some_and(|e| e == "json"))
+            .collect())
+    }
+
+    /// Reads an image record.
+    pub(super) fn read_image(&self, path: &Path) -> Result<ImageState> {
+        let bytes = match self.read_small(path, MAX_RECORD) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok(ImageState::Absent),
+            Err(error) if error.kind() == StoreErrorKind::Damaged => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let image = layout::unseal::<OnDisk>(&bytes)?.and_then(OnDisk::image);
+        let Some(image) = image.filter(|image| self.image_path(&image.reference) == path) else {
+            tracing::warn!(path = %path.display(), "damaged image record: it counts as absent");
+            return Ok(ImageState::Damaged);
+        };
+        Ok(match self.disk.stat(&self.record_path(&image.reference))? {
+            Some(_) => ImageState::Here(image),
+            None => ImageState::Absent,
+        })
+    }
+
+    /// Reads a chain file: names of image records; none where it is missing. What is torn in it
+    /// is left out.
+    pub(super) fn read_chain(&self, path: &Path) -> Result<Option<Vec<Digest>>> {
+        let bytes = match self.read_small(path, 1 << 16) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok(None),
+            Err(error) if error.kind() == StoreErrorKind::Damaged => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let text = String::from_utf8_lossy(&bytes);
+        Ok(Some(
+            text.lines()
+                .filter_map(|line| Digest::from_hex(line).ok())
+                .collect(),
+        ))
+    }
+
+    /// Leaves in a chain file only names of `images`; removes it where there are none.
+    pub(super) fn prune_chain(
+        &self,
+        path: &Path,
+        images: &[Digest],
+        dry_run: bool,
+    ) -> Result<bool> {
+        if images.is_empty() {
+            return Ok(dry_run || self.disk.unlink(path)?);
+        }
+        let names = self.read_chain(path)?.unwrap_or_default();
+        let stale = names.iter().any(|name| !images.contains(name));
+        if (stale || names.is_empty()) && !dry_run {
+            self.write_durably(path, chain_text(images).as_bytes())?;
+        }
+        Ok(false)
+    }
+}
+
+fn chain_text(names: &[Digest]) -> String {
+    let lines = names.iter().take(MAX_NAMES).map(|name| name.hex() + "\n");
+    lines.collect()
+}

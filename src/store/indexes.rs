@@ -1,0 +1,116 @@
+//! Indexes of layers: opaque bytes, named by the digest of the layer as it lies in the registry.
+//!
+//! An index stands behind a header of its own: magic, SHA-256 over name and bytes. One that does
+//! not fit it counts as absent. It lives as long as an artifact whose objects are made from its
+//! layer, an image with that layer, or an import that keeps it.
+
+use std::path::PathBuf;
+
+use sha2::{Digest as _, Sha256};
+
+use super::{Result, Store, StoreError, StoreErrorKind};
+use crate::{
+    digest::Digest,
+    disk::Span,
+    tree::Object,
+};
+
+/// Most bytes of an index.
+pub const MAX_INDEX: u64 = 256 << 20;
+
+const MAGIC: &[u8; 8] = b"hrthindx";
+const HEADER: usize = MAGIC.len() + 32;
+
+impl Store {
+    pub(super) fn index_path(&self, layer: &Digest) -> PathBuf {
+        self.root.join("indexes").join(layer.hex())
+    }
+
+    /// Durably stores the index of a layer, in place of one that is there.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Invalid`] for more than [`MAX_INDEX`] bytes, [`StoreErrorKind::NoSpace`],
+    /// [`StoreErrorKind::ReadOnly`], and what the disk says.
+    pub fn put_index(&self, layer: &Digest, bytes: &[u8]) -> Result<()> {
+        self.need_writable()?;
+        if bytes.len() as u64 > MAX_INDEX {
+            let message = format!(
+                "the index of layer {layer} takes {} bytes: too many",
+                bytes.len()
+            );
+            return Err(StoreError::new(StoreErrorKind::Invalid, message));
+        }
+        let mut file = Vec::with_capacity(HEADER + bytes.len());
+        file.extend_from_slice(MAGIC);
+        file.extend_from_slice(checksum(layer, bytes).as_bytes());
+        file.extend_from_slice(bytes);
+        let path = self.index_path(layer);
+        let _records = self.lock_records(Span::Shared)?;
+        self.make_parent(&path)?;
+        self.write_durably(&path, &file)
+    }
+
+    /// The index of a layer. A damaged one counts as absent.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn index(&self, layer: &Digest) -> Result<Option<Vec<u8>>> {
+        let path = self.index_path(layer);
+        let mut bytes = match self.read_small(&path, MAX_INDEX + HEADER as u64) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok(None),
+            Err(error) if error.kind() == StoreErrorKind::Damaged => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let good = bytes.split_at_checked(HEADER).is_some_and(|(head, body)| {
+            head[..MAGIC.len()] == MAGIC[..]
+                && head[MAGIC.len()..] == checksum(layer, body).as_bytes()[..]
+        });
+        if !good {
+            tracing::warn!(path = %path.display(), "damaged index of a layer: it counts as absent");
+            return Ok(None);
+        }
+        bytes.drain(..HEADER);
+        Ok(Some(bytes))
+    }
+
+    /// Removes the index of a layer; false where there was none.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::ReadOnly`] and what the disk says.
+    pub fn remove_index(&self, layer: &Digest) -> Result<bool> {
+        self.need_writable()?;
+        let path = self.index_path(layer);
+        let removed = self.disk.unlink(&path)?;
+        if removed {
+            self.disk.sync_dir(&self.root.join("indexes"))?;
+        }
+        Ok(removed)
+    }
+}
+
+/// Over the name too: an index must not pass for that of another layer.
+fn checksum(layer: &Digest, bytes: &[u8]) -> Digest {
+    let mut hasher = Sha256::new();
+    hasher.update(layer.as_bytes());
+    hasher.update(bytes);
+    Digest::from_bytes(hasher.finalize().into())
+}
+
+/// The layers that objects are made from: their locations are `<layer digest>#…`.
+pub(super) fn layers_of(objects: &[Object]) -> std::collections::BTreeSet<Digest> {
+    let mut layers = std::collections::BTreeSet::new();
+    // Objects of one layer mostly follow each other.
+    let mut last = "";
+    for object in objects {
+        let location = object.recipe.location();
+        let Some((layer, _)) = location.and_then(|location| location.path.split_once('#')) else {
+            continue;
+        };
+        if layer != last {
+            layers.extend(layer.parse::<Digest>());
+            last = layer;
+        }
+    }
+    layers
+}
