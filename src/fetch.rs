@@ -220,6 +220,17 @@ impl Engine {
         Ok(handle)
     }
 
+    /// Takes note that `id` may have become complete by another way: it came with something else.
+    /// Who reads it goes on with the complete object. Blocks on the disk.
+    pub fn came(&self, id: &ObjectId) {
+        let handle = self.inner.handles.lock().get(id).and_then(Weak::upgrade);
+        if let Some(handle) = handle
+            && let Err(error) = handle.look()
+        {
+            tracing::debug!(%error, "could not look at what came");
+        }
+    }
+
     /// The store that the engine fills.
     pub fn store(&self) -> &Arc<Store> {
         &self.inner.store

@@ -454,3 +454,46 @@ mod model {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_follows_gets_every_byte_in_order() {
+    for size in [1, MIB, 9 * MIB + 5] {
+        let source = Scripted::new(size).paced(64 << 10, Duration::from_millis(1));
+        let bed = Bed::new(source);
+        let handle = bed.handle();
+        let follow = async {
+            let mut seen = Vec::new();
+            loop {
+                let data = handle.follow(seen.len() as u64).await.unwrap();
+                if data.is_empty() {
+                    return seen;
+                }
+                seen.extend_from_slice(&data);
+            }
+        };
+        let (whole, seen) = tokio::join!(handle.ensure(Class::Warm), follow);
+        whole.unwrap();
+        assert!(seen == bed.source.data);
+        assert_eq!(bed.asked(), size as u64, "who follows asks for nothing");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_came_by_another_way_is_not_fetched() {
+    for size in [1000, 5 * MIB] {
+        let bed = Bed::new(Scripted::new(size));
+        let handle = bed.handle();
+        if size > MIB {
+            check_read(&handle, &bed.source, 0..10).await;
+        }
+        let id = bed.source.object().id;
+        let data = bed.source.data.clone();
+        bed.engine.store().put(&[(id, data)]).unwrap();
+        bed.engine.came(&id);
+        assert!(handle.complete().is_some());
+        let asked = bed.asked();
+        check_read(&handle, &bed.source, 0..size).await;
+        bed.check_whole().await;
+        assert_eq!(bed.asked(), asked);
+    }
+}

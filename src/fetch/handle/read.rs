@@ -6,7 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Handle, NOTHING_SERVED, Waiting};
+use bytes::Bytes;
+
+use super::{Handle, NOTHING_SERVED, State, Waiting};
 use crate::{
     chunk::{self, CHUNK_SIZE},
     fetch::{Class, FetchError, FetchErrorKind, Inner, flight::Flight, safetensors::Tensors},
@@ -20,7 +22,39 @@ const OTHER_PROCESS_PATIENCE: Duration = Duration::from_millis(200);
 /// After the disk was full, reads go straight to the origin for this long before trying again.
 const FULL_DISK: Duration = Duration::from_secs(5);
 
+/// How often one who follows looks again, should nothing wake him.
+const FOLLOW: Duration = Duration::from_millis(50);
+
 impl Handle {
+    /// The bytes from `offset` on, up to the end of their chunk, as soon as they are here. Asks
+    /// nobody to bring them: whoever follows runs [`Handle::ensure`] beside it. They need not be
+    /// verified yet. Empty at the end.
+    ///
+    /// # Errors
+    /// Where the disk cannot be read.
+    pub async fn follow(&self, offset: u64) -> Result<Bytes, FetchError> {
+        let index = offset / CHUNK_SIZE;
+        let end = (index.saturating_add(1) * CHUNK_SIZE).min(self.size());
+        if offset >= end {
+            return Ok(Bytes::new());
+        }
+        let mut data = vec![0; (end - offset) as usize];
+        loop {
+            let changed = self.changed_within(FOLLOW);
+            let state = self.state.read().clone();
+            match state {
+                State::Complete(_) => return self.read_complete(offset, data.len()),
+                State::Partial(partial) => {
+                    if self.copy_piece(&partial, index, &(offset..end), &mut data)? {
+                        return Ok(data.into());
+                    }
+                }
+                State::Small | State::Streamed => {}
+            }
+            changed.await;
+        }
+    }
+
     /// Notes a read of what is present or on its way, and reads ahead of streams.
     pub(super) fn note(&self, bytes: &Range<u64>, partial: &Arc<Partial>) {
         let hint = self.tensor_hint(bytes, partial);

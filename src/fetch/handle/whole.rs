@@ -70,6 +70,34 @@ impl Handle {
         }
     }
 
+    /// Looks whether the object has become complete by another way: it came with something else.
+    /// Blocks on the disk.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub(in crate::fetch) fn look(&self) -> Result<Option<Arc<Complete>>, FetchError> {
+        let failed = |e| FetchError::store(self, &e);
+        if let Some(complete) = self.complete() {
+            return Ok(Some(complete));
+        }
+        let found = self.engine()?.store.complete(self.id()).map_err(failed)?;
+        let Some(complete) = found.filter(|complete| complete.size == self.size()) else {
+            return Ok(None);
+        };
+        let state = self.state.read().clone();
+        match state {
+            State::Partial(partial) => {
+                partial.abandon().map_err(failed)?;
+                self.completed(&complete, &partial);
+            }
+            _ => {
+                *self.state.write() = State::Complete(Arc::clone(&complete));
+                self.wake();
+            }
+        }
+        Ok(Some(complete))
+    }
+
     /// Receives `bytes` of the object into memory, with retries.
     pub(super) async fn receive(
         &self,
@@ -143,7 +171,7 @@ impl Handle {
     /// disk is full.
     pub(super) async fn small(self: &Arc<Self>, class: Class) -> Result<Bytes, FetchError> {
         let _one = self.finishing.lock().await;
-        if self.complete().is_some() {
+        if self.look()?.is_some() {
             return self.read_complete(0, self.size() as usize);
         }
         let engine = self.engine()?;
