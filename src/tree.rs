@@ -10,6 +10,8 @@ mod codec;
 
 use std::collections::HashMap;
 
+pub(crate) use codec::{Reader, Writer};
+
 use crate::digest::{Digest, ObjectId};
 
 /// Most inodes a tree may have.

@@ -17,6 +17,8 @@ mod overlay;
 
 use std::collections::BTreeMap;
 
+pub(super) use overlay::check as check_content;
+
 use super::{FileContent, ImageError, LayerEntry, LayerIndex};
 use crate::tree::{MAX_INODES, Meta, Object, Tree};
 

@@ -155,7 +155,10 @@ impl Objects {
 }
 
 /// Whether the content can be where an index says.
-fn check(layer: &LayerIndex, content: &FileContent) -> Result<(), &'static str> {
+pub(in crate::image) fn check(
+    layer: &LayerIndex,
+    content: &FileContent,
+) -> Result<(), &'static str> {
     if content.size > i64::MAX as u64 {
         return Err("its size is no size of a file");
     }
