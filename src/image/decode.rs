@@ -27,9 +27,9 @@ use crate::digest::Digest;
 const STEP: u64 = 1 << 20;
 /// Compressed bytes that a gzip span has at least, so that its window of a few KiB stays small
 /// beside it...
-const LEAST: u64 = 320 << 10;
+const LEAST: u64 = 256 << 10;
 /// ...unless it has so many decoded bytes.
-const LARGE: u64 = 4 << 20;
+const LARGE: u64 = 2 << 20;
 /// Bytes in a block of output: as many as stay in the cache of a core until they are hashed.
 const BLOCK: usize = 256 << 10;
 /// Most blocks that are kept to be used again.

@@ -212,9 +212,9 @@ impl LayerIndex {
         if before.blob_start > self.blob_size {
             return Err("its spans go beyond the end of the blob");
         }
-        let plain = self.compression == Compression::None;
-        if plain && self.spans.iter().any(|span| span.start != span.blob_start)
-            || plain && self.size != self.blob_size
+        let moved = |span: &Span| span.start != span.blob_start;
+        if self.compression == Compression::None
+            && (self.size != self.blob_size || self.spans.iter().any(moved))
         {
             return Err("it is not compressed, and yet its spans are not where they were");
         }
