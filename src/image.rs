@@ -19,6 +19,7 @@ mod samples;
 mod seek;
 mod span;
 pub mod tar;
+pub mod toc;
 mod unpack;
 
 pub use decode::{Decoded, Decoder};

@@ -169,7 +169,7 @@ impl LayerIndex {
     }
 
     /// Whether it can be the index of any layer.
-    fn check(&self) -> Result<(), ImageError> {
+    pub(super) fn check(&self) -> Result<(), ImageError> {
         let spans = self.check_spans();
         spans.map_err(|why| wrong(why).in_layer(self.blob))?;
         for entry in &self.entries {

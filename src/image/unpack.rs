@@ -265,7 +265,7 @@ fn cost(entry: &LayerEntry) -> u64 {
 }
 
 /// The entry that a member is; `None` for what containerd ignores.
-fn entry(member: Member) -> Result<Option<LayerEntry>, ImageError> {
+pub(super) fn entry(member: Member) -> Result<Option<LayerEntry>, ImageError> {
     let path = clean(&member.path).map_err(ImageError::invalid)?;
     let (parent, name) = split(&path);
     let mark = |path: &[u8], kind| {
