@@ -20,12 +20,18 @@ impl SpanDigest {
 
 impl LayerIndex {
     /// Which decoded bytes span `at` has.
+    ///
+    /// # Panics
+    /// Where there is no such span.
     pub fn span_bytes(&self, at: usize) -> std::ops::Range<u64> {
         let end = self.spans.get(at + 1).map_or(self.size, |next| next.start);
         self.spans[at].start..end
     }
 
     /// The bytes of the layer, as it lies in the registry, that are needed to decode span `at`.
+    ///
+    /// # Panics
+    /// Where there is no such span.
     pub fn span_blob_bytes(&self, at: usize) -> std::ops::Range<u64> {
         let span = &self.spans[at];
         let next = self.spans.get(at + 1);
@@ -37,6 +43,9 @@ impl LayerIndex {
     ///
     /// # Errors
     /// [`super::ImageErrorKind::Corrupt`] where they are not what the index promises.
+    ///
+    /// # Panics
+    /// Where there is no such span.
     pub fn decode_span(&self, at: usize, compressed: &[u8]) -> Result<Vec<u8>, ImageError> {
         let range = self.span_bytes(at);
         let corrupt = |why: &str| {

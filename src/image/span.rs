@@ -108,8 +108,10 @@ impl LayerSource {
     /// Makes the locations of `index` readable, instead of those of another index of the layer.
     ///
     /// # Errors
-    /// [`super::ImageErrorKind::Unsupported`] for a layer that can only be decoded from its start.
+    /// [`super::ImageErrorKind::Unsupported`] for a layer that can only be decoded from its start,
+    /// Invalid for an index that can be of no layer.
     pub fn add(&self, index: Arc<LayerIndex>) -> Result<(), ImageError> {
+        index.check()?;
         if !index.is_seekable() {
             let why = "parts of it are too large to be decoded by themselves";
             return Err(ImageError::unsupported(why).in_layer(index.blob));
