@@ -542,6 +542,12 @@ mod tests {
         assert_eq!(LayerIndex::decode(&empty.encode().unwrap()), Ok(empty));
     }
 
+    #[test]
+    fn what_was_written_is_still_read() {
+        let golden = include_bytes!("../../fixtures/index/v1");
+        assert_eq!(LayerIndex::decode(golden), Ok(full()));
+    }
+
     /// As `encode`, but of anything.
     fn forge(head: &[u8], tail: &[u8]) -> Vec<u8> {
         let mut body = Writer(Vec::new());

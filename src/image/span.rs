@@ -208,6 +208,7 @@ impl LayerSource {
             None if range.end > index.size => {
                 return Err(invalid("the range goes beyond its end"));
             }
+            None if range.is_empty() => VecDeque::new(),
             None => VecDeque::from([Part::Data(range)]),
             Some(entry) => {
                 let entry = entry.parse::<usize>().ok();
