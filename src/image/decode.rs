@@ -39,8 +39,8 @@ const ZSTD_WINDOW_LOG: u32 = 27;
 /// Compressed bytes in which the first [`WINDOW`] decoded ones are found, as a rule.
 const PROBE: usize = 64 << 10;
 
-/// Takes decoded bytes, in order; its errors pass through the decoder. It may keep them, but a
-/// block that is let go of soon is used again.
+/// Takes decoded bytes, in order; its errors pass through the decoder. It may keep them, which
+/// keeps all of their block of 256 KiB; one that is let go of soon is used again.
 pub(super) type Out<'s, E> = dyn FnMut(Bytes) -> Result<(), E> + 's;
 
 /// A layer while it is decoded.
@@ -299,10 +299,10 @@ impl Track {
         let block = std::mem::take(&mut self.block).freeze();
         let data = block.slice(..len);
         self.filled.push_back(block);
-        self.hasher.data(data.clone())?;
-        out(data)?;
+        let hashed = self.hasher.data(data.clone());
+        let taken = hashed.map_err(E::from).and_then(|()| out(data));
         self.block = self.fresh();
-        Ok(())
+        taken
     }
 
     /// A block to fill.
@@ -668,6 +668,17 @@ mod tests {
                     assert!(cut.is_err() || compression == Compression::None);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn errors_of_the_sink_pass_through() {
+        let data = samples::text(2 << 20);
+        let blob = samples::gzip(&data, 6);
+        let mut decoder = Decoder::new(Compression::Gzip, 1 << 30).unwrap();
+        for _ in 0..3 {
+            let refused = decoder.feed(&blob[..9000], &mut |_| Err(ImageError::corrupt("full")));
+            assert!(refused.is_err());
         }
     }
 
