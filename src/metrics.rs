@@ -58,6 +58,8 @@ metrics! {
     counter fetch_streamed_bytes "hearth_fetch_streamed_bytes_total" "Bytes served without being stored, since the disk was full";
     gauge fetch_buffers "hearth_fetch_buffers_bytes" "Memory held by bytes in flight";
     gauge fetch_connections "hearth_fetch_connections" "Range requests under way";
+    counter image_spans_decoded "hearth_image_spans_decoded_total" "Spans of compressed layers decoded by themselves";
+    counter image_span_bytes "hearth_image_span_bytes_total" "Bytes that those spans decoded to";
     counter store_written_bytes "hearth_store_written_bytes_total" "Content bytes written to the store";
     counter store_objects_completed "hearth_store_objects_completed_total" "Objects completed and verified";
 }

@@ -107,7 +107,7 @@ impl Artifact {
 
 /// Sets the parents and checks what concerns several inodes: indices, names, one parent for every
 /// directory, everything reachable from the root (so no cycles), no path too long.
-fn connect(inodes: &mut [Inode], objects: usize) -> Result<(), TreeError> {
+pub(super) fn connect(inodes: &mut [Inode], objects: usize) -> Result<(), TreeError> {
     const UNSEEN: u32 = u32::MAX;
     if !matches!(inodes.first().map(|i| &i.kind), Some(Kind::Dir { .. })) {
         return Err(TreeError::Damaged("its root is no directory"));
@@ -165,10 +165,11 @@ fn connect(inodes: &mut [Inode], objects: usize) -> Result<(), TreeError> {
     Ok(())
 }
 
-struct Writer(Vec<u8>);
+/// What was written so far.
+pub(crate) struct Writer(pub(crate) Vec<u8>);
 
 impl Writer {
-    fn number(&mut self, mut value: u64) {
+    pub(crate) fn number(&mut self, mut value: u64) {
         while value >= 0x80 {
             self.0.push(value as u8 | 0x80);
             value >>= 7;
@@ -176,7 +177,7 @@ impl Writer {
         self.0.push(value as u8);
     }
 
-    fn bytes(&mut self, bytes: &[u8]) {
+    pub(crate) fn bytes(&mut self, bytes: &[u8]) {
         self.number(bytes.len() as u64);
         self.0.extend_from_slice(bytes);
     }
@@ -227,18 +228,7 @@ impl Writer {
             Kind::Fifo => 5,
             Kind::Socket => 6,
         });
-        let meta = &inode.meta;
-        self.number(meta.mode.into());
-        self.number(meta.uid.into());
-        self.number(meta.gid.into());
-        let (seconds, nanos) = meta.mtime;
-        self.number((seconds << 1 ^ seconds >> 63) as u64);
-        self.number(nanos.into());
-        self.number(meta.xattrs.len() as u64);
-        for (name, value) in &meta.xattrs {
-            self.bytes(name);
-            self.bytes(value);
-        }
+        self.meta(&inode.meta);
         match &inode.kind {
             Kind::Dir { entries, .. } => {
                 self.number(entries.len() as u64);
@@ -256,30 +246,44 @@ impl Writer {
             Kind::Fifo | Kind::Socket => {}
         }
     }
+
+    pub(crate) fn meta(&mut self, meta: &Meta) {
+        self.number(meta.mode.into());
+        self.number(meta.uid.into());
+        self.number(meta.gid.into());
+        let (seconds, nanos) = meta.mtime;
+        self.number((seconds << 1 ^ seconds >> 63) as u64);
+        self.number(nanos.into());
+        self.number(meta.xattrs.len() as u64);
+        for (name, value) in &meta.xattrs {
+            self.bytes(name);
+            self.bytes(value);
+        }
+    }
 }
 
 /// The bytes not read yet.
-struct Reader<'b>(&'b [u8]);
+pub(crate) struct Reader<'b>(pub(crate) &'b [u8]);
 
 impl<'b> Reader<'b> {
-    fn take(&mut self, count: usize) -> Result<&'b [u8], TreeError> {
+    pub(crate) fn take(&mut self, count: usize) -> Result<&'b [u8], TreeError> {
         let cut = self.0.split_at_checked(count);
         let (taken, rest) = cut.ok_or(TreeError::Damaged("it is cut short"))?;
         self.0 = rest;
         Ok(taken)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], TreeError> {
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], TreeError> {
         let mut array = [0; N];
         array.copy_from_slice(self.take(N)?);
         Ok(array)
     }
 
-    fn byte(&mut self) -> Result<u8, TreeError> {
+    pub(crate) fn byte(&mut self) -> Result<u8, TreeError> {
         Ok(self.array::<1>()?[0])
     }
 
-    fn number(&mut self) -> Result<u64, TreeError> {
+    pub(crate) fn number(&mut self) -> Result<u64, TreeError> {
         let mut value = 0u64;
         for shift in (0..64).step_by(7) {
             let byte = self.byte()?;
@@ -298,12 +302,12 @@ impl<'b> Reader<'b> {
         Err(TreeError::Damaged("a number is too long"))
     }
 
-    fn small(&mut self) -> Result<u32, TreeError> {
+    pub(crate) fn small(&mut self) -> Result<u32, TreeError> {
         u32::try_from(self.number()?).map_err(|_| TreeError::Damaged("a number is too large"))
     }
 
     /// A number of things that take at least `least` bytes each.
-    fn count(&mut self, least: usize) -> Result<usize, TreeError> {
+    pub(crate) fn count(&mut self, least: usize) -> Result<usize, TreeError> {
         let count = usize::try_from(self.number()?).unwrap_or(usize::MAX);
         if count > self.0.len() / least {
             return Err(TreeError::Damaged("it counts more than it holds"));
@@ -311,7 +315,7 @@ impl<'b> Reader<'b> {
         Ok(count)
     }
 
-    fn bytes(&mut self) -> Result<&'b [u8], TreeError> {
+    pub(crate) fn bytes(&mut self) -> Result<&'b [u8], TreeError> {
         let len = self.count(1)?;
         self.take(len)
     }
@@ -379,8 +383,7 @@ impl<'b> Reader<'b> {
         })
     }
 
-    fn inode(&mut self) -> Result<Inode, TreeError> {
-        let kind = self.byte()?;
+    pub(crate) fn meta(&mut self) -> Result<Meta, TreeError> {
         let mode = self.small()?;
         let mode = u16::try_from(mode).map_err(|_| TreeError::Damaged("a mode is too large"))?;
         let (uid, gid) = (self.small()?, self.small()?);
@@ -392,13 +395,18 @@ impl<'b> Reader<'b> {
         for _ in 0..count {
             xattrs.push((self.bytes()?.into(), self.bytes()?.into()));
         }
-        let meta = Meta {
+        Ok(Meta {
             mode,
             uid,
             gid,
             mtime,
             xattrs,
-        };
+        })
+    }
+
+    fn inode(&mut self) -> Result<Inode, TreeError> {
+        let kind = self.byte()?;
+        let meta = self.meta()?;
         let kind = match kind {
             0 => {
                 let count = self.count(MIN_ENTRY)?;

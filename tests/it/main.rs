@@ -1,6 +1,7 @@
 //! Tests that need nothing but a temporary directory.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod decode;
 mod fetch;
 mod fs;
 mod http_faults;
@@ -10,3 +11,4 @@ mod scripted;
 mod scripted_source;
 mod slices;
 mod store;
+mod tar;

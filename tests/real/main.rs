@@ -2,8 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod cli;
+mod compressors;
 mod http;
 mod hub;
+mod layers;
 mod mount;
 mod oci_models;
 mod pushed;

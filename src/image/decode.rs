@@ -1,0 +1,732 @@
+//! Decodes a layer in one pass, as it arrives, and notes where it can be entered again.
+//!
+//! The layer is fed in pieces of any size and comes out in order. On the way it is hashed (its
+//! diff id) and cut into [`Span`]s, each with a digest: about every [`STEP`] decoded bytes, where
+//! its format allows it. That is any block of gzip, with the 32 KiB before it, of which only what
+//! the span refers to is kept; the start of a member or frame, which needs nothing; any byte of
+//! a plain tar. Where the cuts are depends on the layer only. Hashing is as much work as decoding,
+//! so it has a thread of its own.
+//!
+//! Bounded: decoded bytes by what the caller allows, memory by a few blocks. What was fed is
+//! trusted by nobody until [`Decoder::finish`]. Called by whoever pulls a layer.
+
+use std::collections::VecDeque;
+
+use bytes::{Bytes, BytesMut};
+use sha2::{Digest as _, Sha256};
+use zstd::stream::raw::{self as zstd_raw, Operation as _};
+
+use super::{
+    Compression, ImageError, LayerEntry, LayerIndex, Span, SpanDigest,
+    hashing::Hasher,
+    inflate::{Inflate, Stop, WINDOW},
+};
+use crate::digest::Digest;
+
+/// Decoded bytes after which a span ends at the next place that allows it.
+const STEP: u64 = 1 << 20;
+/// Compressed bytes that a gzip span has at least, so that its window of a few KiB stays small
+/// beside it...
+const LEAST: u64 = 256 << 10;
+/// ...unless it has so many decoded bytes.
+const LARGE: u64 = 2 << 20;
+/// Bytes in a block of output: as many as stay in the cache of a core until they are hashed.
+const BLOCK: usize = 256 << 10;
+/// Most blocks that are kept to be used again.
+const BLOCKS: usize = 8;
+/// Most memory that a frame of zstd may ask for, as a power of two: what `zstd` itself grants.
+const ZSTD_WINDOW_LOG: u32 = 27;
+/// Compressed bytes in which the first [`WINDOW`] decoded ones are found, as a rule.
+const PROBE: usize = 64 << 10;
+
+/// Takes decoded bytes, in order; its errors pass through the decoder. It may keep them, which
+/// keeps all of their block of 256 KiB; one that is let go of soon is used again.
+pub(super) type Out<'s, E> = dyn FnMut(Bytes) -> Result<(), E> + 's;
+
+/// A layer while it is decoded.
+pub struct Decoder {
+    format: Format,
+    /// Of the layer as it lies in the registry, where nobody else hashes it.
+    blob: Option<Sha256>,
+    track: Track,
+}
+
+enum Format {
+    Plain,
+    Gzip(Gzip),
+    Zstd {
+        decoder: zstd_raw::Decoder<'static>,
+        inside: bool,
+        frames: u64,
+    },
+}
+
+struct Gzip {
+    inflate: Inflate,
+    phase: Phase,
+    /// Decoded bytes of this member.
+    member: u64,
+    /// The last byte read.
+    last: u8,
+    /// What follows the last cut, until there is enough to see what it refers to.
+    probe: Option<Probe>,
+}
+
+#[derive(PartialEq, Eq)]
+enum Phase {
+    Member,
+    /// After a member: another may follow.
+    Between,
+    /// After the last member: only zeros may follow (as gzip itself has it).
+    Padding,
+}
+
+/// The start of a span inside a member: tells which bytes of its window matter.
+pub(super) struct Probe {
+    /// The span.
+    pub(super) span: usize,
+    pub(super) window: Vec<u8>,
+    pub(super) bits: u8,
+    pub(super) byte: u8,
+    /// Compressed bytes of the span, as many as are needed.
+    pub(super) input: Vec<u8>,
+}
+
+/// A layer that was decoded to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decoded {
+    /// The digest of the layer as it lies in the registry, if it was asked for.
+    pub blob: Option<Digest>,
+    /// Bytes of the layer as it lies in the registry.
+    pub blob_size: u64,
+    pub compression: Compression,
+    /// The digest of the decoded layer.
+    pub diff_id: Digest,
+    /// Bytes of the decoded layer.
+    pub size: u64,
+    pub spans: Vec<Span>,
+}
+
+impl Decoded {
+    /// The index of the layer with these `entries`; `blob` is its digest in the registry.
+    pub fn into_index(self, blob: Digest, entries: Vec<LayerEntry>) -> LayerIndex {
+        LayerIndex {
+            blob,
+            blob_size: self.blob_size,
+            compression: self.compression,
+            diff_id: self.diff_id,
+            size: self.size,
+            entries,
+            spans: self.spans,
+        }
+    }
+}
+
+/// Counts, cuts and hands on what was decoded.
+struct Track {
+    size: u64,
+    /// Most decoded bytes.
+    limit: u64,
+    blob_size: u64,
+    spans: Vec<Span>,
+    /// What is being filled.
+    block: BytesMut,
+    /// What was filled; used again when nobody else has it any more.
+    filled: VecDeque<Bytes>,
+    hasher: Hasher,
+}
+
+impl Decoder {
+    /// Decodes a layer that has at most `limit` bytes when decoded.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new(compression: Compression, limit: u64) -> Result<Self, ImageError> {
+        let format = match compression {
+            Compression::None => Format::Plain,
+            Compression::Gzip => Format::Gzip(Gzip {
+                inflate: Inflate::gzip()?,
+                phase: Phase::Member,
+                member: 0,
+                last: 0,
+                probe: None,
+            }),
+            Compression::Zstd => Format::Zstd {
+                decoder: zstd_decoder()?,
+                inside: false,
+                frames: 0,
+            },
+        };
+        Ok(Self {
+            format,
+            blob: None,
+            track: Track {
+                size: 0,
+                limit,
+                blob_size: 0,
+                spans: vec![Span::at(0, 0)],
+                block: BytesMut::zeroed(BLOCK),
+                filled: VecDeque::new(),
+                hasher: Hasher::new(),
+            },
+        })
+    }
+
+    /// Hashes the layer as it is fed, too: [`Decoded::blob`].
+    #[must_use]
+    pub fn hashing_blob(mut self) -> Self {
+        self.blob = Some(Sha256::new());
+        self
+    }
+
+    /// Decoded bytes so far.
+    pub const fn decoded(&self) -> u64 {
+        self.track.size
+    }
+
+    /// Takes the next bytes of the layer, and gives what they decode to.
+    ///
+    /// # Errors
+    /// A stream that is broken or decodes to more than is allowed, and what `out` says. After an
+    /// error there is no more to come.
+    pub fn feed<E: From<ImageError>>(
+        &mut self,
+        compressed: &[u8],
+        out: &mut Out<'_, E>,
+    ) -> Result<(), E> {
+        if let Some(blob) = &mut self.blob {
+            blob.update(compressed);
+        }
+        match &mut self.format {
+            Format::Plain => feed_plain(&mut self.track, compressed, out),
+            Format::Gzip(gzip) => gzip.feed(&mut self.track, compressed, out),
+            Format::Zstd {
+                decoder,
+                inside,
+                frames,
+            } => feed_zstd(decoder, inside, frames, &mut self.track, compressed, out),
+        }
+    }
+
+    /// Says that all of the layer was fed.
+    ///
+    /// # Errors
+    /// A layer that is cut short.
+    pub fn finish(mut self) -> Result<Decoded, ImageError> {
+        let cut_short = || Err(ImageError::invalid("its compressed stream is cut short"));
+        let compression = match &mut self.format {
+            Format::Plain => Compression::None,
+            Format::Gzip(gzip) => {
+                if gzip.phase == Phase::Member {
+                    return cut_short();
+                }
+                gzip.end_probe(&mut self.track)?;
+                Compression::Gzip
+            }
+            Format::Zstd { inside: true, .. } | Format::Zstd { frames: 0, .. } => {
+                return cut_short();
+            }
+            Format::Zstd { .. } => Compression::Zstd,
+        };
+        let Track {
+            size,
+            blob_size,
+            mut spans,
+            hasher,
+            ..
+        } = self.track;
+        let hashes = hasher.finish()?;
+        for (span, digest) in spans.iter_mut().zip(&hashes.spans) {
+            span.digest = *digest;
+        }
+        for (span, window) in hashes.windows {
+            spans[span].window = window;
+        }
+        // What follows the last decoded byte, trailers and padding, belongs to the last span.
+        while spans.last().is_some_and(|span| span.start == size) {
+            spans.pop();
+        }
+        let finish = |hash: Sha256| Digest::from_bytes(hash.finalize().into());
+        Ok(Decoded {
+            blob: self.blob.map(finish),
+            blob_size,
+            compression,
+            diff_id: hashes.whole,
+            size,
+            spans,
+        })
+    }
+}
+
+impl Span {
+    pub(super) fn at(start: u64, blob_start: u64) -> Self {
+        Self {
+            start,
+            blob_start,
+            bits: 0,
+            window: Box::default(),
+            digest: SpanDigest::Blake3([0; 32]),
+        }
+    }
+}
+
+impl Track {
+    /// Decoded bytes of the span so far.
+    fn decoded(&self) -> u64 {
+        self.size - self.spans.last().map_or(0, |span| span.start)
+    }
+
+    /// Compressed bytes of the span so far.
+    fn compressed(&self) -> u64 {
+        self.blob_size - self.spans.last().map_or(0, |span| span.blob_start)
+    }
+
+    /// Room for decoded bytes.
+    fn room(&mut self) -> &mut [u8] {
+        &mut self.block
+    }
+
+    /// Hands on what was decoded into the room.
+    fn emit<E: From<ImageError>>(&mut self, len: usize, out: &mut Out<'_, E>) -> Result<(), E> {
+        if len == 0 {
+            return Ok(());
+        }
+        self.size += len as u64;
+        if self.size > self.limit {
+            let why = format!("it decodes to more than {} bytes", self.limit);
+            return Err(ImageError::too_large(why).into());
+        }
+        let block = std::mem::take(&mut self.block).freeze();
+        let data = block.slice(..len);
+        self.filled.push_back(block);
+        let hashed = self.hasher.data(data.clone());
+        let taken = hashed.map_err(E::from).and_then(|()| out(data));
+        self.block = self.fresh();
+        taken
+    }
+
+    /// A block to fill.
+    fn fresh(&mut self) -> BytesMut {
+        if let Some(at) = self.filled.iter().position(Bytes::is_unique)
+            && let Some(block) = self.filled.remove(at)
+            && let Ok(block) = block.try_into_mut()
+        {
+            return block;
+        }
+        if self.filled.len() >= BLOCKS {
+            self.filled.pop_front();
+        }
+        BytesMut::zeroed(BLOCK)
+    }
+
+    /// Ends the span; another begins here.
+    fn cut(&mut self, bits: u8) -> Result<(), ImageError> {
+        let mut span = Span::at(self.size, self.blob_size);
+        span.bits = bits;
+        self.spans.push(span);
+        self.hasher.cut()
+    }
+}
+
+fn feed_plain<E: From<ImageError>>(
+    track: &mut Track,
+    data: &[u8],
+    out: &mut Out<'_, E>,
+) -> Result<(), E> {
+    let mut rest = data;
+    while !rest.is_empty() {
+        if track.decoded() == STEP {
+            track.cut(0)?;
+        }
+        let most = BLOCK.min((STEP - track.decoded()) as usize);
+        let (piece, after) = rest.split_at(rest.len().min(most));
+        track.room()[..piece.len()].copy_from_slice(piece);
+        track.blob_size += piece.len() as u64;
+        track.emit(piece.len(), out)?;
+        rest = after;
+    }
+    Ok(())
+}
+
+fn feed_zstd<E: From<ImageError>>(
+    decoder: &mut zstd_raw::Decoder<'static>,
+    inside: &mut bool,
+    frames: &mut u64,
+    track: &mut Track,
+    compressed: &[u8],
+    out: &mut Out<'_, E>,
+) -> Result<(), E> {
+    let mut rest = compressed;
+    // Decoded bytes may wait inside after all input was taken, but only if the output was full.
+    let mut full = *inside;
+    while !rest.is_empty() || full {
+        if !*inside && track.decoded() >= STEP {
+            track.cut(0)?;
+        }
+        let step = run_zstd(decoder, rest, track.room())?;
+        if step.bytes_read == 0 && step.bytes_written == 0 {
+            if rest.is_empty() {
+                break;
+            }
+            return Err(ImageError::invalid("its zstd stream is broken").into());
+        }
+        rest = &rest[step.bytes_read..];
+        full = step.bytes_written == BLOCK && step.remaining > 0;
+        *inside = step.remaining > 0;
+        *frames += u64::from(!*inside);
+        track.blob_size += step.bytes_read as u64;
+        track.emit(step.bytes_written, out)?;
+    }
+    Ok(())
+}
+
+pub(super) fn zstd_decoder() -> Result<zstd_raw::Decoder<'static>, ImageError> {
+    let decoder = zstd_raw::Decoder::new().and_then(|mut decoder| {
+        let most = zstd_raw::DParameter::WindowLogMax(ZSTD_WINDOW_LOG);
+        decoder.set_parameter(most).map(|()| decoder)
+    });
+    decoder.map_err(|error| broken_zstd(&error))
+}
+
+pub(super) fn run_zstd(
+    decoder: &mut zstd_raw::Decoder<'static>,
+    input: &[u8],
+    output: &mut [u8],
+) -> Result<zstd_raw::Status, ImageError> {
+    let step = decoder.run_on_buffers(input, output);
+    step.map_err(|error| broken_zstd(&error))
+}
+
+fn broken_zstd(error: &std::io::Error) -> ImageError {
+    ImageError::invalid(format!("its zstd stream is broken: {error}"))
+}
+
+impl Gzip {
+    fn feed<E: From<ImageError>>(
+        &mut self,
+        track: &mut Track,
+        compressed: &[u8],
+        out: &mut Out<'_, E>,
+    ) -> Result<(), E> {
+        let mut rest = compressed;
+        loop {
+            match self.phase {
+                Phase::Member => {}
+                _ if rest.is_empty() => return Ok(()),
+                Phase::Between if rest[0] != 0 => self.next_member(track)?,
+                Phase::Between | Phase::Padding => {
+                    self.phase = Phase::Padding;
+                    if rest.iter().any(|&byte| byte != 0) {
+                        let why = "bytes that are no gzip follow its last member";
+                        return Err(ImageError::invalid(why).into());
+                    }
+                    track.blob_size += rest.len() as u64;
+                    return Ok(());
+                }
+            }
+            let decoded = track.decoded();
+            // A stop at every block costs speed, so only where a cut is wanted.
+            let cut_here = decoded >= LARGE || decoded >= STEP && track.compressed() >= LEAST;
+            let most = match decoded {
+                _ if cut_here => BLOCK,
+                0..STEP => BLOCK.min((STEP - decoded) as usize),
+                _ => BLOCK,
+            };
+            let step = self
+                .inflate
+                .run(rest, &mut track.room()[..most], cut_here)?;
+            let (taken, after) = rest.split_at(step.read);
+            rest = after;
+            if let Some(&last) = taken.last() {
+                self.last = last;
+            }
+            track.blob_size += taken.len() as u64;
+            self.member += step.written as u64;
+            track.emit(step.written, out)?;
+            if let Some(probe) = &mut self.probe {
+                let missing = PROBE - probe.input.len();
+                probe
+                    .input
+                    .extend_from_slice(&taken[..taken.len().min(missing)]);
+                if probe.input.len() == PROBE {
+                    self.end_probe(track)?;
+                }
+            }
+            match step.stop {
+                Stop::End => {
+                    self.end_probe(track)?;
+                    self.phase = Phase::Between;
+                }
+                Stop::Block { bits } if cut_here && self.member > 0 => {
+                    self.end_probe(track)?;
+                    self.cut(track, bits)?;
+                }
+                _ if step.read == 0 && step.written == 0 => return Ok(()),
+                _ => {}
+            }
+        }
+    }
+
+    /// Starts the next member; and a span with it if that one is worth it, since it needs no
+    /// window here.
+    fn next_member(&mut self, track: &mut Track) -> Result<(), ImageError> {
+        if track.decoded() >= STEP / 2 {
+            track.cut(0)?;
+        }
+        self.inflate.reset_to_gzip()?;
+        self.phase = Phase::Member;
+        self.member = 0;
+        Ok(())
+    }
+
+    /// Starts a span inside the member.
+    fn cut(&mut self, track: &mut Track, bits: u8) -> Result<(), ImageError> {
+        track.cut(bits)?;
+        self.probe = Some(Probe {
+            span: track.spans.len() - 1,
+            window: self.inflate.window()?,
+            bits,
+            byte: self.last,
+            input: Vec::with_capacity(PROBE),
+        });
+        Ok(())
+    }
+
+    fn end_probe(&mut self, track: &mut Track) -> Result<(), ImageError> {
+        match self.probe.take() {
+            Some(probe) => track.hasher.probe(probe),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Probe {
+    /// The window, compressed, with zeros where nothing refers to it. For that the start of the
+    /// span is decoded after two windows that hold the low and the high half of their own
+    /// offsets: a decoded byte that comes from the window tells from where. A literal tells the
+    /// same value twice, and so stands for one offset that is kept for nothing.
+    pub(super) fn into_window(mut self, inflate: &mut Inflate) -> Result<Box<[u8]>, ImageError> {
+        let offsets = 0..self.window.len();
+        let low: Vec<u8> = offsets.clone().map(|at| at as u8).collect();
+        let high: Vec<u8> = offsets.map(|at| (at >> 8) as u8).collect();
+        let low = self.decode(inflate, &low)?;
+        let high = self.decode(inflate, &high)?;
+        if let (Some(low), Some(high)) = (low, high) {
+            let mut kept = vec![false; 1 << 16];
+            for (low, high) in low.iter().zip(&high) {
+                kept[usize::from(u16::from_le_bytes([*low, *high]))] = true;
+            }
+            for (byte, kept) in self.window.iter_mut().zip(kept) {
+                if !kept {
+                    *byte = 0;
+                }
+            }
+        }
+        compress_window(&self.window)
+    }
+
+    /// The first bytes of the span if `window` came before it; `None` if they are not all here.
+    fn decode(&self, inflate: &mut Inflate, window: &[u8]) -> Result<Option<Vec<u8>>, ImageError> {
+        inflate.reset_to_block(window, self.bits, self.byte)?;
+        let mut out = vec![0; WINDOW];
+        let (mut read, mut written) = (0, 0);
+        loop {
+            let step = inflate.run(&self.input[read..], &mut out[written..], false)?;
+            (read, written) = (read + step.read, written + step.written);
+            if written == WINDOW || step.stop == Stop::End {
+                out.truncate(written);
+                return Ok(Some(out));
+            }
+            if step.read == 0 && step.written == 0 {
+                return Ok(None);
+            }
+        }
+    }
+}
+
+fn compress_window(window: &[u8]) -> Result<Box<[u8]>, ImageError> {
+    const LEVEL: i32 = 3;
+    let compressed = zstd::bulk::compress(window, LEVEL);
+    compressed
+        .map(Into::into)
+        .map_err(|error| ImageError::invalid(format!("a window cannot be compressed: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::image::{ImageErrorKind, samples};
+
+    /// Decodes in pieces of `piece` bytes.
+    fn decode(
+        compression: Compression,
+        blob: &[u8],
+        piece: usize,
+    ) -> Result<(Vec<u8>, LayerIndex), ImageError> {
+        let mut decoder = Decoder::new(compression, 1 << 30)?.hashing_blob();
+        let mut data = Vec::new();
+        for piece in blob.chunks(piece.max(1)) {
+            decoder.feed(piece, &mut |bytes: Bytes| {
+                data.extend_from_slice(&bytes);
+                Ok::<_, ImageError>(())
+            })?;
+        }
+        let decoded = decoder.finish()?;
+        assert_eq!(decoded.blob, Some(Digest::of(blob)));
+        assert_eq!(decoded.blob_size, blob.len() as u64);
+        Ok((data, decoded.into_index(Digest::of(blob), Vec::new())))
+    }
+
+    /// Decodes, and then each span by itself.
+    fn check(compression: Compression, blob: &[u8], data: &[u8], piece: usize) -> LayerIndex {
+        let (found, index) = decode(compression, blob, piece).unwrap();
+        assert!(found == data, "{compression:?}");
+        assert_eq!(
+            (index.diff_id, index.size),
+            (Digest::of(data), data.len() as u64)
+        );
+        let mut next = 0;
+        for at in 0..index.spans.len() {
+            let bytes = index.span_bytes(at);
+            assert_eq!(bytes.start, next);
+            next = bytes.end;
+            let of_blob = index.span_blob_bytes(at);
+            let of_blob = &blob[of_blob.start as usize..of_blob.end as usize];
+            let span = index.decode_span(at, of_blob).unwrap();
+            assert!(span == data[bytes.start as usize..bytes.end as usize]);
+        }
+        assert_eq!(next, index.size);
+        index
+    }
+
+    #[test]
+    fn every_span_of_a_member_is_decoded_by_itself() {
+        let data = [samples::text(9 << 20), samples::noise(3 << 20, 7)].concat();
+        for level in [3, 6, 9] {
+            let blob = samples::gzip(&data, level);
+            let index = check(Compression::Gzip, &blob, &data, 1 << 20);
+            assert!(index.spans.len() >= 6, "{}", index.spans.len());
+            assert!(index.spans.iter().any(|span| span.bits > 0));
+            // Where the spans are does not depend on how the layer arrived.
+            assert_eq!(decode(Compression::Gzip, &blob, 777).unwrap().1, index);
+            let windows: usize = index.spans.iter().map(|span| span.window.len()).sum();
+            assert!(windows * 50 < blob.len(), "{windows} of {}", blob.len());
+        }
+        // Stored blocks start at whole bytes; level 1 may make one block of it all.
+        check(Compression::Gzip, &samples::gzip(&data, 0), &data, 100_000);
+        check(Compression::Gzip, &samples::gzip(&data, 1), &data, 100_000);
+    }
+
+    #[test]
+    fn members_need_no_window_and_padding_is_no_content() {
+        let data = samples::text(5 << 20);
+        let parts = data.chunks(300_000).map(|part| samples::gzip(part, 6));
+        let mut blob = parts.collect::<Vec<_>>().concat();
+        blob.extend(samples::gzip(b"", 6));
+        let plain = check(Compression::Gzip, &blob, &data, 4096);
+        assert!(plain.spans.iter().all(|span| span.window.is_empty()));
+        assert!(plain.spans.len() > 4);
+        blob.extend([0; 1000]);
+        let padded = check(Compression::Gzip, &blob, &data, 4096);
+        assert_eq!(padded.spans, plain.spans);
+        blob.push(1);
+        let error = decode(Compression::Gzip, &blob, 4096).unwrap_err();
+        assert!(error.to_string().contains("follow its last member"));
+    }
+
+    #[test]
+    fn frames_and_plain_tars_have_spans() {
+        let data = samples::text(6 << 20);
+        let parts = data
+            .chunks(400_000)
+            .map(|part| zstd::encode_all(part, 3).unwrap());
+        let mut blob = parts.collect::<Vec<_>>().concat();
+        // A skippable frame (RFC 8878, 3.1.2).
+        blob.extend(b"\x50\x2a\x4d\x18\x05\0\0\0abcde");
+        let index = check(Compression::Zstd, &blob, &data, 5000);
+        assert!(index.spans.len() >= 4);
+        let one = zstd::encode_all(&data[..], 3).unwrap();
+        assert_eq!(check(Compression::Zstd, &one, &data, 5000).spans.len(), 1);
+        assert_eq!(check(Compression::None, &data, &data, 1000).spans.len(), 6);
+    }
+
+    #[test]
+    fn small_layers() {
+        for data in [&b""[..], b"x"] {
+            let zstd = zstd::encode_all(data, 3).unwrap();
+            for (compression, blob) in [
+                (Compression::Gzip, samples::gzip(data, 6)),
+                (Compression::Zstd, zstd),
+                (Compression::None, data.to_vec()),
+            ] {
+                let index = check(compression, &blob, data, 1);
+                assert_eq!(index.spans.len(), data.len());
+                for cut in 0..blob.len() {
+                    let cut = decode(compression, &blob[..cut], 3);
+                    assert!(cut.is_err() || compression == Compression::None);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn errors_of_the_sink_pass_through() {
+        let data = samples::text(2 << 20);
+        let blob = samples::gzip(&data, 6);
+        let mut decoder = Decoder::new(Compression::Gzip, 1 << 30).unwrap();
+        for _ in 0..3 {
+            let refused = decoder.feed(&blob[..9000], &mut |_| Err(ImageError::corrupt("full")));
+            assert!(refused.is_err());
+        }
+    }
+
+    #[test]
+    fn no_more_than_allowed_is_decoded() {
+        let bomb = samples::gzip(&vec![0; 64 << 20], 9);
+        let mut decoder = Decoder::new(Compression::Gzip, 1 << 20).unwrap();
+        let mut seen = 0;
+        let error = decoder.feed(&bomb, &mut |bytes: Bytes| {
+            seen += bytes.len();
+            Ok::<_, ImageError>(())
+        });
+        assert_eq!(error.unwrap_err().kind(), ImageErrorKind::TooLarge);
+        assert!(seen <= 1 << 20);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn whatever_is_broken_is_no_other_layer(
+            at in any::<prop::sample::Index>(),
+            bit in 0..8u8,
+            compression in prop::sample::select(vec![Compression::Gzip, Compression::Zstd]),
+        ) {
+            let data = samples::text(1_300_000);
+            let mut blob = match compression {
+                Compression::Gzip => samples::gzip(&data, 6),
+                _ => data.chunks(1 << 20).flat_map(|part| zstd::encode_all(part, 1).unwrap()).collect(),
+            };
+            let (_, index) = decode(compression, &blob, 1 << 20).unwrap();
+            let at = at.index(blob.len());
+            blob[at] ^= 1 << bit;
+            if let Ok((_, other)) = decode(compression, &blob, 1 << 20) {
+                // Zstd has no checksum here, and headers of gzip have bits without meaning.
+                prop_assert!(other.diff_id != index.diff_id || at < 10 || compression == Compression::Zstd);
+                prop_assert_ne!(other.blob, index.blob);
+            }
+            for span in 0..index.spans.len() {
+                let range = index.span_blob_bytes(span);
+                let range = range.start as usize..range.end as usize;
+                if let Ok(found) = index.decode_span(span, &blob[range.clone()]) {
+                    let bytes = index.span_bytes(span);
+                    prop_assert!(found == data[bytes.start as usize..bytes.end as usize]);
+                }
+                let cut = index.decode_span(span, &blob[range.start..range.start + range.len() / 2]);
+                prop_assert_eq!(cut.unwrap_err().kind(), ImageErrorKind::Corrupt);
+            }
+        }
+    }
+}

@@ -1,0 +1,503 @@
+//! [`LayerSource`]: reads ranges of decoded layers, from spans that are fetched, decoded and
+//! verified one by one.
+//!
+//! A read is cut into spans. What is not decoded yet is fetched, adjacent spans in one request,
+//! decoded on the blocking pool, at most as many at once as there are processors, and kept for a
+//! while, since the small files of a layer lie many in one span. A span that is on its way is
+//! fetched once, whoever wants it; it is given up when nobody does any more.
+//!
+//! Invariants: no byte is given of a span whose digest was not verified; memory is the cache and,
+//! per reader, a few spans. Nothing here survives a crash or needs to. Called by `fetch`, as any
+//! [`Source`].
+
+mod cache;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt,
+    ops::Range,
+    sync::Arc,
+};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{StreamExt as _, stream};
+use parking_lot::RwLock;
+use tokio::sync::Semaphore;
+
+use self::cache::{Cache, Flight, Landing};
+use super::{EntryKind, FileContent, ImageError, LayerIndex};
+use crate::{
+    digest::Digest,
+    metrics,
+    reference::Reference,
+    source::{ByteStream, Source, SourceError, SourceErrorKind},
+    tree::{Artifact, Location},
+};
+
+/// Decoded bytes that are asked for in one request.
+const BATCH: u64 = 8 << 20;
+/// What holes are read from.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Told of every span that a read needs, and of which layer, in the order of need.
+pub type OnSpan = Arc<dyn Fn(&Digest, usize) + Send + Sync>;
+
+/// A source of ranges of decoded layers, over a source of their blobs; everything else it leaves
+/// to that one.
+pub struct LayerSource {
+    shared: Arc<Shared>,
+    layers: RwLock<HashMap<Digest, Arc<Layer>>>,
+    on_span: Option<OnSpan>,
+}
+
+struct Shared {
+    inner: Arc<dyn Source>,
+    cache: Cache,
+    /// Spans that may be decoded at the same time.
+    decoders: Arc<Semaphore>,
+}
+
+struct Layer {
+    index: Arc<LayerIndex>,
+    /// Tells the spans of this index from those of an earlier one of the same layer.
+    number: u64,
+    /// Where files that are stored in one piece begin and end, and their entries; sorted.
+    files: Vec<(u64, u64, usize)>,
+}
+
+/// Part of a read.
+enum Part {
+    Zeros(u64),
+    /// Of the decoded layer.
+    Data(Range<u64>),
+}
+
+impl fmt::Debug for LayerSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let layers = self.layers.read();
+        f.debug_struct("LayerSource")
+            .field("inner", &self.shared.inner)
+            .field("layers", &layers.keys().collect::<Vec<_>>())
+            .finish_non_exhaustive()
+    }
+}
+
+impl LayerSource {
+    /// Reads the blobs of layers from `inner`, at locations whose path is their digest; keeps up
+    /// to `cache` decoded bytes.
+    pub fn new(inner: Arc<dyn Source>, cache: usize) -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            shared: Arc::new(Shared {
+                inner,
+                cache: Cache::new(cache),
+                decoders: Arc::new(Semaphore::new(processors)),
+            }),
+            layers: RwLock::default(),
+            on_span: None,
+        }
+    }
+
+    /// Tells `hook` what is read: an access profile. It must not block.
+    #[must_use]
+    pub fn on_span(mut self, hook: OnSpan) -> Self {
+        self.on_span = Some(hook);
+        self
+    }
+
+    /// Makes the locations of `index` readable, instead of those of another index of the layer.
+    ///
+    /// # Errors
+    /// [`super::ImageErrorKind::Unsupported`] for a layer that can only be decoded from its start,
+    /// Invalid for an index that can be of no layer.
+    pub fn add(&self, index: Arc<LayerIndex>) -> Result<(), ImageError> {
+        index.check()?;
+        if !index.is_seekable() {
+            let why = "parts of it are too large to be decoded by themselves";
+            return Err(ImageError::unsupported(why).in_layer(index.blob));
+        }
+        let mut files: Vec<_> = (index.entries.iter().enumerate())
+            .filter_map(|(at, entry)| match &entry.kind {
+                EntryKind::File(content) if content.pieces.is_empty() && content.size > 0 => {
+                    Some((content.offset, content.offset + content.size, at))
+                }
+                _ => None,
+            })
+            .collect();
+        files.sort_unstable();
+        let layer = Layer {
+            number: self.shared.cache.number(),
+            files,
+            index,
+        };
+        let blob = layer.index.blob;
+        self.layers.write().insert(blob, Arc::new(layer));
+        Ok(())
+    }
+
+    /// The index of a layer that was added.
+    pub fn index(&self, blob: &Digest) -> Option<Arc<LayerIndex>> {
+        let layers = self.layers.read();
+        layers.get(blob).map(|layer| Arc::clone(&layer.index))
+    }
+
+    /// The entries of files that lie wholly in a span and in one piece: with that span in hand they
+    /// cost nothing.
+    pub fn files_in(&self, blob: &Digest, span: usize) -> Vec<usize> {
+        let Some(layer) = self.layers.read().get(blob).cloned() else {
+            return Vec::new();
+        };
+        if span >= layer.index.spans.len() {
+            return Vec::new();
+        }
+        let bytes = layer.index.span_bytes(span);
+        let first = layer.files.partition_point(|file| file.0 < bytes.start);
+        let files = layer.files[first..].iter();
+        files
+            .take_while(|file| file.0 < bytes.end)
+            .filter(|file| file.1 <= bytes.end)
+            .map(|file| file.2)
+            .collect()
+    }
+
+    /// A decoded span, from the cache or fetched.
+    ///
+    /// # Errors
+    /// As [`Source::read`].
+    pub async fn span(&self, blob: &Digest, span: usize) -> Result<Bytes, SourceError> {
+        let layer = self.layers.read().get(blob).cloned();
+        let layer = layer.filter(|layer| span < layer.index.spans.len());
+        let layer = layer.ok_or_else(|| {
+            let why = "no index with such a span was added";
+            SourceError::new(SourceErrorKind::Invalid, format!("layer {blob}"), why)
+        })?;
+        let mut flights = self.shared.start(&layer, span..span + 1);
+        match flights.pop_front() {
+            Some(flight) => flight.land().await,
+            None => Ok(Bytes::new()),
+        }
+    }
+
+    /// The layer of a location, and the parts of a range there.
+    fn parts(
+        &self,
+        location: &Location,
+        blob: &str,
+        rest: &str,
+        range: Range<u64>,
+    ) -> Result<(Arc<Layer>, VecDeque<Part>), SourceError> {
+        let error = |kind, why: &str| SourceError::new(kind, format!("layer {blob}"), why);
+        let invalid = |why: &str| error(SourceErrorKind::Invalid, why);
+        let digest = blob.parse::<Digest>();
+        let digest = digest.map_err(|_| invalid("its location has no digest"))?;
+        let layer = self.layers.read().get(&digest).cloned();
+        let layer = layer.ok_or_else(|| invalid("no index of it was added"))?;
+        let index = &layer.index;
+        if location.generation != Some(index.generation()) {
+            let why = "its index is not the one that this location is of";
+            return Err(error(SourceErrorKind::Changed, why));
+        }
+        let (compression, entry) = match rest.split_once('@') {
+            Some((compression, entry)) => (compression, Some(entry)),
+            None => (rest, None),
+        };
+        if compression != index.compression.name() {
+            return Err(invalid("it is compressed otherwise than its location says"));
+        }
+        let parts = match entry {
+            None if range.end > index.size => {
+                return Err(invalid("the range goes beyond its end"));
+            }
+            None if range.is_empty() => VecDeque::new(),
+            None => VecDeque::from([Part::Data(range)]),
+            Some(entry) => {
+                let entry = entry.parse::<usize>().ok();
+                let entry = entry.and_then(|at| index.entries.get(at));
+                match entry.map(|entry| &entry.kind) {
+                    Some(EntryKind::File(content)) if range.end <= content.size => {
+                        sparse_parts(content, range)
+                    }
+                    _ => return Err(invalid("its location names no file with such a range")),
+                }
+            }
+        };
+        Ok((layer, parts))
+    }
+}
+
+/// What a range of a sparse file is made of.
+fn sparse_parts(content: &FileContent, range: Range<u64>) -> VecDeque<Part> {
+    let mut parts = VecDeque::new();
+    let mut next = range.start;
+    let mut offset = content.offset;
+    for &(start, len) in &content.pieces {
+        let data = start.max(range.start)..(start + len).min(range.end);
+        if data.start < data.end {
+            if data.start > next {
+                parts.push_back(Part::Zeros(data.start - next));
+            }
+            let at = offset + (data.start - start);
+            parts.push_back(Part::Data(at..at + (data.end - data.start)));
+            next = data.end;
+        }
+        offset += len;
+    }
+    if next < range.end {
+        parts.push_back(Part::Zeros(range.end - next));
+    }
+    parts
+}
+
+#[async_trait::async_trait]
+impl Source for LayerSource {
+    async fn resolve(&self, reference: &Reference) -> Result<Artifact, SourceError> {
+        self.shared.inner.resolve(reference).await
+    }
+
+    async fn read(
+        &self,
+        location: &Location,
+        range: Range<u64>,
+    ) -> Result<ByteStream, SourceError> {
+        let Some((blob, rest)) = location.path.split_once('#') else {
+            return self.shared.inner.read(location, range).await;
+        };
+        if !blob.starts_with("sha256:") {
+            return self.shared.inner.read(location, range).await;
+        }
+        let (layer, parts) = self.parts(location, blob, rest, range)?;
+        let reader = Reader {
+            shared: Arc::clone(&self.shared),
+            layer,
+            on_span: self.on_span.clone(),
+            parts,
+            ahead: VecDeque::new(),
+            current: None,
+        };
+        let stream = stream::try_unfold(reader, |mut reader| async move {
+            let next = reader.next().await?;
+            Ok(next.map(|bytes| (bytes, reader)))
+        });
+        Ok(stream.boxed())
+    }
+}
+
+/// A read under way.
+struct Reader {
+    shared: Arc<Shared>,
+    layer: Arc<Layer>,
+    on_span: Option<OnSpan>,
+    /// What is left of it.
+    parts: VecDeque<Part>,
+    /// Spans that were asked for, in order.
+    ahead: VecDeque<(usize, Flight)>,
+    /// The span that is being read.
+    current: Option<(usize, Bytes)>,
+}
+
+impl Reader {
+    async fn next(&mut self) -> Result<Option<Bytes>, SourceError> {
+        match self.parts.front_mut() {
+            None => Ok(None),
+            Some(Part::Zeros(left)) => {
+                let len = (*left).min(ZEROS.len() as u64);
+                *left -= len;
+                if *left == 0 {
+                    self.parts.pop_front();
+                }
+                Ok(Some(Bytes::from_static(&ZEROS[..len as usize])))
+            }
+            Some(Part::Data(range)) => {
+                let start = range.start;
+                let (bytes, span) = self.span_at(start).await?;
+                let Some(Part::Data(range)) = self.parts.front_mut() else {
+                    return Ok(None);
+                };
+                let end = range.end.min(bytes.end);
+                range.start = end;
+                if range.is_empty() {
+                    self.parts.pop_front();
+                }
+                let within = (start - bytes.start) as usize..(end - bytes.start) as usize;
+                Ok(Some(span.slice(within)))
+            }
+        }
+    }
+
+    /// The span with the byte `offset`, and which bytes it has.
+    async fn span_at(&mut self, offset: u64) -> Result<(Range<u64>, Bytes), SourceError> {
+        let at = self.layer.span_of(offset);
+        let bytes = self.layer.index.span_bytes(at);
+        if let Some((current, span)) = &self.current
+            && *current == at
+        {
+            return Ok((bytes, span.clone()));
+        }
+        self.current = None;
+        if let Some(on_span) = &self.on_span {
+            on_span(&self.layer.index.blob, at);
+        }
+        self.ask(at);
+        let flight = self.ahead.pop_front().filter(|(ahead, _)| *ahead == at);
+        let Some((_, flight)) = flight else {
+            let why = "its spans are not in order";
+            let what = format!("layer {}", self.layer.index.blob);
+            return Err(SourceError::new(SourceErrorKind::Invalid, what, why));
+        };
+        let span = flight.land().await?;
+        self.current = Some((at, span.clone()));
+        Ok((bytes, span))
+    }
+
+    /// Asks for what is needed from span `at` on, if little of it is on its way.
+    fn ask(&mut self, at: usize) {
+        let index = Arc::clone(&self.layer.index);
+        let first = self.ahead.back().map_or(at, |(last, _)| last + 1);
+        let asked = index.span_bytes(at).start..index.spans[first.min(index.spans.len() - 1)].start;
+        if !self.ahead.is_empty() && asked.end - asked.start > BATCH / 2 {
+            return;
+        }
+        // Those that follow each other and hold what this read is of.
+        let mut end = first;
+        let mut bytes = 0;
+        'parts: for part in &self.parts {
+            let Part::Data(range) = part else { continue };
+            let from = self.layer.span_of(range.start).max(end);
+            for span in from..=self.layer.span_of(range.end - 1) {
+                if span > end || bytes >= BATCH {
+                    break 'parts;
+                }
+                let within = index.span_bytes(span);
+                bytes += within.end - within.start;
+                end = span + 1;
+            }
+        }
+        if end > first {
+            let flights = self.shared.start(&self.layer, first..end);
+            self.ahead.extend((first..end).zip(flights));
+        }
+    }
+}
+
+impl Layer {
+    /// The span with the byte `offset`, which is in the layer.
+    fn span_of(&self, offset: u64) -> usize {
+        let spans = &self.index.spans;
+        spans.partition_point(|span| span.start <= offset) - 1
+    }
+}
+
+impl Shared {
+    /// Sees to it that these spans come.
+    fn start(self: &Arc<Self>, layer: &Arc<Layer>, spans: Range<usize>) -> VecDeque<Flight> {
+        let (flights, missing) = self.cache.start(layer.number, spans);
+        let mut run: Vec<Landing> = Vec::new();
+        for landing in missing {
+            if run
+                .last()
+                .is_some_and(|last| last.span() + 1 != landing.span())
+            {
+                self.fetch(layer, std::mem::take(&mut run));
+            }
+            run.push(landing);
+        }
+        if !run.is_empty() {
+            self.fetch(layer, run);
+        }
+        flights
+    }
+
+    /// Fetches a run of adjacent spans.
+    fn fetch(self: &Arc<Self>, layer: &Arc<Layer>, run: Vec<Landing>) {
+        let (shared, layer) = (Arc::clone(self), Arc::clone(layer));
+        tokio::spawn(async move {
+            let mut run = VecDeque::from(run);
+            if let Err(error) = shared.fetch_run(&layer, &mut run).await {
+                for landing in run {
+                    landing.fail(&error);
+                }
+            }
+        });
+    }
+
+    /// Takes each span out of `run` for which it got all bytes.
+    async fn fetch_run(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+        run: &mut VecDeque<Landing>,
+    ) -> Result<(), SourceError> {
+        let (Some(first), Some(last)) = (run.front(), run.back()) else {
+            return Ok(());
+        };
+        let index = &layer.index;
+        let start = index.span_blob_bytes(first.span()).start;
+        let range = start..index.span_blob_bytes(last.span()).end;
+        let blob = Location {
+            path: index.blob.to_string(),
+            generation: None,
+            offset: 0,
+        };
+        let mut body = self.inner.read(&blob, range).await?;
+        let mut buffer = BytesMut::new();
+        // Where the buffer starts in the blob.
+        let mut base = start;
+        while let Some(landing) = run.front() {
+            let at = landing.span();
+            let needed = index.span_blob_bytes(at);
+            while base + (buffer.len() as u64) < needed.end {
+                if !run.iter().any(Landing::is_awaited) {
+                    run.clear();
+                    return Ok(());
+                }
+                match body.next().await {
+                    Some(bytes) => buffer.extend_from_slice(&bytes?),
+                    None => return Err(short(&index.blob)),
+                }
+            }
+            let within = (needed.start - base) as usize..(needed.end - base) as usize;
+            let compressed = Bytes::copy_from_slice(&buffer[within.clone()]);
+            // The next one may begin within the last byte of this one.
+            let keep = within.end - usize::from(within.end > 0);
+            let _ = buffer.split_to(keep);
+            base += keep as u64;
+            let permit = Arc::clone(&self.decoders).acquire_owned().await;
+            let Some(landing) = run.pop_front() else {
+                break;
+            };
+            let layer = Arc::clone(layer);
+            tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                landing.land(layer.decode(at, &compressed));
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Layer {
+    fn decode(&self, span: usize, compressed: &[u8]) -> Result<Bytes, SourceError> {
+        match self.index.decode_span(span, compressed) {
+            Ok(decoded) => {
+                let metrics = metrics::global();
+                metrics.image_spans_decoded.add(1);
+                metrics.image_span_bytes.add(decoded.len() as u64);
+                Ok(decoded.into())
+            }
+            Err(error) => {
+                let what = format!("layer {}", self.index.blob);
+                Err(
+                    SourceError::new(SourceErrorKind::Corrupt, what, "a span of it is wrong")
+                        .because(error),
+                )
+            }
+        }
+    }
+}
+
+fn short(blob: &Digest) -> SourceError {
+    let why = "the body ended before the range that was asked for";
+    SourceError::new(SourceErrorKind::Corrupt, format!("layer {blob}"), why)
+}
+
+#[cfg(test)]
+mod tests;
