@@ -9,8 +9,13 @@
 //! from strangers. Called by `fetch` and `node`; what survives a crash is kept by the store.
 
 mod error;
+mod merge;
+pub mod tar;
+mod unpack;
 
 pub use error::{ImageError, ImageErrorKind};
+pub use merge::merge;
+pub use unpack::{Limits, Sink, Unpacker};
 
 use crate::{
     digest::Digest,

@@ -157,6 +157,22 @@ pub struct Entry {
 }
 
 impl Tree {
+    /// A tree from a finished graph of inodes, whose directories are sorted by name; their parents
+    /// need not be set. Files may name objects below `objects`.
+    ///
+    /// # Errors
+    /// [`TreeError::Damaged`] if an invariant does not hold, [`TreeError::TooMany`].
+    pub fn from_inodes(mut inodes: Vec<Inode>, objects: usize) -> Result<Self, TreeError> {
+        if inodes.len() > MAX_INODES {
+            return Err(TreeError::TooMany);
+        }
+        for inode in &inodes {
+            check_inode(&inode.kind, &inode.meta).map_err(TreeError::Damaged)?;
+        }
+        codec::connect(&mut inodes, objects)?;
+        Ok(Self { inodes })
+    }
+
     /// All inodes; the index is the inode number, 0 the root.
     pub fn inodes(&self) -> &[Inode] {
         &self.inodes
@@ -412,7 +428,7 @@ fn path_error(path: &[u8], why: &'static str) -> TreeError {
 }
 
 /// Whether `name` may stand in a directory.
-fn check_name(name: &[u8]) -> Result<(), &'static str> {
+pub(crate) fn check_name(name: &[u8]) -> Result<(), &'static str> {
     match name {
         b"" => Err("is absolute or has an empty component"),
         b"." => Err("has the component \".\""),
@@ -425,7 +441,7 @@ fn check_name(name: &[u8]) -> Result<(), &'static str> {
 }
 
 /// Whether an inode may be so.
-fn check_inode(kind: &Kind, meta: &Meta) -> Result<(), &'static str> {
+pub(crate) fn check_inode(kind: &Kind, meta: &Meta) -> Result<(), &'static str> {
     if meta.mode > 0o7777 {
         return Err("has a mode beyond 07777");
     }

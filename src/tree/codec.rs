@@ -102,7 +102,7 @@ impl Artifact {
 
 /// Sets the parents and checks what concerns several inodes: indices, names, one parent for every
 /// directory, everything reachable from the root (so no cycles), no path too long.
-fn connect(inodes: &mut [Inode], objects: usize) -> Result<(), TreeError> {
+pub(super) fn connect(inodes: &mut [Inode], objects: usize) -> Result<(), TreeError> {
     const UNSEEN: u32 = u32::MAX;
     if !matches!(inodes.first().map(|i| &i.kind), Some(Kind::Dir { .. })) {
         return Err(TreeError::Damaged("its root is no directory"));
