@@ -545,3 +545,5 @@ fn invalid_at(at: u64, why: &str) -> ImageError {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(super) mod write;

@@ -16,7 +16,8 @@ use crate::{
 /// Most bytes of the value of an extended attribute (`XATTR_SIZE_MAX`).
 const MAX_XATTR: usize = 64 << 10;
 const WHITEOUT: &[u8] = b".wh.";
-/// What AUFS keeps for itself in layers, and the mark of an opaque directory.
+/// What AUFS keeps for itself in layers, and the mark of an opaque directory. What is *in* such
+/// a directory is ordinary, since hard links may point there.
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
@@ -267,10 +268,6 @@ fn cost(entry: &LayerEntry) -> u64 {
 fn entry(member: Member) -> Result<Option<LayerEntry>, ImageError> {
     let path = clean(&member.path).map_err(ImageError::invalid)?;
     let (parent, name) = split(&path);
-    // The private parts of AUFS are at the root of a layer.
-    if path.starts_with(WHITEOUT_META) && *path != *OPAQUE {
-        return Ok(None);
-    }
     let mark = |path: &[u8], kind| {
         Ok(Some(LayerEntry {
             path: path.into(),
@@ -415,4 +412,4 @@ fn usable(xattrs: Vec<Xattr>) -> Result<Vec<Xattr>, ImageError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -4,6 +4,7 @@
 mod cli;
 mod http;
 mod hub;
+mod layers;
 mod mount;
 #[path = "../it/scripted_source.rs"]
 #[expect(dead_code, reason = "here only some of it is needed")]
