@@ -8,3 +8,4 @@ mod layers;
 mod scripted;
 mod scripted_source;
 mod store;
+mod tar;
