@@ -102,6 +102,12 @@ fn index(tar: &[u8]) -> LayerIndex {
     }
 }
 
+fn merged(layers: &[Vec<u8>]) -> Result<Walk, ImageError> {
+    let indexes: Vec<_> = layers.iter().map(|layer| index(layer)).collect();
+    let (tree, objects) = merge(&indexes.iter().collect::<Vec<_>>())?;
+    Ok(walk_tree(&tree, &objects))
+}
+
 fn walk_tree(tree: &Tree, objects: &[Object]) -> Walk {
     let mut walk = Walk::new();
     let mut stack = vec![(Vec::new(), 0u32)];
@@ -210,16 +216,10 @@ impl Containerd {
             .unwrap()
     }
 
-    fn must(&self, args: &[&str]) {
-        let output = self.ctr(args);
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "ctr {args:?}: {error}");
-    }
-
-    /// Imports an image of `layers` and mounts it.
-    fn mount(&mut self, layers: &[Vec<u8>]) -> PathBuf {
+    /// Imports images, each of its layers, lowest first.
+    fn import(&self, images: &[Vec<Vec<u8>>]) {
         let layout = self.dir.path().join("layout");
-        write_layout(&layout, layers);
+        write_layout(&layout, images);
         let archive = self.dir.path().join("image.tar");
         run(Command::new("tar")
             .arg("-C")
@@ -227,17 +227,32 @@ impl Containerd {
             .arg("-cf")
             .arg(&archive)
             .arg("."));
-        self.must(&["images", "import", archive.to_str().unwrap()]);
-        let at = self.dir.path().join("mounted");
+        let archive = archive.to_str().unwrap();
+        let output = self.ctr(&["images", "import", "--no-unpack", archive]);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{error}");
+    }
+
+    /// Unpacks and mounts one of the imported images; `None` where containerd refuses to.
+    fn mount(&mut self, number: usize) -> Option<PathBuf> {
+        let at = self.dir.path().join(format!("mounted-{number}"));
         fs::create_dir(&at).unwrap();
+        let name = format!("test.invalid/layers:{number}");
+        let output = self.ctr(&["images", "mount", &name, at.to_str().unwrap()]);
+        if !output.status.success() {
+            eprintln!(
+                "image {number}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+            return None;
+        }
         self.mounted.push(at.clone());
-        self.must(&[
-            "images",
-            "mount",
-            "test.invalid/layers:1",
-            at.to_str().unwrap(),
-        ]);
-        at
+        Some(at)
+    }
+
+    fn unmount(&mut self, at: &Path) {
+        run(Command::new("umount").arg(at));
+        self.mounted.retain(|mounted| mounted != at);
     }
 }
 
@@ -259,40 +274,39 @@ fn run(command: &mut Command) {
     assert!(output.status.success(), "{command:?}: {error}");
 }
 
-fn write_layout(at: &Path, layers: &[Vec<u8>]) {
+fn write_layout(at: &Path, images: &[Vec<Vec<u8>>]) {
     let blobs = at.join("blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();
-    let put = |media_type: &str, data: &[u8]| {
+    let put = |kind: &str, data: &[u8]| {
         let digest = Digest::of(data);
         fs::write(blobs.join(digest.hex()), data).unwrap();
+        let media_type = format!("application/vnd.oci.image.{kind}");
         serde_json::json!({"mediaType": media_type, "digest": digest.to_string(), "size": data.len()})
     };
     let architecture = match std::env::consts::ARCH {
         "aarch64" => "arm64",
         _ => "amd64",
     };
-    let diff_ids: Vec<_> = layers.iter().map(|l| Digest::of(l).to_string()).collect();
-    let config = serde_json::json!({
-        "architecture": architecture, "os": "linux", "config": {},
-        "rootfs": {"type": "layers", "diff_ids": diff_ids},
-    });
-    let config = put(
-        "application/vnd.oci.image.config.v1+json",
-        config.to_string().as_bytes(),
-    );
-    let layers: Vec<_> = layers
-        .iter()
-        .map(|layer| put("application/vnd.oci.image.layer.v1.tar", layer))
-        .collect();
-    let manifest = serde_json::json!({"schemaVersion": 2, "config": config, "layers": layers,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json"});
-    let mut manifest = put(
-        "application/vnd.oci.image.manifest.v1+json",
-        manifest.to_string().as_bytes(),
-    );
-    manifest["annotations"] =
-        serde_json::json!({"io.containerd.image.name": "test.invalid/layers:1"});
-    let index = serde_json::json!({"schemaVersion": 2, "manifests": [manifest]});
+    let manifest = |(number, layers): (usize, &Vec<Vec<u8>>)| {
+        let diff_ids: Vec<_> = layers.iter().map(|l| Digest::of(l).to_string()).collect();
+        let config = serde_json::json!({
+            "architecture": architecture, "os": "linux", "config": {},
+            "rootfs": {"type": "layers", "diff_ids": diff_ids},
+        });
+        let config = put("config.v1+json", config.to_string().as_bytes());
+        let layers: Vec<_> = layers
+            .iter()
+            .map(|layer| put("layer.v1.tar", layer))
+            .collect();
+        let manifest = serde_json::json!({"schemaVersion": 2, "config": config, "layers": layers,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json"});
+        let mut manifest = put("manifest.v1+json", manifest.to_string().as_bytes());
+        let name = format!("test.invalid/layers:{number}");
+        manifest["annotations"] = serde_json::json!({"io.containerd.image.name": name});
+        manifest
+    };
+    let manifests: Vec<_> = images.iter().enumerate().map(manifest).collect();
+    let index = serde_json::json!({"schemaVersion": 2, "manifests": manifests});
     fs::write(at.join("index.json"), index.to_string()).unwrap();
     fs::write(at.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
 }
@@ -376,6 +390,25 @@ fn script(dir: &Path) {
         .env("LC_ALL", OsStr::new("C.UTF-8")));
 }
 
+/// What is not the same, unless it is the time of a path that `untimed` says.
+fn differences(ours: &Walk, theirs: &Walk, untimed: impl Fn(&str, &Seen) -> bool) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let more = theirs.keys().filter(|path| !ours.contains_key(*path));
+    for path in ours.keys().chain(more) {
+        let (mut ours, theirs) = (ours.get(path).cloned(), theirs.get(path));
+        if let (Some((ours, _)), Some((theirs, _))) = (&mut ours, theirs) {
+            if untimed(path, ours) {
+                ours.mtime = theirs.mtime;
+            }
+            if ours == theirs {
+                continue;
+            }
+        }
+        wrong.push(format!("{path}:\n  ours:   {ours:?}\n  theirs: {theirs:?}"));
+    }
+    wrong
+}
+
 #[test]
 fn a_merged_tree_is_what_containerd_unpacks() {
     let made = tempfile::tempdir().unwrap();
@@ -385,33 +418,143 @@ fn a_merged_tree_is_what_containerd_unpacks() {
         .collect();
 
     let mut containerd = Containerd::start();
-    let theirs = walk_files(&containerd.mount(&layers));
-
-    let indexes: Vec<_> = layers.iter().map(|layer| index(layer)).collect();
-    let (tree, objects) = merge(&indexes.iter().collect::<Vec<_>>()).unwrap();
-    let ours = walk_tree(&tree, &objects);
+    containerd.import(std::slice::from_ref(&layers));
+    let theirs = walk_files(&containerd.mount(0).unwrap());
+    let ours = merged(&layers).unwrap();
 
     // Directories that no entry describes have the time of the unpacking.
-    let untimed = ["", "/implied", "/implied/odd", "/implied/odd/sub", "/lib"];
-    let mut wrong = Vec::new();
-    for path in ours
-        .keys()
-        .chain(theirs.keys().filter(|p| !ours.contains_key(*p)))
-    {
-        let mut pair = (ours.get(path).cloned(), theirs.get(path).cloned());
-        if let (Some((ours, _)), Some((theirs, _))) = &mut pair {
-            if untimed.contains(&path.as_str()) {
-                ours.mtime = theirs.mtime;
-            }
-            if ours == theirs {
-                continue;
-            }
-        }
-        wrong.push(format!(
-            "{path}:\n  ours:   {:?}\n  theirs: {:?}",
-            pair.0, pair.1
-        ));
-    }
+    let untimed = [
+        "",
+        "/implied",
+        "/implied/odd",
+        "/implied/odd/sub",
+        "/lib",
+        "/.wh..wh.plnk",
+    ];
+    let wrong = differences(&ours, &theirs, |path, _| untimed.contains(&path));
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(ours.len() > 70, "{}", ours.len());
+}
+
+/// A small generator, so that a failure can be repeated.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, most: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (self.0 >> 33) % most
+    }
+
+    fn one<'a>(&mut self, of: &[&'a str]) -> &'a str {
+        of[self.below(of.len() as u64) as usize]
+    }
+
+    fn path(&mut self) -> String {
+        let depth = self.below(3) + 1;
+        let names: Vec<_> = (0..depth)
+            .map(|_| self.one(&["a", "a", "a", "b", "b", "c"]))
+            .collect();
+        names.join("/")
+    }
+
+    /// A layer of few names, so that much happens to each.
+    fn layer(&mut self) -> Vec<u8> {
+        let mut tar = Vec::new();
+        for _ in 0..self.below(7) {
+            let mode = self.below(0o1000) as u32;
+            let content = "x".repeat(self.below(3) as usize);
+            let path = self.path();
+            match self.below(22) {
+                0..7 => put(&mut tar, b'5', &path, "", mode, ""),
+                7..14 => put(&mut tar, b'0', &path, "", mode, &content),
+                14 | 15 => {
+                    let target = [self.one(&["", "/", "../", "./"]), &self.path()].concat();
+                    put(&mut tar, b'2', &path, &target, mode, "");
+                }
+                16 | 17 => {
+                    let target = self.path();
+                    put(&mut tar, b'1', &path, &target, mode, "");
+                }
+                18 | 19 => {
+                    let (dir, name) = path.rsplit_once('/').unwrap_or((".", &path));
+                    put(&mut tar, b'0', &format!("{dir}/.wh.{name}"), "", mode, "");
+                }
+                20 => put(
+                    &mut tar,
+                    b'0',
+                    &format!("{path}/.wh..wh..opq"),
+                    "",
+                    mode,
+                    "",
+                ),
+                _ => put(&mut tar, b'3', &path, "", mode, ""),
+            }
+        }
+        tar.extend_from_slice(&[0; 1024]);
+        tar
+    }
+}
+
+fn put(tar: &mut Vec<u8>, flag: u8, path: &str, target: &str, mode: u32, content: &str) {
+    let mut block = [0; 512];
+    block[..path.len()].copy_from_slice(path.as_bytes());
+    block[100..107].copy_from_slice(format!("{mode:07o}").as_bytes());
+    block[124..135].copy_from_slice(format!("{:011o}", content.len()).as_bytes());
+    block[136..147].copy_from_slice(b"00000001000");
+    block[156] = flag;
+    block[157..157 + target.len()].copy_from_slice(target.as_bytes());
+    block[257..265].copy_from_slice(b"ustar\x0000");
+    block[148..156].fill(b' ');
+    let sum: u32 = block.iter().map(|&b| u32::from(b)).sum();
+    block[148..154].copy_from_slice(format!("{sum:06o}").as_bytes());
+    tar.extend_from_slice(&block);
+    tar.extend_from_slice(content.as_bytes());
+    tar.resize(tar.len().next_multiple_of(512), 0);
+}
+
+/// Whatever containerd unpacks at all, we merge to the same.
+#[test]
+fn random_layers_are_merged_as_containerd_unpacks_them() {
+    let seed = std::env::var("HEARTH_TEST_SEED").map_or(1, |seed| seed.parse().unwrap());
+    let mut random = Random(seed);
+    let images: Vec<Vec<Vec<u8>>> = (0..150)
+        .map(|_| (0..=random.below(3)).map(|_| random.layer()).collect())
+        .collect();
+    let mut containerd = Containerd::start();
+    containerd.import(&images);
+    let mut compared = 0;
+    let mut wrong = Vec::new();
+    for (number, layers) in images.iter().enumerate() {
+        let Some(at) = containerd.mount(number) else {
+            continue;
+        };
+        let theirs = walk_files(&at);
+        containerd.unmount(&at);
+        compared += 1;
+        let what = match merged(layers) {
+            Ok(ours) => differences(&ours, &theirs, |_, seen| seen.what == "dir").join("\n"),
+            Err(error) => error.to_string(),
+        };
+        if !what.is_empty() {
+            let entries: Vec<_> = layers
+                .iter()
+                .map(|layer| {
+                    let listed = index(layer).entries;
+                    let lines = listed
+                        .iter()
+                        .map(|e| format!("  {} {:?}", show(&e.path), e.kind));
+                    lines.collect::<Vec<_>>().join("\n")
+                })
+                .collect();
+            wrong.push(format!(
+                "image {number}:\n{}\n{what}",
+                entries.join("\n  --\n")
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "seed {seed}: {}", wrong.join("\n\n"));
+    assert!(compared > 50, "containerd unpacked only {compared}");
 }

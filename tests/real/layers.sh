@@ -52,12 +52,12 @@ mkdir -p implied/odd/sub lib; printf new > implied/odd/sub/new; printf new > lib
 ln -s merge to-merge
 mkdir "$(printf 'h%.0s' {1..130})"; printf l > "$(printf 'h%.0s' {1..130})/link"; ln "$(printf 'h%.0s' {1..130})/link" linked
 ln -s "$(printf 'i%.0s' {1..150})" gnu-long-link
-mkdir .wh..wh.aufs .wh..wh.plnk; printf p > .wh..wh.plnk/123.456
+mkdir .wh..wh.aufs .wh..wh.plnk; printf p > .wh..wh.plnk/123.456; ln .wh..wh.plnk/123.456 aufs-link
 chown 9:9 merge; at '2011-11-11 11:11:11.111111111Z' merge opaque
 tar --format=gnu --no-recursion -cf ../1.tar .wh.gone .wh.not-there opaque opaque/new opaque/sub opaque/sub/new opaque/.wh..wh..opq \
   .wh.readd readd readd/new merge merge/low merge/new merge/sub.new becomes-dir becomes-dir/inside becomes-file \
   implied/odd/sub/new lib/hides-the-symlink to-merge "$(printf 'h%.0s' {1..130})" "$(printf 'h%.0s' {1..130})/link" linked gnu-long-link \
-  .wh..wh.aufs .wh..wh.plnk .wh..wh.plnk/123.456
+  .wh..wh.aufs .wh..wh.plnk .wh..wh.plnk/123.456 aufs-link
 # through a symlink of the same layer, and the same path twice
 mkdir -p x/to-merge; printf through > x/to-merge/through; ln x/to-merge/through x/to-merge/through-link
 printf again > merge/new; chmod 600 merge/new

@@ -475,7 +475,8 @@ fn equal_content_is_one_object_of_the_lowest_layer() {
 
 #[test]
 fn what_cannot_be_unpacked_is_an_error_that_names_layer_and_entry() {
-    let cases: [(fn(&mut Writer), &str, &str); 6] = [
+    type Build = fn(&mut Writer);
+    let cases: [(Build, &str, &str); 6] = [
         (
             |t| {
                 t.file("a", b"");
