@@ -537,7 +537,7 @@ fn put(tar: &mut Vec<u8>, flag: u8, path: &str, target: &str, mode: u32, content
 fn random_layers_are_merged_as_containerd_unpacks_them() {
     let seed = std::env::var("HEARTH_TEST_SEED").map_or(1, |seed| seed.parse().unwrap());
     let mut random = Random(seed);
-    let images: Vec<Vec<Vec<u8>>> = (0..150)
+    let images: Vec<Vec<Vec<u8>>> = (0..80)
         .map(|_| {
             (0..=random.below(3))
                 .map(|n| random.layer(n == 0))
@@ -577,5 +577,5 @@ fn random_layers_are_merged_as_containerd_unpacks_them() {
         }
     }
     assert!(wrong.is_empty(), "seed {seed}: {}", wrong.join("\n\n"));
-    assert!(compared > 50, "containerd unpacked only {compared}");
+    assert!(compared > 25, "containerd unpacked only {compared}");
 }
