@@ -25,7 +25,7 @@ use crate::tree::{MAX_INODES, Meta, Object, Tree};
 const MAX_STEPS: u64 = 1 << 28;
 
 /// Merges `layers`, lowest first, to the tree that a container would see, and the contents of its
-/// files: one object for each distinct digest, read from the lowest layer in which it is.
+/// files: one object for each distinct digest, in the order of the paths that first have it.
 ///
 /// # Errors
 /// Invalid or TooLarge, with layer and entry.

@@ -436,7 +436,7 @@ fn a_hard_link_sets_attributes_as_unpacking_it_does() {
 }
 
 #[test]
-fn equal_content_is_one_object_of_the_lowest_layer() {
+fn equal_content_is_one_object() {
     let layers = [
         tar(|t| {
             t.file("a", b"same");
