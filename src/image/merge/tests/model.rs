@@ -124,6 +124,10 @@ impl Model {
                 self.nodes[layer[&path]].opaque = true;
                 continue;
             }
+            if entry.path.is_empty() {
+                self.nodes[root].meta.mtime = entry.meta.mtime;
+                continue;
+            }
             let (dir, name) = parent(&entry.path);
             let dir = self.real(&layer, dir)?;
             self.make(&mut layer, lower, &dir)?;
@@ -279,8 +283,12 @@ pub(super) fn layers() -> impl Strategy<Value = Vec<Vec<LayerEntry>>> {
             EntryKind::Symlink { .. } => 0o777,
             _ => mode,
         };
+        let path = match kind {
+            EntryKind::Opaque | EntryKind::Dir if mtime == 0 => Box::default(),
+            _ => bytes(path),
+        };
         LayerEntry {
-            path: bytes(path),
+            path,
             kind,
             meta: Meta {
                 mode,
