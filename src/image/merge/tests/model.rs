@@ -101,11 +101,16 @@ impl Model {
             Some(_) => return Err("no directory".into()),
         }
         self.make(layer, lower, parent(path).0)?;
-        let below = lower.get(&self.real(lower, path)?);
-        let meta = below
-            .map(|&node| &self.nodes[node])
-            .filter(|node| node.kind == EntryKind::Dir && kind.is_none())
-            .map_or_else(root_meta, |node| node.meta.clone());
+        let meta = match kind {
+            Some(_) => root_meta(),
+            None => {
+                let below = lower.get(&self.real(lower, path)?);
+                below
+                    .map(|&node| &self.nodes[node])
+                    .filter(|node| node.kind == EntryKind::Dir)
+                    .map_or_else(root_meta, |node| node.meta.clone())
+            }
+        };
         let node = self.add(EntryKind::Dir, meta);
         self.nodes[node].opaque = kind.is_some();
         layer.insert(path.to_vec(), node);
