@@ -6,9 +6,10 @@
 //! everything else replaces. A directory that a layer only implies looks as it does in the layers
 //! below. The root has mode 0755 and belongs to root, whatever layers say.
 //!
-//! Where containerd refuses a layer that the image-spec allows, the spec is followed: a hard link
-//! may point to a file of a lower layer; a whiteout after what it names, or above a path that the
-//! layer implies, hides only what is below.
+//! Where containerd refuses a layer that the image-spec allows, or contradicts it, the spec is
+//! followed: a hard link may point to a file of a lower layer; a whiteout after what it names, or
+//! above a path that the layer implies, hides only what is below, and so nothing in the lowest
+//! layer; an opaque root hides all.
 //!
 //! Entries may come from an index that a stranger wrote: nothing in them is trusted.
 
@@ -27,7 +28,7 @@ use crate::tree::{MAX_INODES, Meta, Object, Tree};
 const MAX_STEPS: u64 = 1 << 28;
 
 /// Merges `layers`, lowest first, to the tree that a container would see, and the contents of its
-/// files: one object for each distinct digest, read from the lowest layer in which it is.
+/// files: one object for each distinct digest, in the order of the paths that first have it.
 ///
 /// # Errors
 /// Invalid or TooLarge, with layer and entry.

@@ -97,6 +97,8 @@ enum State {
     },
     /// An extended header or long name, and the padding after it.
     Special {
+        /// Where its header is.
+        at: u64,
         flag: u8,
         data: Vec<u8>,
         left: usize,
@@ -180,6 +182,7 @@ impl Parser {
                     }
                 }
                 State::Special {
+                    at,
                     flag,
                     data,
                     left,
@@ -192,8 +195,8 @@ impl Parser {
                     if *left > 0 {
                         return Ok(None);
                     }
-                    let (flag, data, pad) = (*flag, std::mem::take(data), *pad);
-                    self.special(flag, data)?;
+                    let (at, flag, data, pad) = (*at, *flag, std::mem::take(data), *pad);
+                    self.special(at, flag, data)?;
                     self.skip(pad, true);
                 }
                 State::SparseBlock(_) => {
@@ -317,6 +320,7 @@ impl Parser {
                     )));
                 }
                 self.state = State::Special {
+                    at,
                     flag: raw.flag,
                     data: Vec::new(),
                     left: raw.size as usize,
@@ -333,8 +337,7 @@ impl Parser {
         }
     }
 
-    fn special(&mut self, flag: u8, mut data: Vec<u8>) -> Result<(), ImageError> {
-        let at = self.offset;
+    fn special(&mut self, at: u64, flag: u8, mut data: Vec<u8>) -> Result<(), ImageError> {
         match flag {
             b'x' => self.pax = Pax::parse(&data).map_err(|why| invalid_at(at, why))?,
             _ => {

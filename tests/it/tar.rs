@@ -58,17 +58,17 @@ impl Random {
     }
 }
 
-fn unpack(tar: &[u8], random: &mut Random) -> Vec<LayerEntry> {
+fn unpack(tar: &[u8], random: &mut Random) -> Result<Vec<LayerEntry>, ImageError> {
     let mut sink = Digests::default();
     let mut unpacker = Unpacker::new(Digest::of(tar), Limits::default());
     let mut rest = tar;
     while !rest.is_empty() {
         let most = [3, 600, 70_000][random.below(3) as usize];
         let (piece, after) = rest.split_at((random.below(most) as usize + 1).min(rest.len()));
-        unpacker.feed(piece, &mut sink).unwrap();
+        unpacker.feed(piece, &mut sink)?;
         rest = after;
     }
-    unpacker.finish(&mut sink).unwrap()
+    unpacker.finish(&mut sink)
 }
 
 fn make(root: &Path, random: &mut Random, longest: usize, with_holes: bool) {
@@ -227,11 +227,70 @@ fn archives_of_gnu_tar_are_read_as_what_lies_on_disk() {
             .unwrap();
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{format:?}: {error}");
-        let entries = unpack(&output.stdout, &mut random);
+        let entries = unpack(&output.stdout, &mut random).unwrap();
         let has_pieces = entries
             .iter()
             .any(|e| matches!(&e.kind, EntryKind::File(f) if !f.pieces.is_empty()));
         assert_eq!(has_pieces, with_holes, "{format:?}");
         check(&root, &output.stdout, &entries, format[0] == "--format=pax");
     }
+}
+
+/// One line for each entry, or the error.
+fn list(tar: &[u8], random: &mut Random) -> String {
+    let entries = match unpack(tar, random) {
+        Ok(entries) => entries,
+        Err(error) => {
+            let layer = format!("layer {}: ", Digest::of(tar));
+            let error = error.to_string();
+            return format!("  error: {}\n", error.strip_prefix(&layer).unwrap());
+        }
+    };
+    let line = |entry: &LayerEntry| {
+        let path = entry.path.escape_ascii();
+        let what = match &entry.kind {
+            EntryKind::File(file) => {
+                let digest = &file.digest.hex()[..8];
+                format!(
+                    "file {} at {} {digest} {:?}",
+                    file.size, file.offset, file.pieces
+                )
+            }
+            EntryKind::Symlink { target } => format!("symlink {}", target.escape_ascii()),
+            EntryKind::Hardlink { target } => format!("hard link {}", target.escape_ascii()),
+            other => format!("{other:?}").to_lowercase(),
+        };
+        let meta = &entry.meta;
+        let owner = (meta.uid, meta.gid);
+        format!(
+            "  {path}: {what} {:o} {owner:?} {:?}\n",
+            meta.mode, meta.mtime
+        )
+    };
+    entries.iter().map(line).collect()
+}
+
+/// `fixtures/tar/expected` says what is in each archive there. It was compared with `tar -tv`.
+#[test]
+fn the_corpus_is_read_as_it_was() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tar");
+    let archives = fs::read_dir(&corpus).unwrap().map(|e| e.unwrap().path());
+    let mut archives: Vec<_> = archives.filter(|p| p.extension().is_some()).collect();
+    archives.sort();
+    let mut random = Random(1);
+    let mut found = String::new();
+    for path in archives {
+        let tar = fs::read(&path).unwrap();
+        let listed = list(&tar, &mut random);
+        assert_eq!(list(&tar, &mut random), listed, "{path:?} in other pieces");
+        let name = path.file_name().unwrap().to_str().unwrap();
+        assert_eq!(
+            name.starts_with("bad-"),
+            listed.starts_with("  error"),
+            "{name}: {listed}"
+        );
+        found.push_str(&format!("{name}\n{listed}"));
+    }
+    let expected = fs::read_to_string(corpus.join("expected")).unwrap_or_default();
+    assert!(found == expected, "found:\n{found}");
 }

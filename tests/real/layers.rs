@@ -240,10 +240,6 @@ impl Containerd {
         let name = format!("test.invalid/layers:{number}");
         let output = self.ctr(&["images", "mount", &name, at.to_str().unwrap()]);
         if !output.status.success() {
-            eprintln!(
-                "image {number}: {}",
-                String::from_utf8_lossy(&output.stderr)
-            );
             return None;
         }
         self.mounted.push(at.clone());
@@ -315,8 +311,15 @@ fn walk_files(root: &Path) -> Walk {
     let mut walk = Walk::new();
     let mut stack = vec![root.to_owned()];
     while let Some(path) = stack.pop() {
-        let meta = fs::symlink_metadata(&path).unwrap();
+        // A whiteout that nothing is below of is listed all the same, and the only layer of an
+        // image is mounted without overlayfs: then even the mark itself can be seen.
+        let Ok(meta) = fs::symlink_metadata(&path) else {
+            continue;
+        };
         let kind = meta.file_type();
+        if kind.is_char_device() && meta.rdev() == 0 {
+            continue;
+        }
         let (major, minor) = (libc::major(meta.rdev()), libc::minor(meta.rdev()));
         let what = if kind.is_dir() {
             stack.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
@@ -362,7 +365,9 @@ fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
     // SAFETY: the path is NUL-terminated and the buffer as long as said.
     let len = unsafe { libc::llistxattr(at.as_ptr(), list.as_mut_ptr().cast(), list.len()) };
     list.truncate(usize::try_from(len).unwrap_or_else(|_| panic!("xattrs of {path:?}")));
-    let names = list.split(|&b| b == 0).filter(|name| !name.is_empty());
+    let names = list
+        .split(|&b| b == 0)
+        .filter(|name| !name.is_empty() && !name.starts_with(b"trusted.overlay."));
     names
         .map(|name| {
             let name_at = CString::new(name).unwrap();
@@ -460,29 +465,52 @@ impl Random {
         names.join("/")
     }
 
-    /// A layer of few names, so that much happens to each.
-    fn layer(&mut self) -> Vec<u8> {
+    /// A layer of few names, so that much happens to each; most of them containerd can unpack.
+    fn layer(&mut self, lowest: bool) -> Vec<u8> {
         let mut tar = Vec::new();
-        for _ in 0..self.below(7) {
+        // What is at each path, symlinks not followed.
+        let mut there: BTreeMap<String, u8> = BTreeMap::new();
+        for _ in 0..self.below(9) {
             let mode = self.below(0o1000) as u32;
             let content = "x".repeat(self.below(3) as usize);
             let path = self.path();
-            match self.below(22) {
-                0..7 => put(&mut tar, b'5', &path, "", mode, ""),
-                7..14 => put(&mut tar, b'0', &path, "", mode, &content),
-                14 | 15 => {
+            // What is below nothing hides nothing: there containerd does not follow the image-spec.
+            let flag = match self.below(if lowest { 18 } else { 23 }) {
+                0..7 => b'5',
+                7..14 => b'0',
+                14 | 15 => b'2',
+                16 | 17 => b'1',
+                18 | 19 => b'w',
+                20 | 21 => b'o',
+                _ => b'3',
+            };
+            let parents: Vec<&str> = path.match_indices('/').map(|(at, _)| &path[..at]).collect();
+            let blocks = |p: &&str| there.get(*p).is_some_and(|flag| !b"52".contains(flag));
+            if parents.iter().any(blocks) || flag == b'w' && there.contains_key(&path) {
+                continue;
+            }
+            let below = format!("{path}/");
+            let files: Vec<_> = there
+                .iter()
+                .filter(|(p, flag)| **flag == b'0' && **p != path && !p.starts_with(&below))
+                .map(|(p, _)| p.as_str())
+                .collect();
+            match flag {
+                b'2' => {
                     let target = [self.one(&["", "/", "../", "./"]), &self.path()].concat();
-                    put(&mut tar, b'2', &path, &target, mode, "");
+                    put(&mut tar, flag, &path, &target, mode, "");
                 }
-                16 | 17 => {
-                    let target = self.path();
-                    put(&mut tar, b'1', &path, &target, mode, "");
+                b'1' if files.is_empty() => continue,
+                b'1' => {
+                    let target = self.one(&files);
+                    put(&mut tar, flag, &path, target, mode, "");
                 }
-                18 | 19 => {
+                b'w' => {
                     let (dir, name) = path.rsplit_once('/').unwrap_or((".", &path));
                     put(&mut tar, b'0', &format!("{dir}/.wh.{name}"), "", mode, "");
                 }
-                20 => put(
+                b'o' if blocks(&path.as_str()) => continue,
+                b'o' => put(
                     &mut tar,
                     b'0',
                     &format!("{path}/.wh..wh..opq"),
@@ -490,7 +518,19 @@ impl Random {
                     mode,
                     "",
                 ),
-                _ => put(&mut tar, b'3', &path, "", mode, ""),
+                b'0' => put(&mut tar, flag, &path, "", mode, &content),
+                _ => put(&mut tar, flag, &path, "", mode, ""),
+            }
+            for parent in parents {
+                there.entry(parent.to_owned()).or_insert(b'5');
+            }
+            match flag {
+                b'5' if there.get(&path) == Some(&b'5') => {}
+                b'o' => _ = there.entry(path).or_insert(b'5'),
+                flag => {
+                    there.retain(|p, _| !p.starts_with(&below));
+                    there.insert(path, flag);
+                }
             }
         }
         tar.extend_from_slice(&[0; 1024]);
@@ -520,8 +560,12 @@ fn put(tar: &mut Vec<u8>, flag: u8, path: &str, target: &str, mode: u32, content
 fn random_layers_are_merged_as_containerd_unpacks_them() {
     let seed = std::env::var("HEARTH_TEST_SEED").map_or(1, |seed| seed.parse().unwrap());
     let mut random = Random(seed);
-    let images: Vec<Vec<Vec<u8>>> = (0..150)
-        .map(|_| (0..=random.below(3)).map(|_| random.layer()).collect())
+    let images: Vec<Vec<Vec<u8>>> = (0..80)
+        .map(|_| {
+            (0..=random.below(3))
+                .map(|n| random.layer(n == 0))
+                .collect()
+        })
         .collect();
     let mut containerd = Containerd::start();
     containerd.import(&images);
@@ -556,5 +600,5 @@ fn random_layers_are_merged_as_containerd_unpacks_them() {
         }
     }
     assert!(wrong.is_empty(), "seed {seed}: {}", wrong.join("\n\n"));
-    assert!(compared > 50, "containerd unpacked only {compared}");
+    assert!(compared > 40, "containerd unpacked only {compared}");
 }

@@ -81,13 +81,13 @@ fn gnu_prefix(block: &[u8; BLOCK]) -> &[u8] {
 fn check_sum(block: &[u8; BLOCK]) -> Result<(), &'static str> {
     const AT: std::ops::Range<usize> = 148..156;
     let wanted = number(&block[AT]).ok_or("its checksum is not a number")?;
-    let field = &block[AT];
     let spaces = 8 * i64::from(b' ');
-    let sum = |of: fn(u8) -> i64| {
-        let all: i64 = block.iter().map(|&b| of(b)).sum();
-        all - field.iter().map(|&b| of(b)).sum::<i64>() + spaces
-    };
-    if wanted == sum(i64::from) || wanted == sum(|b| i64::from(b as i8)) {
+    let unsigned = |bytes: &[u8]| bytes.iter().map(|&b| i64::from(b)).sum::<i64>();
+    if wanted == unsigned(block) - unsigned(&block[AT]) + spaces {
+        return Ok(());
+    }
+    let signed = |bytes: &[u8]| bytes.iter().map(|&b| i64::from(b as i8)).sum::<i64>();
+    if wanted == signed(block) - signed(&block[AT]) + spaces {
         return Ok(());
     }
     Err("its checksum is wrong: the archive is damaged, or this is no tar")

@@ -101,11 +101,16 @@ impl Model {
             Some(_) => return Err("no directory".into()),
         }
         self.make(layer, lower, parent(path).0)?;
-        let below = lower.get(&self.real(lower, path)?);
-        let meta = below
-            .map(|&node| &self.nodes[node])
-            .filter(|node| node.kind == EntryKind::Dir && kind.is_none())
-            .map_or_else(root_meta, |node| node.meta.clone());
+        let meta = match kind {
+            Some(_) => root_meta(),
+            None => {
+                let below = lower.get(&self.real(lower, path)?);
+                below
+                    .map(|&node| &self.nodes[node])
+                    .filter(|node| node.kind == EntryKind::Dir)
+                    .map_or_else(root_meta, |node| node.meta.clone())
+            }
+        };
         let node = self.add(EntryKind::Dir, meta);
         self.nodes[node].opaque = kind.is_some();
         layer.insert(path.to_vec(), node);
@@ -122,6 +127,10 @@ impl Model {
                 let path = self.real(&layer, &entry.path)?;
                 self.make(&mut layer, lower, &path)?;
                 self.nodes[layer[&path]].opaque = true;
+                continue;
+            }
+            if entry.path.is_empty() {
+                self.nodes[root].meta.mtime = entry.meta.mtime;
                 continue;
             }
             let (dir, name) = parent(&entry.path);
@@ -279,8 +288,12 @@ pub(super) fn layers() -> impl Strategy<Value = Vec<Vec<LayerEntry>>> {
             EntryKind::Symlink { .. } => 0o777,
             _ => mode,
         };
+        let path = match kind {
+            EntryKind::Opaque | EntryKind::Dir if mtime == 0 => Box::default(),
+            _ => bytes(path),
+        };
         LayerEntry {
-            path: bytes(path),
+            path,
             kind,
             meta: Meta {
                 mode,
