@@ -8,6 +8,8 @@
 //! Everything here takes bytes, not paths, and bounds what it allocates: layers and indexes come
 //! from strangers. Called by `fetch` and `node`; what survives a crash is kept by the store.
 
+pub mod erofs;
+
 use crate::{
     digest::Digest,
     tree::{Location, Meta},
