@@ -386,7 +386,12 @@ impl<'t> Image<'t> {
         // struct erofs_inode_extended
         out.put(&(1 | shape.layout << 1).to_le_bytes())?;
         out.put(&xattr_count.to_le_bytes())?;
-        out.put(&(file_type(&inode.kind).mode | inode.meta.mode).to_le_bytes())?;
+        let permissions = match inode.kind {
+            // Linux gives no other to symbolic links.
+            Kind::Symlink { .. } => 0o777,
+            _ => inode.meta.mode,
+        };
+        out.put(&(file_type(&inode.kind).mode | permissions).to_le_bytes())?;
         out.put(&[0; 2])?;
         out.put(&shape.size.to_le_bytes())?;
         out.put(&union.to_le_bytes())?;

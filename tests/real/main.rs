@@ -5,6 +5,7 @@ mod cli;
 mod http;
 mod hub;
 mod mount;
+mod native;
 #[path = "../it/scripted_source.rs"]
 #[expect(dead_code, reason = "here only some of it is needed")]
 mod scripted_source;
