@@ -3,30 +3,37 @@
 //! The metadata is an EROFS image (`image::erofs`) on a loop device, the data are the objects of a
 //! store; overlayfs makes one tree of them (Documentation/filesystems/overlayfs.rst, "Data-only
 //! lower layers"). What is opened is the object itself, so equal files of different roots share
-//! their page cache. Called by whoever starts containers, who lays another overlayfs over it.
+//! their page cache. Called by whoever starts containers.
 //!
-//! One mount is seen, the overlay, on the directory that was asked for: the EROFS is attached to the
-//! same directory only until overlayfs has taken it over, and is gone with the overlay; the
-//! loop device is cleared with the EROFS. So nothing is left behind, and a process that dies half
-//! way leaves at most that one mount for [`unmount`].
+//! Where the kernel can ([`Support::Direct`], Linux 6.16), the overlay of each container is itself laid
+//! over metadata and objects, which costs no more than one over plain directories; elsewhere it lies on
+//! an overlay of ours. Then the store cannot be on an overlay too: the kernel stacks two. That is
+//! also why the image is on a loop device: mounted as a file it would count as one more.
+//!
+//! One mount is seen, on the directory that was asked for. Of [`mount()`] that is the overlay; the
+//! EROFS is attached to the same directory only until overlayfs has taken it over, and is gone
+//! with the overlay. The loop device is cleared with the EROFS. So nothing is left behind, and a process
+//! that dies half way leaves at most that one mount for [`unmount`].
 //!
 //! A root outlives the process that mounted it, and even its own unmounting while a container's
 //! overlay is on top of it. All that time its objects must not be evicted. The kernel itself says so:
 //! the image is locked (shared flock) before it is given to the loop device, which keeps the open
 //! file, and with it the lock, exactly as long as the file system lives, for whichever process
 //! and mount namespace. Whoever collects tries the exclusive lock: [`in_use`].
-//!
-//! A store below an overlayfs does not do: the kernel stacks two, and the second is the container's.
 
 mod context;
 mod device;
 
 use std::{
+    ffi::{CStr, OsString},
     fs::File,
     io,
     os::{
         fd::AsRawFd as _,
-        unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+        unix::{
+            ffi::{OsStrExt as _, OsStringExt as _},
+            fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+        },
     },
     path::{Path, PathBuf},
 };
@@ -45,6 +52,9 @@ use crate::{
 
 /// What the overlay says it mounts.
 const SOURCE: &str = "hearth";
+/// What lets an overlay follow metadata to data; Linux 6.16 needs none of it where the data are in
+/// a data-only layer.
+const FOLLOW: [(&CStr, &str); 2] = [(c"redirect_dir", "on"), (c"metacopy", "on")];
 /// The first kernel with data-only layers.
 const KERNEL: (u32, u32) = (6, 5);
 
@@ -72,6 +82,16 @@ impl Drop for Root {
     }
 }
 
+/// How a container's overlay is laid over a root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Support {
+    /// The container's overlay takes metadata and objects itself: [`mount_metadata`] once for an image,
+    /// then [`lowerdir`] in the options of each overlay. Nothing lies between it and the files.
+    Direct,
+    /// It takes a whole root, [`mount()`], as its lower directory.
+    Stacked,
+}
+
 /// Mounts the root of `image`, whose contents are in the directory `objects` of a store, on the
 /// directory `dir`, read-only. The caller holds the artifact until this returns; from then on the
 /// image is [`in_use`].
@@ -80,30 +100,57 @@ impl Drop for Root {
 /// Where [`available`] would say so; an image that is missing or no EROFS; a directory that cannot be
 /// mounted on.
 pub fn mount(image: &Path, objects: &Path, dir: &Path) -> Result<Root, MountError> {
-    let dir = super::mount_point(dir)?;
+    let mut root = mount_metadata(image, dir)?;
+    let Some(dir) = root.dir.clone() else {
+        return Ok(root);
+    };
     let fail = |doing: &'static str| {
         let dir = dir.clone();
         move |error: io::Error| MountError::system(&dir, doing, error)
     };
-    if find(&dir)?.is_some() {
-        let message = "a native root is mounted here already";
-        return Err(MountError::new(MountErrorKind::Mounted, &dir, message));
-    }
-    let metadata = image_file_system(image).map_err(fail("metadata of the native root"))?;
-    metadata
-        .attach(&dir)
-        .map_err(fail("metadata of the native root"))?;
-    // From here on an early return has to take it away.
-    let mut root = Root {
-        dir: Some(dir.clone()),
-    };
-    let overlay = overlay(&dir, objects).map_err(fail("overlay of the native root"))?;
+    let overlay =
+        overlay([&dir, objects], "::", &FOLLOW).map_err(fail("overlay of the native root"))?;
     // The overlay has a mount of its own of it.
     root.dir = None;
     mounts::unmount(&dir, true)?;
     overlay.attach(&dir).map_err(fail("native root"))?;
     root.dir = Some(dir);
     Ok(root)
+}
+
+/// Mounts only the metadata of `image` on the directory `dir`, for overlays with [`lowerdir`]; files have
+/// their size here, and zeros in it. Otherwise like [`mount()`].
+///
+/// # Errors
+/// As [`mount()`].
+pub fn mount_metadata(image: &Path, dir: &Path) -> Result<Root, MountError> {
+    let dir = super::mount_point(dir)?;
+    if find(&dir)?.is_some() {
+        let message = "a native root is mounted here already";
+        return Err(MountError::new(MountErrorKind::Mounted, &dir, message));
+    }
+    let fail = |error| MountError::system(&dir, "metadata of the native root", error);
+    let metadata = image_file_system(image).map_err(fail)?;
+    metadata.attach(&dir).map_err(fail)?;
+    Ok(Root { dir: Some(dir) })
+}
+
+/// The value of the option `lowerdir` of a container's overlay over the metadata mounted on
+/// `metadata` and the objects of the store; no other option is needed, with or without an upper
+/// directory. Only where [`Support::Direct`].
+pub fn lowerdir(metadata: &Path, objects: &Path) -> OsString {
+    let mut list = Vec::new();
+    for (dir, separator) in [(metadata, &b"::"[..]), (objects, b"")] {
+        for &byte in dir.as_os_str().as_bytes() {
+            // Comma for mount(2), the others for overlayfs.
+            if matches!(byte, b':' | b',' | b'\\') {
+                list.push(b'\\');
+            }
+            list.push(byte);
+        }
+        list.extend(separator);
+    }
+    OsString::from_vec(list)
 }
 
 /// Unmounts the root on `dir`, whichever process mounted it; `lazy` even if files in it are open.
@@ -169,7 +216,7 @@ pub fn in_use(image: &Path) -> io::Result<bool> {
 ///
 /// # Errors
 /// What is missing.
-pub fn available(store: &Path) -> Result<(), MountError> {
+pub fn available(store: &Path) -> Result<Support, MountError> {
     let release = nix::sys::utsname::uname().map_err(|e| MountError::system(store, "uname", e))?;
     let release = release.release().to_string_lossy();
     if kernel(&release).is_some_and(|found| found < KERNEL) {
@@ -192,7 +239,7 @@ fn kernel(release: &str) -> Option<(u32, u32)> {
 }
 
 /// Mounts a root with one file, reads it through the overlay of a container, and cleans up.
-fn try_out(store: &Path) -> Result<(), TryError> {
+fn try_out(store: &Path) -> Result<Support, TryError> {
     const CONTENT: &[u8] = b"hearth\n";
     let run = store.join("run");
     let mut builder = std::fs::DirBuilder::new();
@@ -201,10 +248,10 @@ fn try_out(store: &Path) -> Result<(), TryError> {
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |since| since.as_nanos());
     let place = Place(run.join(format!("native-{}-{unique:x}", std::process::id())));
-    let (objects, dir) = (place.0.join("objects"), place.0.join("root"));
+    let [objects, dir, other] = ["objects", "root", "other"].map(|name| place.0.join(name));
     let digest = Digest::of(CONTENT);
     let shard = objects.join("sha256").join(&digest.hex()[..2]);
-    for dir in [&shard, &dir] {
+    for dir in [&shard, &dir, &other] {
         builder.create(dir)?;
     }
     std::fs::write(shard.join(digest.hex()), CONTENT)?;
@@ -223,19 +270,27 @@ fn try_out(store: &Path) -> Result<(), TryError> {
     };
     let image = place.0.join("image");
     erofs::write(&tree.build(), &[object], File::create(&image)?)?;
+    let reads = |dir: &Path| std::fs::read(dir.join("file")).is_ok_and(|read| read == CONTENT);
+
+    let root = mount_metadata(&image, &dir)?;
+    if let Ok(container) = overlay([&dir, &objects], "::", &[])
+        && container.attach(&other).is_ok()
+    {
+        let read = reads(&other);
+        mounts::unmount(&other, true)?;
+        if read {
+            return Ok(Support::Direct);
+        }
+    }
+    drop(root);
     let root = mount(&image, &objects, &dir)?;
-    if std::fs::read(dir.join("file"))? != CONTENT {
+    if !reads(&dir) {
         return Err(TryError::Content);
     }
     // Any second layer will do: whether a container can have an upper one is decided elsewhere.
-    let container = Context::new(c"overlay")?;
-    let (lower, other) = (handle(&dir)?, handle(&shard)?);
-    let layers = format!("{}:{}", proc_path(&lower), proc_path(&other));
-    container.set(c"lowerdir", &layers)?;
-    container.create().map_err(TryError::Container)?;
-    drop((lower, other));
+    overlay([&dir, &other], ":", &[]).map_err(TryError::Container)?;
     drop(root);
-    Ok(())
+    Ok(Support::Stacked)
 }
 
 /// Why trying out did not work.
@@ -281,16 +336,17 @@ fn image_file_system(image: &Path) -> io::Result<Detached> {
     context.create()
 }
 
-/// The overlay over the metadata, which are mounted on `metadata`; mounted nowhere.
-fn overlay(metadata: &Path, objects: &Path) -> io::Result<Detached> {
-    let (metadata, objects) = (handle(metadata)?, handle(objects)?);
+/// An overlay with two lower directories, mounted nowhere.
+fn overlay(lower: [&Path; 2], separator: &str, options: &[(&CStr, &str)]) -> io::Result<Detached> {
+    let (upper, lower) = (handle(lower[0])?, handle(lower[1])?);
     let context = Context::new(c"overlay")?;
     context.set(c"source", SOURCE)?;
     // These paths are short and need no escaping, whatever the directories are called.
-    let layers = format!("{}::{}", proc_path(&metadata), proc_path(&objects));
+    let layers = format!("{}{separator}{}", proc_path(&upper), proc_path(&lower));
     context.set(c"lowerdir", &layers)?;
-    context.set(c"redirect_dir", "on")?;
-    context.set(c"metacopy", "on")?;
+    for (key, value) in options {
+        context.set(key, value)?;
+    }
     context.create()
 }
 
