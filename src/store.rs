@@ -9,6 +9,7 @@
 //! <root>/partial/<kind>-<hex>.map        its chunks that are durable: bitmap with a checksum
 //! <root>/partial/<kind>-<hex>.live       its chunks that are here: words mapped by all processes
 //! <root>/trees/<hex>                     artifacts by digest: zstd of their encoding
+//! <root>/roots/<hex>.erofs               metadata of native roots by digest of the artifact; flock: shared while mounted
 //! <root>/artifacts/<sha256 of reference>.json   reference -> artifact; mtime = last use
 //! <root>/artifacts/<sha256 of reference>.lock   flock: shared while held, exclusive to evict
 //! <root>/pins/<sha256 of reference>/<owner>     what keeps it from eviction
@@ -40,6 +41,7 @@ mod objects;
 mod partial;
 mod presence;
 mod records;
+mod roots;
 mod space;
 mod verify;
 

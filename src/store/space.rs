@@ -90,7 +90,7 @@ impl Store {
                 false => usage.other_bytes += stat.disk,
             }
         }
-        for dir in ["objects/tmp", "trees", "artifacts"] {
+        for dir in ["objects/tmp", "trees", "roots", "artifacts"] {
             let dir = self.root.join(dir);
             for name in self.disk.list(&dir)? {
                 let stat = self.disk.stat(&dir.join(name))?;

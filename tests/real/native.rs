@@ -7,6 +7,7 @@ use std::{
     os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -15,8 +16,8 @@ use hearth::{
     digest::{Digest, ObjectId},
     image::erofs,
     mount::{MountErrorKind, native},
-    store::{self, Store},
-    tree::{Kind, Location, Meta, Object, Recipe, Tree, TreeBuilder},
+    store::{self, CollectOptions, Store},
+    tree::{Artifact, Kind, Location, Meta, Object, Recipe, Tree, TreeBuilder},
 };
 use proptest::prelude::*;
 
@@ -100,11 +101,7 @@ impl Maker {
     /// Stores the contents, writes the image, and makes a directory to mount on.
     fn finish(self) -> Bed {
         let dir = tempfile::tempdir().unwrap();
-        let config = store::Config {
-            min_free: store::ByteSize(0),
-            ..store::Config::default()
-        };
-        let store = Store::open(&dir.path().join("store"), &config).unwrap();
+        let store = open(dir.path());
         let pairs = self.objects.iter().zip(&self.contents);
         let batch: Vec<_> = pairs.map(|(o, content)| (o.id, content.clone())).collect();
         store.put(&batch).unwrap();
@@ -133,6 +130,10 @@ struct Bed {
 impl Bed {
     fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    fn open(&self) -> Arc<Store> {
+        open(self.dir.path())
     }
 
     fn image(&self) -> PathBuf {
@@ -244,6 +245,15 @@ impl Bed {
         nix::mount::mount(Some("overlay"), &root, Some("overlay"), flags, data).unwrap();
         Container { root }
     }
+}
+
+/// The store of a bed.
+fn open(dir: &Path) -> Arc<Store> {
+    let config = store::Config {
+        min_free: store::ByteSize(0),
+        ..store::Config::default()
+    };
+    Store::open(&dir.join("store"), &config).unwrap()
 }
 
 struct Container {
@@ -615,6 +625,58 @@ fn a_root_holds_its_image_as_long_as_anything_uses_it() {
     locked(0);
     let none = native::unmount(&dir, false).unwrap_err();
     assert_eq!(none.kind(), MountErrorKind::NotMounted);
+}
+
+#[test]
+fn what_a_mounted_root_needs_is_not_evicted() {
+    let mut maker = Maker::new();
+    maker.file("file", "content", meta(0o644));
+    let bed = maker.finish();
+    let store = bed.open();
+    let artifact = Artifact {
+        reference: "oci://registry.test/image:1".into(),
+        revision: String::new(),
+        tree: bed.tree.clone(),
+        objects: bed.objects.clone(),
+    };
+    let digest = store.record(&artifact).unwrap();
+    let write = |out: &mut dyn std::io::Write| {
+        let written = erofs::write(&artifact.tree, &artifact.objects, out);
+        written.map(drop).map_err(std::io::Error::other)
+    };
+    let failed = store.write_root_image(&digest, |out| {
+        out.write_all(b"half")?;
+        Err(std::io::Error::other("made to fail"))
+    });
+    assert!(failed.unwrap_err().to_string().contains("made to fail"));
+    assert!(!store.root_image(&digest).exists());
+    let image = store.write_root_image(&digest, write).unwrap();
+    assert_eq!(fs::read(&image).unwrap(), fs::read(bed.image()).unwrap());
+    // What is there stays: it may be mounted.
+    let again = store.write_root_image(&digest, |_| panic!("is there"));
+    assert_eq!(again.unwrap(), image);
+
+    let dir = bed.path("root");
+    let root = native::mount(&image, &store.objects_dir(), &dir).unwrap();
+    root.keep();
+    let all = CollectOptions {
+        target_bytes: Some(0),
+        dry_run: false,
+    };
+    assert_eq!(store.collect(&all).unwrap().evicted, [""; 0]);
+    // Even what was removed by name, and with a container on top only.
+    assert!(store.remove_forced(&artifact.reference).unwrap());
+    let container = bed.container(&dir, "container");
+    native::unmount(&dir, false).unwrap();
+    let report = store.collect(&all).unwrap();
+    assert_eq!((report.objects, report.others), (0, 0));
+    assert_eq!(fs::read(container.root.join("file")).unwrap(), b"content");
+    drop(container);
+    assert_freed(&image);
+    let report = store.collect(&all).unwrap();
+    // The object; the tree and the image.
+    assert_eq!((report.objects, report.others), (1, 2));
+    assert!(!image.exists());
 }
 
 #[test]
