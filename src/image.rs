@@ -9,6 +9,7 @@
 //! from strangers. Called by `fetch` and `node`; what survives a crash is kept by the store.
 
 mod decode;
+pub mod erofs;
 mod error;
 mod hashing;
 mod index;

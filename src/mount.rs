@@ -15,6 +15,7 @@
 mod adapter;
 mod device;
 mod errno;
+pub mod native;
 mod opens;
 mod server;
 mod stale;
@@ -94,6 +95,8 @@ pub enum MountErrorKind {
     NoFuse,
     /// `fusermount3` is needed and not there.
     NoHelper,
+    /// Native roots cannot be mounted here.
+    NoNative,
     /// Not allowed to mount here.
     Denied,
     /// Anything else the system said.
@@ -138,6 +141,10 @@ impl MountError {
                 Some("load the kernel module (`modprobe fuse`); in a container, give it /dev/fuse")
             }
             MountErrorKind::NoHelper => Some("install the package `fuse3`, or mount as root"),
+            MountErrorKind::NoNative => Some(
+                "nothing to do: FUSE serves the root instead; a native one needs root, Linux 6.5 with \
+                 EROFS and loop devices, and a store on a disk",
+            ),
             MountErrorKind::Denied => Some(
                 "mount as root (CAP_SYS_ADMIN), or on a directory that you own, with /dev/fuse open \
                  to all (mode 0666)",

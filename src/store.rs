@@ -13,6 +13,7 @@
 //! <root>/indexes/<hex>                   indexes of layers, by the layer's digest
 //! <root>/images/<sha256 of reference>.json      reference -> manifest, layers of an image
 //! <root>/chains/<hex>                    chain id of layers -> images that begin with them
+//! <root>/roots/<hex>.erofs               metadata of native roots by digest of the artifact; flock: shared while mounted
 //! <root>/artifacts/<sha256 of reference>.json   reference -> artifact; mtime = last use
 //! <root>/artifacts/<sha256 of reference>.lock   flock: shared while held, exclusive to evict
 //! <root>/pins/<sha256 of reference>/<owner>     what keeps it from eviction
@@ -48,6 +49,7 @@ mod objects;
 mod partial;
 mod presence;
 mod records;
+mod roots;
 mod space;
 mod verify;
 

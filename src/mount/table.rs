@@ -25,6 +25,11 @@ impl MountInfo {
     pub(super) fn is_hearth(&self) -> bool {
         self.fstype == FSTYPE
     }
+
+    /// The type of its file system.
+    pub(super) fn fstype(&self) -> &str {
+        &self.fstype
+    }
 }
 
 /// What hearth has mounted, in all processes that share this mount namespace.
@@ -44,7 +49,8 @@ pub(super) fn find(mountpoint: &Path) -> io::Result<Option<MountInfo>> {
         .rfind(|info| info.mountpoint == mountpoint))
 }
 
-fn all() -> io::Result<Vec<MountInfo>> {
+/// All mounts.
+pub(super) fn all() -> io::Result<Vec<MountInfo>> {
     let text = std::fs::read("/proc/self/mountinfo")?;
     Ok(text.split(|&b| b == b'\n').filter_map(parse).collect())
 }

@@ -186,7 +186,7 @@ impl<'s> Sweep<'s> {
             let digest = name.to_str().and_then(|n| Digest::from_hex(n).ok());
             if let Some(digest) = digest
                 && !sweep.trees.contains(&digest)
-                && store.lock_tree(&digest, Span::Exclusive, false)?.is_none()
+                && store.tree_is_held(&digest)?
             {
                 sweep.add(None, &digest)?;
             }
@@ -420,6 +420,13 @@ impl<'s> Sweep<'s> {
                 self.report.others += 1;
             }
         }
+        for (path, _) in self.files("roots")? {
+            let stem = path.file_stem().and_then(|stem| stem.to_str());
+            let digest = stem.and_then(|stem| Digest::from_hex(stem).ok());
+            if digest.is_some_and(|d| !self.trees.contains(&d)) && self.remove_unlocked(&path)? {
+                self.report.others += 1;
+            }
+        }
         for (path, _) in self.files("objects/tmp")? {
             let modified = store.disk.stat(&path)?.map(|stat| stat.modified);
             let age = modified.and_then(|at| SystemTime::now().duration_since(at).ok());
@@ -500,10 +507,12 @@ impl<'s> Sweep<'s> {
 }
 
 impl Store {
-    /// Whether someone holds this generation.
+    /// Whether someone holds this generation, or its root is mounted.
     fn tree_is_held(&self, digest: &Digest) -> Result<bool> {
         let there = self.disk.stat(&self.tree_path(digest))?.is_some();
-        Ok(there && self.lock_tree(digest, Span::Exclusive, false)?.is_none())
+        Ok(there
+            && (self.lock_tree(digest, Span::Exclusive, false)?.is_none()
+                || self.root_is_used(digest)?))
     }
 }
 

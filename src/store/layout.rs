@@ -16,13 +16,14 @@ use crate::{
 };
 
 /// Directories of a store, parents first.
-pub(super) const DIRECTORIES: [&str; 8] = [
+pub(super) const DIRECTORIES: [&str; 9] = [
     "objects",
     "objects/sha256",
     "objects/tmp",
     "located",
     "partial",
     "trees",
+    "roots",
     "artifacts",
     "pins",
 ];

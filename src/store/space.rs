@@ -127,6 +127,7 @@ impl Store {
         let dirs = [
             "objects/tmp",
             "trees",
+            "roots",
             "artifacts",
             "indexes",
             "images",

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod decode;
+mod erofs;
 mod fetch;
 mod fs;
 mod http_faults;

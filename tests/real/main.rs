@@ -10,6 +10,7 @@ mod mount;
 mod oci_models;
 mod pushed;
 mod registry;
+mod native;
 #[path = "../it/scripted_source.rs"]
 #[expect(dead_code, reason = "here only some of it is needed")]
 mod scripted_source;
