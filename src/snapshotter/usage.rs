@@ -61,9 +61,9 @@ mod tests {
         sparse.set_len(1 << 30).unwrap();
         let usage = disk_usage(dir.path()).unwrap();
         assert_eq!(usage.inodes, 7);
-        let du = Command::new("du").args(["-s", "-B1"]).arg(dir.path());
-        let du = { du }.output().unwrap().stdout;
-        let du = String::from_utf8(du).unwrap();
+        let mut command = Command::new("du");
+        let du = command.args(["-s", "-B1"]).arg(dir.path()).output();
+        let du = String::from_utf8(du.unwrap().stdout).unwrap();
         assert_eq!(du.split('\t').next(), Some(&*usage.bytes.to_string()));
         assert!(disk_usage(&path("none")).is_err());
     }

@@ -7,4 +7,5 @@ mod http_faults;
 mod layers;
 mod scripted;
 mod scripted_source;
+mod snapshotter;
 mod store;

@@ -7,7 +7,7 @@ mod crash;
 mod model;
 mod objects;
 mod processes;
-mod sim;
+pub(crate) mod sim;
 
 use std::sync::Arc;
 
