@@ -55,6 +55,7 @@ pub use self::{
 use crate::{
     digest::Digest,
     disk::{Disk, DiskError, RealDisk},
+    metrics,
 };
 
 /// The label by which containerd says what a snapshot will be called once it is committed.
@@ -131,6 +132,14 @@ pub enum SnapshotError {
     /// Another process serves this directory.
     #[error("{} is served by another process", .0.display())]
     Served(PathBuf),
+    /// Snapshots cannot be kept there.
+    #[error("cannot mount an overlay that can be written to in {}: {source}", dir.display())]
+    Overlay {
+        /// The directory of snapshots.
+        dir: PathBuf,
+        /// What mount(2) said, or the write to the mount.
+        source: std::io::Error,
+    },
     /// A file operation failed.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -161,7 +170,19 @@ impl SnapshotError {
                 RootsErrorKind::Unknown => SnapshotErrorKind::FailedPrecondition,
                 RootsErrorKind::Failed => SnapshotErrorKind::Internal,
             },
-            Self::Served(_) | Self::Disk(_) => SnapshotErrorKind::Internal,
+            Self::Served(_) | Self::Overlay { .. } | Self::Disk(_) => SnapshotErrorKind::Internal,
+        }
+    }
+
+    /// What to try, for a person.
+    pub const fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Served(_) => Some("stop it first, or give another directory (--root)"),
+            Self::Overlay { .. } => Some(
+                "run as root, with a directory (--root) on ext4, xfs (ftype=1) or btrfs, and not \
+                 inside a container's own overlay",
+            ),
+            _ => None,
         }
     }
 }
@@ -176,6 +197,20 @@ struct Below {
     owner: Option<(u32, u32)>,
 }
 
+/// A name and an id that are taken for a snapshot in the making; dropped = given back, unless the
+/// snapshot is made.
+struct Making {
+    of: Arc<Snapshotter>,
+    name: String,
+    id: u64,
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        self.of.table.write().give_back(&self.name, self.id);
+    }
+}
+
 type Result<T> = std::result::Result<T, SnapshotError>;
 
 /// The snapshots of one directory.
@@ -183,7 +218,7 @@ pub struct Snapshotter {
     settings: Settings,
     records: Records,
     table: RwLock<Table>,
-    /// Held during a change, which ends with that of the table; never across an await.
+    /// Held while something is changed that is there already, or claimed; never across an await.
     changes: Mutex<()>,
     held: Held,
     has_index: bool,
@@ -258,18 +293,15 @@ impl Snapshotter {
         {
             self.claim(target, parent, &labels, &hints).await?;
         }
-        let id = self.table.write().take_id();
+        let making = self.reserve(key, parent)?;
+        let id = making.id;
         let mut record = Record::new(id, key, parent, kind);
         record.labels = labels;
         record.namespace = hints.namespace;
         let below = self.below(&record).await?;
         let chain = below.line.chain();
+        // Not under the lock of changes: containers that start together share the disk's syncs.
         let made = self.clone().blocking(move |this| {
-            let _change = this.changes.lock();
-            this.table.read().check_new(&record.name, &record.parent)?;
-            if this.table.read().line(&record)? != below.line {
-                return Err(SnapshotError::NoParent(record.parent));
-            }
             let owner = match (below.owner, below.layers.first()) {
                 (None, Some(layer)) => Some(owner_of(layer)?),
                 (owner, _) => owner,
@@ -278,13 +310,25 @@ impl Snapshotter {
             this.records.make_dirs(id, kind, owner)?;
             this.records.write(&record)?;
             this.table.write().insert(record);
-            Ok(mounts)
+            Ok((mounts, making))
         });
-        let made = made.await;
-        if made.is_err() {
-            self.let_go(chain, id).await;
+        match made.await {
+            Ok((mounts, _)) => Ok(mounts),
+            Err(error) => {
+                self.let_go(chain, id).await;
+                Err(error)
+            }
         }
-        made
+    }
+
+    /// Takes a name for a snapshot upon `parent`, which stays as long.
+    fn reserve(self: &Arc<Self>, name: &str, parent: &str) -> Result<Making> {
+        let id = self.table.write().reserve(name, parent)?;
+        Ok(Making {
+            of: Arc::clone(self),
+            name: name.to_owned(),
+            id,
+        })
     }
 
     /// Makes a committed snapshot for layers that the node serves.
@@ -301,33 +345,33 @@ impl Snapshotter {
         if self.table.read().is_claimed(&target, parent) {
             return Err(SnapshotError::Claimed(target));
         }
-        match self.held.roots().knows(&target, hints).await {
-            Ok(true) => {}
-            Ok(false) => return Ok(()),
-            Err(error) => {
-                // The image works without hearth as well.
-                tracing::warn!(chain = %target, image = image(hints), %error, "containerd unpacks this layer itself");
-                return Ok(());
-            }
+        let known = self.held.roots().knows(&target, hints).await;
+        if let Err(error) = &known {
+            // The image works without hearth as well.
+            tracing::warn!(chain = %target, image = image(hints), %error, "containerd unpacks this layer itself");
+        }
+        if !known.unwrap_or(false) {
+            metrics::global().snapshotter_unclaimed.add(1);
+            return Ok(());
         }
         let (parent, mut labels) = (parent.to_owned(), labels.clone());
         labels.insert(REMOTE_LABEL.to_owned(), "remote snapshot".to_owned());
         let namespace = hints.namespace.clone();
         let claimed = self.clone().blocking(move |this| {
             let _change = this.changes.lock();
-            let mut table = this.table.write();
-            if table.is_claimed(&target, &parent) {
+            if this.table.read().is_claimed(&target, &parent) {
                 return Ok(());
             }
-            let id = table.take_id();
             let mut name = target.to_string();
-            if table.get(&name).is_ok() {
+            for number in 2.. {
+                if this.table.read().is_free(&name) {
+                    break;
+                }
                 // The same layers upon another parent: one that containerd unpacked itself.
-                name = format!("{target}#{id}");
+                name = format!("{target}#{number}");
             }
-            table.check_new(&name, &parent)?;
-            drop(table);
-            let mut record = Record::new(id, &name, &parent, Kind::Committed);
+            let making = this.reserve(&name, &parent)?;
+            let mut record = Record::new(making.id, &name, &parent, Kind::Committed);
             record.labels = labels;
             record.remote = Some(target);
             record.namespace = namespace;
@@ -336,6 +380,7 @@ impl Snapshotter {
             Ok(())
         });
         claimed.await?;
+        metrics::global().snapshotter_claimed.add(1);
         tracing::info!(chain = %target, image = image(hints), "claimed: containerd neither fetches nor unpacks this layer");
         Err(SnapshotError::Claimed(target))
     }
@@ -377,6 +422,7 @@ impl Snapshotter {
             let _change = this.changes.lock();
             this.table.read().check_commit(&name, &key)?;
             let before = this.table.read().get(&key)?.clone();
+            let _making = this.reserve(&name, &before.parent)?;
             let mut record = Record::new(id, &name, &before.parent, Kind::Committed);
             record.labels = labels;
             record.usage = usage;

@@ -129,7 +129,10 @@ pub fn check_overlay(root: &Path) -> Result<(), SnapshotError> {
         let _ = umount2(&merged, MntFlags::MNT_DETACH);
     }
     std::fs::remove_dir_all(&dir).map_err(fail("remove"))?;
-    tried.map_err(fail("mount an overlay that can be written to on"))
+    tried.map_err(|source| SnapshotError::Overlay {
+        dir: root.to_owned(),
+        source,
+    })
 }
 
 #[cfg(test)]

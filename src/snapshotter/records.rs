@@ -156,9 +156,10 @@ impl Records {
     /// # Errors
     /// One that another process serves, or that cannot be written.
     pub(super) fn open(disk: Arc<dyn Disk>, root: &Path) -> Result<(Self, Found), SnapshotError> {
-        make_all(&*disk, root)?;
-        // Who is in a container may have to pass through, as with containerd's own.
-        set_mode(root, 0o711)?;
+        if make_all(&*disk, root)? {
+            // Who is in a container may have to pass through, as with containerd's own.
+            set_mode(root, 0o711)?;
+        }
         let lock = disk.open(&root.join("lock"), Open::Create)?;
         let lock = lock.file().try_clone();
         let lock = lock.map_err(|e| DiskError::new("lock", root, e))?;
@@ -318,17 +319,18 @@ fn set_mode(path: &Path, mode: u32) -> Result<(), DiskError> {
     set.map_err(|e| DiskError::new("set the mode of", path, e))
 }
 
-/// Makes a directory and those above it; durable when it returns.
-fn make_all(disk: &dyn Disk, dir: &Path) -> Result<(), DiskError> {
+/// Makes a directory and those above it; durable when it returns. False where it was there.
+fn make_all(disk: &dyn Disk, dir: &Path) -> Result<bool, DiskError> {
+    let Some(above) = dir.parent() else {
+        return Ok(false);
+    };
     if disk.stat(dir)?.is_some() {
-        return Ok(());
+        return Ok(false);
     }
-    if let Some(above) = dir.parent() {
-        make_all(disk, above)?;
-        disk.create_dir(dir)?;
-        disk.sync_dir(above)?;
-    }
-    Ok(())
+    make_all(disk, above)?;
+    let made = disk.create_dir(dir)?;
+    disk.sync_dir(above)?;
+    Ok(made)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The snapshots in memory, and what may be done with them.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::{
     Kind, Result, SnapshotError, TARGET_LABEL,
@@ -16,6 +16,8 @@ const MAX_DEPTH: usize = 1000;
 pub(super) struct Table {
     by_name: BTreeMap<String, Record>,
     ids: HashSet<u64>,
+    /// Those in the making: the parent and id of each name.
+    making: HashMap<String, (String, u64)>,
     next_id: u64,
 }
 
@@ -40,6 +42,7 @@ impl Table {
         let mut table = Self {
             by_name: BTreeMap::new(),
             ids: found.unreadable,
+            making: HashMap::new(),
             next_id: found.next_id,
         };
         for record in found.records {
@@ -48,11 +51,20 @@ impl Table {
         table
     }
 
-    /// An id that was never used.
-    pub(super) fn take_id(&mut self) -> u64 {
+    /// Takes `name`, and an id that was never used, for a snapshot that is to stand upon `parent`.
+    pub(super) fn reserve(&mut self, name: &str, parent: &str) -> Result<u64> {
+        self.check_new(name, parent)?;
         let id = self.next_id;
         self.next_id += 1;
-        id
+        self.making.insert(name.to_owned(), (parent.to_owned(), id));
+        Ok(id)
+    }
+
+    /// Gives a name back that was taken, unless there is a snapshot now.
+    pub(super) fn give_back(&mut self, name: &str, id: u64) {
+        if self.making.get(name).is_some_and(|(_, i)| *i == id) {
+            self.making.remove(name);
+        }
     }
 
     pub(super) fn get(&self, name: &str) -> Result<&Record> {
@@ -65,11 +77,12 @@ impl Table {
     }
 
     pub(super) fn knows_id(&self, id: u64) -> bool {
-        self.ids.contains(&id)
+        self.ids.contains(&id) || self.making.values().any(|(_, making)| *making == id)
     }
 
     pub(super) fn insert(&mut self, record: Record) {
         self.ids.insert(record.id);
+        self.making.remove(&record.name);
         if let Some(before) = self.by_name.insert(record.name.clone(), record)
             && self.by_name[&before.name].id != before.id
         {
@@ -98,17 +111,24 @@ impl Table {
                 )));
             }
         }
-        match self.by_name.contains_key(name) {
-            true => Err(SnapshotError::Exists(name.to_owned())),
-            false => Ok(()),
+        self.check_free(name)
+    }
+
+    fn check_free(&self, name: &str) -> Result<()> {
+        match self.is_free(name) {
+            true => Ok(()),
+            false => Err(SnapshotError::Exists(name.to_owned())),
         }
+    }
+
+    /// Whether there is no snapshot of this name, and none in the making.
+    pub(super) fn is_free(&self, name: &str) -> bool {
+        !self.by_name.contains_key(name) && !self.making.contains_key(name)
     }
 
     /// Whether `key` may be committed as `name`; its id.
     pub(super) fn check_commit(&self, name: &str, key: &str) -> Result<u64> {
-        if self.by_name.contains_key(name) {
-            return Err(SnapshotError::Exists(name.to_owned()));
-        }
+        self.check_free(name)?;
         let record = self.get(key)?;
         match record.kind {
             Kind::Active => Ok(record.id),
@@ -121,10 +141,11 @@ impl Table {
     /// The snapshot `name`, which may be removed.
     pub(super) fn check_remove(&self, name: &str) -> Result<&Record> {
         let record = self.get(name)?;
-        match self.all().find(|r| r.parent == name) {
+        let made = self.all().find(|r| r.parent == name).map(|r| &r.name);
+        let making = || self.making.iter().find(|(_, (parent, _))| parent == name);
+        match made.or_else(|| making().map(|(child, _)| child)) {
             Some(child) => Err(SnapshotError::State(format!(
-                "cannot remove snapshot {name}: {} stands on it",
-                child.name
+                "cannot remove snapshot {name}: {child} stands on it"
             ))),
             None => Ok(record),
         }

@@ -15,9 +15,16 @@ struct Test {
 
 impl Drop for Test {
     fn drop(&mut self) {
-        // runc leaves the directory of its state.
+        // runc leaves the directories of its state and of the cgroups.
         for namespace in [self.namespace.clone(), format!("{}-other", self.namespace)] {
             let _ = std::fs::remove_dir(format!("/run/containerd/runc/{namespace}"));
+            for hierarchy in std::fs::read_dir("/sys/fs/cgroup")
+                .into_iter()
+                .flatten()
+                .flatten()
+            {
+                let _ = std::fs::remove_dir(hierarchy.path().join(&namespace));
+            }
         }
     }
 }
@@ -223,4 +230,42 @@ fn containers_run_and_images_look_as_with_overlayfs() {
     test.ctr(&format!("images rm --sync {NAME}"));
     test.bed
         .wait_for("collection", |bed| bed.records() == 0 && bed.dirs() == 0);
+}
+
+/// One directory has one server, and so has one socket.
+#[test]
+fn a_second_instance_is_refused() {
+    let mut bed = Bed::new(None);
+    bed.start_snapshotter();
+    let fails = |address: &str, root: &str| {
+        let mut command = std::process::Command::new("timeout");
+        command.args(["20", env!("CARGO_BIN_EXE_hearth"), "snapshotter"]);
+        command.arg("--address").arg(bed.path(address));
+        command.arg("--root").arg(bed.path(root));
+        command.env("HEARTH_STORE", bed.path("store"));
+        let done = command.output().unwrap();
+        assert_eq!(done.status.code(), Some(1), "{done:?}");
+        String::from_utf8(done.stderr).unwrap()
+    };
+    let error = fails("other.sock", "hearth");
+    assert!(error.contains("is served by another process"), "{error}");
+    let error = fails("h.sock", "other");
+    assert!(error.contains("h.sock: another process does"), "{error}");
+    let error = fails("other.sock", "a:b");
+    assert!(error.contains("cannot stand in mount options"), "{error}");
+    // overlayfs cannot write to an overlay.
+    let at = |name: &str| {
+        let path = bed.path(name);
+        std::fs::create_dir_all(&path).unwrap();
+        path.display().to_string()
+    };
+    let (lower, upper, work) = (at("lower"), at("upper"), at("work"));
+    let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+    let mount = ["-t", "overlay", "overlay", "-o", &options, &at("merged")];
+    run(std::process::Command::new("mount").args(mount));
+    let error = fails("other.sock", "merged/root");
+    assert!(error.contains("cannot mount an overlay"), "{error}");
+    assert!(error.contains("hint: "), "{error}");
+    assert!(bed.path("h.sock").exists());
+    bed.stop_snapshotter();
 }
