@@ -12,7 +12,7 @@
 //! needs which tree, `mounts`, `filter` and `usage` do what containerd's packages of that name do.
 //! Called by `daemon` and `cli`.
 //!
-//! Names are not split by namespace: containerd makes them unique ("<namespace>/<n>/<key>") and its
+//! Names are not split by namespace: containerd makes them unique (`namespace/n/key`) and its
 //! garbage collection lists and removes without saying a namespace. Claimed snapshots are shared.
 //!
 //! Invariants: a snapshot exists from the rename of its record to the unlink of it, whenever the

@@ -14,9 +14,14 @@ In containerd's configuration (/etc/containerd/config.toml, version 2):
   [proxy_plugins.hearth]
     type = \"snapshot\"
     address = \"/run/hearth/snapshotter.sock\"
+  [proxy_plugins.hearth.exports]
+    root = \"/var/lib/hearth/snapshots\"
 
   [plugins.\"io.containerd.grpc.v1.cri\".containerd]   # for Kubernetes
     snapshotter = \"hearth\"
+
+The kubelet measures the file system of `exports.root`; containerd before 1.7.17 ignores that and
+names a fixed directory, so say --root /var/lib/containerd/io.containerd.snapshotter.v1.hearth there.
 
 Start hearth before containerd. `ctr` takes it with --snapshotter hearth. To try it:
 

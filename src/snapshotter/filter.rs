@@ -219,6 +219,8 @@ impl<'a> Parser<'a> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::snapshotter::Kind;
 
@@ -262,6 +264,22 @@ mod tests {
             &["parent~=^one"],
         ] {
             assert!(!matches(no), "{no:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_panics_and_quoted_values_come_back(
+            text in "\\PC{0,40}",
+            filter in r#"(kind|name|labels|[a-z"\\.,=~!/|x0-9]){0,30}"#,
+        ) {
+            let _ = Filters::parse(&[text.clone(), filter]);
+            let quoted = text.replace('\\', r"\\").replace('"', r#"\""#);
+            let equal = Filters::parse(&[format!("name==\"{quoted}\"")]).unwrap();
+            let mut record = Record::new(1, &text, "", Kind::View);
+            prop_assert!(equal.matches(&record));
+            record.name.push('x');
+            prop_assert!(!equal.matches(&record));
         }
     }
 

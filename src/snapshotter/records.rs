@@ -382,6 +382,22 @@ mod tests {
         assert_eq!(records.orphans(|id| id == 7).unwrap(), [root.join("s/12")]);
     }
 
+    proptest::proptest! {
+        /// Whichever byte of a record is flipped, and wherever it is cut, it is refused.
+        #[test]
+        fn damage_is_noticed(at: proptest::sample::Index, bit in 0..8u32, cut: bool) {
+            let text = Record::new(7, "name", "parent", Kind::Active).encode().unwrap();
+            assert!(Record::decode(&text).is_ok());
+            let at = at.index(text.len());
+            let mut damaged = text;
+            match cut {
+                true => damaged.truncate(at),
+                false => damaged[at] ^= 1 << bit,
+            }
+            assert!(Record::decode(&damaged).is_err());
+        }
+    }
+
     #[test]
     fn what_is_no_record_is_refused() {
         for wrong in [

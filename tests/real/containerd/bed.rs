@@ -13,6 +13,13 @@ use tempfile::TempDir;
 /// How long anything may take.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// How the CRI is configured; all else is as containerd has it.
+pub(crate) struct Cri<'a> {
+    pub(crate) sandbox_image: &'a str,
+    /// Whether it says in labels which image a layer is of.
+    pub(crate) labels: bool,
+}
+
 pub(crate) struct Bed {
     pub(crate) dir: TempDir,
     containerd: Option<Child>,
@@ -20,9 +27,8 @@ pub(crate) struct Bed {
 }
 
 impl Bed {
-    /// Nothing runs yet. `cri` is what stands in the configuration of the CRI; without it there is
-    /// none.
-    pub(crate) fn new(cri: Option<&str>) -> Self {
+    /// Nothing runs yet. Without `cri` there is no CRI.
+    pub(crate) fn new(cri: Option<Cri<'_>>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let bed = Self {
             dir,
@@ -34,7 +40,8 @@ impl Bed {
             "version = 2\nroot = '{}'\nstate = '{}'\ndisabled_plugins = [{}'io.containerd.internal.v1.opt']\n\
              [grpc]\naddress = '{}'\n[ttrpc]\naddress = '{}'\n\
              [plugins.'io.containerd.gc.v1.scheduler']\nstartup_delay = '10s'\n\
-             [proxy_plugins.hearth]\ntype = 'snapshot'\naddress = '{}'\n",
+             [proxy_plugins.hearth]\ntype = 'snapshot'\naddress = '{}'\n\
+             [proxy_plugins.hearth.exports]\nroot = '{}'\n",
             at("root"),
             at("state"),
             if cri.is_none() {
@@ -45,17 +52,22 @@ impl Bed {
             at("c.sock"),
             at("t.sock"),
             at("h.sock"),
+            at("hearth"),
         );
         if let Some(cri) = cri {
             let plugin = "plugins.'io.containerd.grpc.v1.cri'";
             config.push_str(&format!(
-                "[{plugin}]\nrestrict_oom_score_adj = true\ndisable_apparmor = true\n{cri}\n\
+                "[{plugin}]\nrestrict_oom_score_adj = true\ndisable_apparmor = true\n\
+                 sandbox_image = '{}'\n\
                  [{plugin}.cni]\nconf_dir = '{}'\nbin_dir = '{}'\n\
                  [{plugin}.containerd]\nsnapshotter = 'hearth'\n\
+                 disable_snapshot_annotations = {}\n\
                  [{plugin}.containerd.runtimes.runc]\nruntime_type = 'io.containerd.runc.v2'\n\
                  [{plugin}.containerd.runtimes.runc.options]\nRoot = '{}'\n",
+                cri.sandbox_image,
                 at("cni"),
                 at("cni"),
+                !cri.labels,
                 at("runc"),
             ));
         }

@@ -12,13 +12,15 @@ use std::{
 use async_trait::async_trait;
 use hearth::{
     digest::Digest,
-    snapshotter::{Hints, Listener, Root, Roots, RootsError, Settings, Snapshotter, Usage, serve},
+    snapshotter::{
+        Hints, Listener, Root, Roots, RootsError, ServeError, Settings, Snapshotter, Usage, serve,
+    },
 };
 use parking_lot::Mutex;
 use tonic::transport::{Channel, Endpoint};
 
 use super::{
-    bed::Bed,
+    bed::{Bed, Cri},
     cri::{
         self, image_service_client::ImageServiceClient,
         runtime_service_client::RuntimeServiceClient,
@@ -221,6 +223,27 @@ fn spec(image: &str) -> cri::ImageSpec {
     }
 }
 
+/// Serves the snapshotter of `bed` from this process.
+fn serve_in(
+    bed: &Bed,
+    node: Arc<Unpacked>,
+) -> (
+    tokio::sync::oneshot::Sender<()>,
+    tokio::task::JoinHandle<Result<(), ServeError>>,
+) {
+    let settings = Settings {
+        root: bed.path("hearth"),
+        sync: true,
+    };
+    let snapshotter = Snapshotter::open(settings, node).unwrap();
+    let listener = Listener::bind(&bed.path("h.sock")).unwrap();
+    let (stop, stopped) = tokio::sync::oneshot::channel();
+    let serving = tokio::spawn(serve(snapshotter, listener, async {
+        let _ = stopped.await;
+    }));
+    (stop, serving)
+}
+
 /// With containerd's own configuration but for the snapshotter: no labels of the CRI.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_runs_on_layers_that_containerd_unpacks() {
@@ -228,7 +251,10 @@ async fn a_pod_runs_on_layers_that_containerd_unpacks() {
     let image = Image::make(source.path(), "ordinary");
     let registry = registry(&image);
     let host = format!("127.0.0.1:{}", registry.port);
-    let mut bed = Bed::new(Some(&format!("sandbox_image = '{host}/pause:1'")));
+    let mut bed = Bed::new(Some(Cri {
+        sandbox_image: &format!("{host}/pause:1"),
+        labels: false,
+    }));
     bed.start_snapshotter();
     bed.start_containerd();
     let mut kubelet = Kubelet::new(&bed).await;
@@ -269,7 +295,10 @@ async fn a_pod_runs_on_layers_that_are_never_fetched() {
     let chains = image.chain_ids();
     let registry = registry(&image);
     let host = format!("127.0.0.1:{}", registry.port);
-    let mut bed = Bed::new(Some(&format!("sandbox_image = '{host}/pause:1'")));
+    let mut bed = Bed::new(Some(Cri {
+        sandbox_image: &format!("{host}/pause:1"),
+        labels: false,
+    }));
     let mut node = Unpacked::default();
     for known in 1..=2 {
         let dir = bed.path(&format!("tree-{known}"));
@@ -277,16 +306,7 @@ async fn a_pod_runs_on_layers_that_are_never_fetched() {
         node.roots.insert(chains[known - 1], dir);
     }
     let node = Arc::new(node);
-    let settings = Settings {
-        root: bed.path("hearth"),
-        sync: true,
-    };
-    let snapshotter = Snapshotter::open(settings, node.clone()).unwrap();
-    let listener = Listener::bind(&bed.path("h.sock")).unwrap();
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let serving = tokio::spawn(serve(snapshotter, listener, async {
-        let _ = stopped.await;
-    }));
+    let (stop, serving) = serve_in(&bed, node.clone());
     bed.start_containerd();
     let mut kubelet = Kubelet::new(&bed).await;
     let app = format!("{host}/app:1");
@@ -330,8 +350,7 @@ async fn a_pod_runs_on_layers_that_are_never_fetched() {
         .await;
     assert!(bed.path("tree-2/data/one").exists());
 
-    // The same layers in another namespace: an image that is here already.
-    kubelet.pull(&format!("{host}/pause:1")).await;
+    // containerd is restarted, and still knows what was claimed.
     bed.stop_containerd();
     bed.start_containerd();
     let mut kubelet = Kubelet::new(&bed).await;
@@ -346,7 +365,48 @@ async fn a_pod_runs_on_layers_that_are_never_fetched() {
     kubelet.remove_image(&app).await;
     kubelet.remove_image(&format!("{host}/pause:1")).await;
     bed.wait_for("collection", |bed| bed.records() == 0 && bed.dirs() == 0);
+    // And once more: it is claimed again.
+    kubelet.pull(&app).await;
+    assert_eq!(bed.records(), 3);
+    assert_eq!(reads(&registry, "app", &image.layers[0].blob), 0);
+    kubelet.remove_image(&app).await;
+    bed.wait_for("collection", |bed| bed.records() == 0 && bed.dirs() == 0);
     assert!(node.held.lock().is_empty());
+    bed.stop_containerd();
+    stop.send(()).unwrap();
+    serving.await.unwrap().unwrap();
+}
+
+/// Where they are not switched off, labels say what an image never seen before is.
+#[tokio::test(flavor = "multi_thread")]
+async fn labels_of_the_cri_reach_the_node() {
+    let source = tempfile::tempdir().unwrap();
+    let image = Image::make(source.path(), "labels");
+    let registry = registry(&image);
+    let app = format!("127.0.0.1:{}/app:1", registry.port);
+    let mut bed = Bed::new(Some(Cri {
+        sandbox_image: &app,
+        labels: true,
+    }));
+    let node = Arc::new(Unpacked::default());
+    let (stop, serving) = serve_in(&bed, node.clone());
+    bed.start_containerd();
+    Kubelet::new(&bed).await.pull(&app).await;
+    let manifest = fs::read(image.dir.join("index.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    let manifest = manifest["manifests"][0]["digest"].as_str().unwrap();
+    let blobs: Vec<Digest> = image.layers.iter().map(|layer| layer.blob).collect();
+    for (n, hints) in node.hints.lock().iter().enumerate() {
+        let expected = Hints {
+            namespace: Some("k8s.io".into()),
+            image: Some(app.clone()),
+            manifest: Some(manifest.parse().unwrap()),
+            layer: Some(blobs[n]),
+            layers: blobs[n..].to_vec(),
+        };
+        assert_eq!(*hints, expected);
+    }
+    assert_eq!(node.hints.lock().len(), 3);
     bed.stop_containerd();
     stop.send(()).unwrap();
     serving.await.unwrap().unwrap();
