@@ -21,6 +21,7 @@
 //! client goes away. What is written *into* a snapshot is containerd's business: as with its own
 //! snapshotter it is durable when the kernel has written it back, unless [`Settings::sync`] is set.
 
+mod error;
 mod filter;
 mod held;
 mod mounts;
@@ -40,17 +41,18 @@ use std::{
 use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 
+pub use self::{
+    error::{SnapshotError, SnapshotErrorKind},
+    mounts::{Mount, check_overlay},
+    roots::{Hints, NoRoots, Root, Roots, RootsError, RootsErrorKind, Usage},
+    service::serve,
+    socket::{Listener, ServeError},
+};
 use self::{
     filter::Filters,
     held::Held,
     records::{Record, Records, Time},
     table::{Line, Table},
-};
-pub use self::{
-    mounts::{Mount, check_overlay},
-    roots::{Hints, NoRoots, Root, Roots, RootsError, RootsErrorKind, Usage},
-    service::serve,
-    socket::{Listener, ServeError},
 };
 use crate::{
     digest::Digest,
@@ -92,97 +94,6 @@ impl Kind {
             Self::Active => "active",
             Self::View => "view",
             Self::Committed => "committed",
-        }
-    }
-}
-
-/// Why something about a snapshot cannot be done.
-#[derive(Debug, thiserror::Error)]
-pub enum SnapshotError {
-    /// No snapshot of that name.
-    #[error("snapshot {0} does not exist")]
-    NotFound(String),
-    /// The parent is not there.
-    #[error("parent snapshot {0} does not exist")]
-    NoParent(String),
-    /// The name is taken.
-    #[error("snapshot {0} exists already")]
-    Exists(String),
-    /// Nothing to unpack: the layers up to this chain id are here, as a committed snapshot.
-    #[error("target snapshot {0} exists already")]
-    Claimed(Digest),
-    /// Not in the state that it would have to be in.
-    #[error("{0}")]
-    State(String),
-    /// Something is wrong with what was asked.
-    #[error("{0}")]
-    Invalid(String),
-    /// The node cannot serve layers that were claimed.
-    #[error("snapshot {name} (image {image}): the layers up to {chain} cannot be served")]
-    Roots {
-        /// Whose mounts were asked for.
-        name: String,
-        /// The image, where containerd said it.
-        image: String,
-        /// The topmost claimed layer.
-        chain: Digest,
-        /// Why.
-        source: RootsError,
-    },
-    /// Another process serves this directory.
-    #[error("{} is served by another process", .0.display())]
-    Served(PathBuf),
-    /// Snapshots cannot be kept there.
-    #[error("cannot mount an overlay that can be written to in {}: {source}", dir.display())]
-    Overlay {
-        /// The directory of snapshots.
-        dir: PathBuf,
-        /// What mount(2) said, or the write to the mount.
-        source: std::io::Error,
-    },
-    /// A file operation failed.
-    #[error(transparent)]
-    Disk(#[from] DiskError),
-}
-
-/// What an error is about; as containerd's package `errdefs` has it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SnapshotErrorKind {
-    NotFound,
-    AlreadyExists,
-    FailedPrecondition,
-    InvalidArgument,
-    Unavailable,
-    Internal,
-}
-
-impl SnapshotError {
-    /// What it is about.
-    pub const fn kind(&self) -> SnapshotErrorKind {
-        match self {
-            Self::NotFound(_) | Self::NoParent(_) => SnapshotErrorKind::NotFound,
-            Self::Exists(_) | Self::Claimed(_) => SnapshotErrorKind::AlreadyExists,
-            Self::State(_) => SnapshotErrorKind::FailedPrecondition,
-            Self::Invalid(_) => SnapshotErrorKind::InvalidArgument,
-            // Not NOT_FOUND: containerd would take that for a missing snapshot.
-            Self::Roots { source, .. } => match source.kind() {
-                RootsErrorKind::Unavailable => SnapshotErrorKind::Unavailable,
-                RootsErrorKind::Unknown => SnapshotErrorKind::FailedPrecondition,
-                RootsErrorKind::Failed => SnapshotErrorKind::Internal,
-            },
-            Self::Served(_) | Self::Overlay { .. } | Self::Disk(_) => SnapshotErrorKind::Internal,
-        }
-    }
-
-    /// What to try, for a person.
-    pub const fn hint(&self) -> Option<&'static str> {
-        match self {
-            Self::Served(_) => Some("stop it first, or give another directory (--root)"),
-            Self::Overlay { .. } => Some(
-                "run as root, with a directory (--root) on ext4, xfs (ftype=1) or btrfs, and not \
-                 inside a container's own overlay",
-            ),
-            _ => None,
         }
     }
 }
@@ -308,7 +219,11 @@ impl Snapshotter {
             };
             let mounts = this.mounts_of(&record, &below.layers)?;
             this.records.make_dirs(id, kind, owner)?;
-            this.records.write(&record)?;
+            if let Err(error) = this.records.write(&record) {
+                // It may be there nevertheless: when the last step of it failed.
+                let _ = this.records.remove(id);
+                return Err(error);
+            }
             this.table.write().insert(record);
             Ok((mounts, making))
         });
@@ -422,6 +337,7 @@ impl Snapshotter {
             let _change = this.changes.lock();
             this.table.read().check_commit(&name, &key)?;
             let before = this.table.read().get(&key)?.clone();
+            let chain = this.table.read().line(&before)?.chain();
             let _making = this.reserve(&name, &before.parent)?;
             let mut record = Record::new(id, &name, &before.parent, Kind::Committed);
             record.labels = labels;
@@ -429,7 +345,6 @@ impl Snapshotter {
             record.namespace = before.namespace.clone();
             this.records.write(&record)?;
             let mut table = this.table.write();
-            let chain = table.line(&before)?.chain();
             table.remove(&key);
             table.insert(record);
             Ok((chain, id))

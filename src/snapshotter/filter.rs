@@ -61,10 +61,10 @@ impl Selector {
         };
         match &self.test {
             Test::Present => value.is_some(),
-            // As in containerd, what is not there is equal to nothing, and so not equal to anything.
             Test::Equal(wanted) => value == Some(wanted),
-            Test::NotEqual(other) => value != Some(other),
-            Test::Matches(regex) => value.is_some_and(|v| regex.is_match(v)),
+            // As in containerd, what is not there is empty here.
+            Test::NotEqual(other) => value.unwrap_or_default() != other,
+            Test::Matches(regex) => regex.is_match(value.unwrap_or_default()),
         }
     }
 }
@@ -252,6 +252,7 @@ mod tests {
             &["labels.plain"],
             &["labels.none!=1"],
             &["unknown!=1"],
+            &["labels.none~=^$"],
         ] {
             assert!(matches(yes), "{yes:?}");
         }
