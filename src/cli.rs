@@ -14,6 +14,7 @@ mod mount;
 mod output;
 mod pin;
 mod rm;
+mod snapshotter;
 mod status;
 mod umount;
 mod verify;
@@ -91,6 +92,7 @@ enum Command {
     Rm(rm::Args),
     Gc(gc::Args),
     Verify(verify::Args),
+    Snapshotter(snapshotter::Args),
     Config(config::Args),
     Completions(completions::Args),
     Demo(demo::Args),
@@ -132,6 +134,7 @@ pub fn main() -> ExitCode {
         Command::Rm(args) => rm::run(&context, args),
         Command::Gc(args) => gc::run(&context, args),
         Command::Verify(args) => verify::run(&context, args),
+        Command::Snapshotter(args) => snapshotter::run(&context, args),
         Command::Config(args) => config::run(&context, args),
         Command::Completions(args) => completions::run(args),
         Command::Demo(args) => demo::run(&context, args),

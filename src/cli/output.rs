@@ -11,6 +11,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use crate::{
     mount::MountError,
     node::{NodeError, Progress},
+    snapshotter::SnapshotError,
     store::{ByteSize, StoreError},
 };
 
@@ -104,6 +105,9 @@ fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
         return Some(hint.clone());
     }
     if let Some(error) = error.downcast_ref::<StoreError>() {
+        return error.hint().map(str::to_owned);
+    }
+    if let Some(error) = error.downcast_ref::<SnapshotError>() {
         return error.hint().map(str::to_owned);
     }
     let error = error.downcast_ref::<MountError>()?;

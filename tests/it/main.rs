@@ -11,5 +11,6 @@ mod registry;
 mod scripted;
 mod scripted_source;
 mod slices;
+mod snapshotter;
 mod store;
 mod tar;

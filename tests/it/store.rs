@@ -9,7 +9,7 @@ mod import;
 mod model;
 mod objects;
 mod processes;
-mod sim;
+pub(crate) mod sim;
 
 use std::sync::Arc;
 

@@ -3,6 +3,7 @@
 
 mod cli;
 mod compressors;
+mod containerd;
 mod http;
 mod hub;
 mod layers;

@@ -1,0 +1,74 @@
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use super::{Context, output};
+use crate::snapshotter::{self, Listener, NoRoots, Settings, Snapshotter};
+
+/// Serve containerd as its snapshotter
+///
+/// Runs until SIGTERM or SIGINT; requests under way are finished then. What was snapshotted is kept,
+/// and containers that run on ordinary snapshots do not notice.
+#[derive(clap::Args)]
+#[command(after_long_help = "\
+In containerd's configuration (/etc/containerd/config.toml, version 2):
+
+  [proxy_plugins.hearth]
+    type = \"snapshot\"
+    address = \"/run/hearth/snapshotter.sock\"
+  [proxy_plugins.hearth.exports]
+    root = \"/var/lib/hearth/snapshots\"
+
+  [plugins.\"io.containerd.grpc.v1.cri\".containerd]   # for Kubernetes
+    snapshotter = \"hearth\"
+
+The kubelet measures the file system of `exports.root`; containerd before 1.7.17 ignores that and
+names a fixed directory, so say --root /var/lib/containerd/io.containerd.snapshotter.v1.hearth there.
+
+Start hearth before containerd. `ctr` takes it with --snapshotter hearth. To try it:
+
+  ctr images pull --snapshotter hearth registry.example/app:1
+  ctr run --rm --snapshotter hearth registry.example/app:1 test sh")]
+pub(super) struct Args {
+    /// Where to listen: a unix socket, mode 0600
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "/run/hearth/snapshotter.sock"
+    )]
+    address: PathBuf,
+    /// Where snapshots are kept: on a file system that overlayfs can write to
+    /// [default: `snapshots` in the store]
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// Write what containerd unpacks to the disk before it counts: slower, but a power failure
+    /// cannot leave a layer incomplete
+    #[arg(long)]
+    sync: bool,
+}
+
+pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
+    let root = args.root.unwrap_or_else(|| context.root.join("snapshots"));
+    let settings = Settings {
+        root: std::path::absolute(root)?,
+        sync: args.sync,
+    };
+    let runtime = context.runtime()?;
+    runtime.block_on(async {
+        let root = settings.root.clone();
+        let snapshotter = Snapshotter::open(settings, Arc::new(NoRoots))?;
+        snapshotter::check_overlay(&root)?;
+        let listener = Listener::bind(&args.address)?;
+        output::note(&format!(
+            "snapshotter on {}, snapshots in {}",
+            listener.path().display(),
+            root.display()
+        ));
+        let mut stopped = None;
+        let stop = async { stopped = Some(super::interrupted().await) };
+        snapshotter::serve(snapshotter, listener, stop).await?;
+        // To be told to stop is how it ends.
+        match stopped {
+            Some(Err(error)) => Err(error),
+            _ => Ok(ExitCode::SUCCESS),
+        }
+    })
+}

@@ -1,0 +1,155 @@
+//! The socket that containerd connects to.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    os::{
+        fd::AsRawFd as _,
+        unix::{
+            fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
+            net::UnixStream,
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use tokio::net::UnixListener;
+
+/// Longest path of a socket, in bytes (unix(7), `sun_path`).
+const MAX_PATH: usize = 107;
+
+/// Why a socket cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A path that no socket can have, or that is something else already.
+    #[error("cannot listen on {}: {message}", path.display())]
+    Address { path: PathBuf, message: String },
+    /// Another process listens there.
+    #[error("cannot listen on {}: another process does", .0.display())]
+    Busy(PathBuf),
+    /// The system refused.
+    #[error("cannot listen on {}: {source}", path.display())]
+    System { path: PathBuf, source: io::Error },
+    /// Serving ended.
+    #[error("the snapshotter stopped serving: {0}")]
+    Ended(String),
+}
+
+/// A listening socket, mode 0600; gone when dropped.
+#[derive(Debug)]
+pub struct Listener {
+    listener: UnixListener,
+    socket: Socket,
+}
+
+/// The name of a socket; removed when dropped.
+#[derive(Debug)]
+pub(super) struct Socket {
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Listener {
+    /// Listens on `address`: a path, or `unix://` and one. Makes the directory (mode 0711) where it
+    /// is not there, and replaces a socket on which nobody listens. Must be called within a runtime.
+    ///
+    /// # Errors
+    /// A socket on which somebody listens, a path that is too long or something else, no right to.
+    pub fn bind(address: &Path) -> Result<Self, ServeError> {
+        let path = match address.to_str().and_then(|a| a.strip_prefix("unix://")) {
+            Some(path) => PathBuf::from(path),
+            None => address.to_owned(),
+        };
+        let path = std::path::absolute(&path).unwrap_or(path);
+        let refuse = |message: String| ServeError::Address {
+            path: path.clone(),
+            message,
+        };
+        if path.as_os_str().len() > MAX_PATH {
+            return Err(refuse(format!("longer than {MAX_PATH} bytes")));
+        }
+        let (Some(dir), Some(_)) = (path.parent(), path.file_name()) else {
+            return Err(refuse("not the path of a file".into()));
+        };
+        let fail = |source| ServeError::System {
+            path: path.clone(),
+            source,
+        };
+        let made = DirBuilder::new().recursive(true).mode(0o711).create(dir);
+        made.map_err(fail)?;
+        match fs::symlink_metadata(&path) {
+            Ok(meta) if !meta.file_type().is_socket() => {
+                return Err(refuse("something that is no socket is there".into()));
+            }
+            Ok(_) if UnixStream::connect(&path).is_ok() => return Err(ServeError::Busy(path)),
+            _ => {}
+        }
+        // Nobody can connect before the mode is set, and an old socket is replaced at once. The
+        // other name may be longer than a socket's, so it is reached through the directory.
+        let opened = File::open(dir).map_err(fail)?;
+        let name = format!(".hearth.{}", std::process::id());
+        let new = PathBuf::from(format!("/proc/self/fd/{}/{name}", opened.as_raw_fd()));
+        let _ = fs::remove_file(&new);
+        let listener = UnixListener::bind(&new).map_err(fail)?;
+        let renamed = fs::set_permissions(&new, fs::Permissions::from_mode(0o600))
+            .and_then(|()| fs::rename(&new, &path));
+        if let Err(error) = renamed {
+            let _ = fs::remove_file(&new);
+            return Err(fail(error));
+        }
+        let inode = fs::symlink_metadata(&path).map_err(fail)?.ino();
+        Ok(Self {
+            listener,
+            socket: Socket { path, inode },
+        })
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.socket.path
+    }
+
+    pub(super) fn into_parts(self) -> (UnixListener, Socket) {
+        (self.listener, self.socket)
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Not one that took its place.
+        if fs::symlink_metadata(&self.path).is_ok_and(|meta| meta.ino() == self.inode) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn stale_sockets_are_replaced_and_live_ones_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/hearth.sock");
+        let first = Listener::bind(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let again = Listener::bind(&PathBuf::from(format!("unix://{}", path.display())));
+        assert!(matches!(again, Err(ServeError::Busy(_))));
+        drop(first);
+        assert!(!path.exists());
+
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "a stale one");
+        let second = Listener::bind(&path).unwrap();
+        assert!(UnixStream::connect(second.path()).is_ok());
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "").unwrap();
+        drop(second);
+        assert!(path.exists(), "what others put there stays");
+        let file = Listener::bind(&path).unwrap_err().to_string();
+        assert!(file.contains("no socket"), "{file}");
+        let long = dir.path().join("x".repeat(120));
+        let long = Listener::bind(&long).unwrap_err().to_string();
+        assert!(long.contains("longer than"), "{long}");
+    }
+}
