@@ -8,8 +8,10 @@ mod config;
 mod control;
 mod demo;
 mod gc;
+mod index;
 mod inspect;
 mod list;
+mod mirror;
 mod mount;
 mod output;
 mod pin;
@@ -92,7 +94,9 @@ enum Command {
     Rm(rm::Args),
     Gc(gc::Args),
     Verify(verify::Args),
+    Index(index::Args),
     Snapshotter(snapshotter::Args),
+    Mirror(mirror::Args),
     Config(config::Args),
     Completions(completions::Args),
     Demo(demo::Args),
@@ -134,6 +138,8 @@ pub fn main() -> ExitCode {
         Command::Rm(args) => rm::run(&context, args),
         Command::Gc(args) => gc::run(&context, args),
         Command::Verify(args) => verify::run(&context, args),
+        Command::Index(args) => index::run(&context, args),
+        Command::Mirror(args) => mirror::run(&context, args),
         Command::Snapshotter(args) => snapshotter::run(&context, args),
         Command::Config(args) => config::run(&context, args),
         Command::Completions(args) => completions::run(args),

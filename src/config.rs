@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{fetch, mount, source, store};
+use crate::{fetch, mirror, mount, source, store};
 
 /// Longest configuration file read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -20,6 +20,7 @@ pub struct Config {
     pub source: source::Config,
     pub fetch: fetch::Config,
     pub mount: mount::Config,
+    pub mirror: mirror::Config,
 }
 
 /// A configuration file that cannot be used.

@@ -231,6 +231,11 @@ impl Engine {
         }
     }
 
+    /// Its settings.
+    pub fn config(&self) -> &Config {
+        &self.inner.config
+    }
+
     /// The store that the engine fills.
     pub fn store(&self) -> &Arc<Store> {
         &self.inner.store
@@ -311,6 +316,27 @@ impl FetchError {
     /// What to try, for a person, where the source or the store knows.
     pub const fn hint(&self) -> Option<&'static str> {
         self.hint
+    }
+
+    /// The same for whoever reads an object as a source of others. It was tried again for as long
+    /// as is configured: no use in trying once more, and so none of the kinds are told that mean that.
+    pub fn as_source(&self) -> SourceError {
+        let kind = match self.kind {
+            FetchErrorKind::NotFound => SourceErrorKind::NotFound,
+            FetchErrorKind::Denied => SourceErrorKind::Denied,
+            FetchErrorKind::Changed => SourceErrorKind::Changed,
+            FetchErrorKind::Corrupt => SourceErrorKind::Corrupt,
+            FetchErrorKind::Unavailable => SourceErrorKind::Unavailable,
+            FetchErrorKind::NoSpace | FetchErrorKind::Disk | FetchErrorKind::Cancelled => {
+                SourceErrorKind::Invalid
+            }
+        };
+        let (what, why) = self.message.split_once(": ").unwrap_or(("", &self.message));
+        let error = SourceError::new(kind, what, why);
+        match self.hint {
+            Some(hint) => error.with_hint(hint),
+            None => error,
+        }
     }
 
     fn new(handle: &Handle, kind: FetchErrorKind, why: &dyn fmt::Display) -> Self {

@@ -32,7 +32,7 @@ pub use unpack::{Limits, Sink, Unpacker};
 
 use crate::{
     digest::Digest,
-    tree::{Location, Meta},
+    tree::{self, Location, Meta},
 };
 
 /// How a layer is compressed.
@@ -139,6 +139,62 @@ pub enum SpanDigest {
 }
 
 impl LayerIndex {
+    /// The index of a layer that is no tar but one file, to be merged with others.
+    ///
+    /// # Errors
+    /// A path that no file can have.
+    pub fn of_file(blob: Digest, size: u64, path: &str) -> Result<Self, ImageError> {
+        let wrong = path
+            .split('/')
+            .any(|name| tree::check_name(name.as_bytes()).is_err());
+        if wrong || path.len() > tree::MAX_PATH {
+            let error = ImageError::invalid("it is a file whose path leads out of the image");
+            return Err(error.in_layer(blob).in_entry(path.as_bytes()));
+        }
+        let content = FileContent {
+            size,
+            digest: blob,
+            offset: 0,
+            pieces: Vec::new(),
+        };
+        Ok(Self {
+            blob,
+            blob_size: size,
+            compression: Compression::None,
+            diff_id: blob,
+            size,
+            entries: vec![LayerEntry {
+                path: path.as_bytes().into(),
+                kind: EntryKind::File(content),
+                meta: Meta::file(0),
+            }],
+            spans: vec![Span {
+                start: 0,
+                blob_start: 0,
+                bits: 0,
+                window: Box::default(),
+                digest: SpanDigest::Sha256(blob),
+            }],
+        })
+    }
+
+    /// The contents of its files; of several entries of one path, of each.
+    pub fn files(&self) -> impl Iterator<Item = &FileContent> {
+        self.entries.iter().filter_map(|entry| match &entry.kind {
+            EntryKind::File(content) => Some(content),
+            _ => None,
+        })
+    }
+
+    /// Whether it describes the same layer in the same way; the places where it can be entered
+    /// may be others.
+    pub fn agrees_with(&self, other: &Self) -> bool {
+        self.blob == other.blob
+            && self.diff_id == other.diff_id
+            && self.size == other.size
+            && self.entries == other.entries
+    }
+
     /// Where the content of entry `index`, which is a file, is read: a location for a
     /// `LayerSource` over this index. Its path is `<blob digest>#<compression>`, its offset counts
     /// decoded bytes; a sparse file has a path of its own, `<blob digest>#<compression>@<index>`,
@@ -166,6 +222,16 @@ impl LayerIndex {
 }
 
 impl Compression {
+    /// That of a layer which begins with `bytes`, as containerd tells it: media types lie.
+    pub fn of(bytes: &[u8]) -> Self {
+        match bytes {
+            [0x1f, 0x8b, ..] => Self::Gzip,
+            // A frame, or a skippable one (RFC 8878, 3.1).
+            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
+            _ => Self::None,
+        }
+    }
+
     /// Its name: as in the media types of OCI layers.
     pub const fn name(self) -> &'static str {
         match self {

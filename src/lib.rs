@@ -7,6 +7,7 @@
 pub mod chunk;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod digest;
 pub mod disk;
 pub mod fetch;
@@ -14,6 +15,7 @@ pub mod fs;
 pub mod r#gen;
 pub mod image;
 pub mod metrics;
+pub mod mirror;
 pub mod mount;
 pub mod node;
 pub mod reference;

@@ -5,20 +5,26 @@
 //! warmed or viewed. What is warm needs no network: when the origin cannot be reached, the
 //! recorded artifact is used. Called by the faces and the CLI.
 
+mod documents;
+mod layers;
 mod progress;
 mod slices;
 mod status;
+mod unpack;
 
 use std::{sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, stream};
 
+use self::layers::Layers;
 pub use self::{
+    layers::PushedIndexes,
     progress::{FileProgress, Progress, Snapshot},
     status::{ArtifactStatus, FileStatus},
 };
 use crate::{
     fetch::{Class, Engine, FetchError, FetchErrorKind},
+    image::{ImageError, ImageErrorKind},
     reference::{HubRepo, Locator, Reference},
     source::{Layered, Source, SourceError, SourceErrorKind, Sources},
     store::{Complete, Hold, Reservation, Store, StoreError},
@@ -45,6 +51,11 @@ pub enum NodeError {
     Fetch {
         reference: String,
         source: FetchError,
+    },
+    #[error("cannot use {reference}")]
+    Image {
+        reference: String,
+        source: ImageError,
     },
     #[error("cannot use the store")]
     Store(#[from] StoreError),
@@ -90,6 +101,12 @@ impl NodeError {
                 }
                 _ => source.hint().map(str::to_owned),
             },
+            Self::Image { source, .. } => match source.kind() {
+                ImageErrorKind::Invalid | ImageErrorKind::Corrupt => Some(
+                    "the image is broken where it was pushed from, or in the registry: push it again".into(),
+                ),
+                ImageErrorKind::TooLarge | ImageErrorKind::Unsupported => None,
+            },
             Self::Store(source) => source.hint().map(str::to_owned),
             Self::Unknown(_) => Some("`hearth list` shows what is".into()),
             Self::Misled { .. } => Some(
@@ -108,6 +125,30 @@ pub struct Resolved {
     pub fresh: bool,
     /// Whether the store did not know the reference before.
     pub new: bool,
+    /// Bytes of files that came with resolving it: layers had to be unpacked.
+    brought: u64,
+    /// Of what lies in layers.
+    layers: Option<Arc<Layers>>,
+}
+
+impl Resolved {
+    /// Whether nothing of what is known of it waits to be checked against the layers.
+    pub fn is_verified(&self) -> bool {
+        self.layers
+            .as_ref()
+            .is_none_or(|layers| layers.are_trusted())
+    }
+
+    fn plain(artifact: Arc<Artifact>, source: Arc<dyn Source>, fresh: bool) -> Self {
+        Self {
+            artifact,
+            source,
+            fresh,
+            new: false,
+            brought: 0,
+            layers: None,
+        }
+    }
 }
 
 /// What a warm did.
@@ -180,6 +221,18 @@ impl Node {
     /// # Errors
     /// What the source or the store says.
     pub async fn resolve(&self, reference: &Reference) -> Result<Resolved, NodeError> {
+        self.resolve_showing(reference, &Progress::default()).await
+    }
+
+    /// As [`Node::resolve`]; shows the progress of layers that have to be unpacked for it.
+    ///
+    /// # Errors
+    /// As [`Node::resolve`].
+    pub async fn resolve_showing(
+        &self,
+        reference: &Reference,
+        progress: &Progress,
+    ) -> Result<Resolved, NodeError> {
         let name = reference.to_string();
         let failed = |source| NodeError::Resolve {
             reference: name.clone(),
@@ -189,16 +242,31 @@ impl Node {
         let recorded = self.recorded(&name).await?;
         if let Some(artifact) = &recorded
             && is_immutable(&reference.locator)
+            && let Some(resolved) = self.as_recorded(reference, artifact, &source).await?
         {
-            return Ok(Resolved {
-                artifact: Arc::clone(artifact),
-                source,
-                fresh: false,
-                new: false,
-            });
+            return Ok(resolved);
         }
         let asked = std::time::Instant::now();
-        match source.resolve(reference).await {
+        let answer = match source.layered(reference).await {
+            Ok(Some(layered)) => {
+                if let Some(artifact) = &recorded
+                    && artifact.revision == layered.manifest.to_string()
+                    && let Some(mut resolved) = self.recorded_layers(artifact, &source).await?
+                {
+                    resolved.fresh = true;
+                    return Ok(resolved);
+                }
+                let resolved = self
+                    .resolve_layered(reference, layered, &source, Some(progress))
+                    .await?;
+                let mut resolved = resolved.ok_or(NodeError::Unknown(name))?;
+                resolved.new = recorded.is_none();
+                return Ok(resolved);
+            }
+            Ok(None) => source.resolve(reference).await,
+            Err(error) => Err(error),
+        };
+        match answer {
             Ok(artifact) => {
                 let artifact = Arc::new(artifact);
                 tracing::info!(
@@ -213,25 +281,87 @@ impl Node {
                 if self.store().writable() {
                     self.record(&artifact).await?;
                 }
-                Ok(Resolved {
-                    artifact,
-                    source,
-                    fresh: true,
-                    new: recorded.is_none(),
-                })
+                let mut resolved = Resolved::plain(artifact, source, true);
+                resolved.new = recorded.is_none();
+                Ok(resolved)
             }
-            Err(error) => match (error.kind(), recorded) {
-                (SourceErrorKind::Unavailable | SourceErrorKind::Throttled, Some(artifact)) => {
+            Err(error) => {
+                let passing = matches!(
+                    error.kind(),
+                    SourceErrorKind::Unavailable | SourceErrorKind::Throttled
+                );
+                if let Some(artifact) = recorded.filter(|_| passing)
+                    && let Some(resolved) = self.as_recorded(reference, &artifact, &source).await?
+                {
                     tracing::warn!(%error, "the origin cannot be reached: using what is recorded");
-                    Ok(Resolved {
-                        artifact,
-                        source,
-                        fresh: false,
-                        new: false,
-                    })
+                    return Ok(resolved);
                 }
-                _ => Err(failed(error)),
+                Err(failed(error))
+            }
+        }
+    }
+
+    /// As [`Node::resolve`] for an image, but unpacks nothing: `None` where the image cannot be read
+    /// before it is pulled, or `reference` is no image.
+    ///
+    /// # Errors
+    /// As [`Node::resolve`].
+    pub async fn resolve_lazily(
+        &self,
+        reference: &Reference,
+    ) -> Result<Option<Resolved>, NodeError> {
+        let failed = |source| NodeError::Resolve {
+            reference: reference.to_string(),
+            source,
+        };
+        let source = self.sources.open(reference).map_err(failed)?;
+        match source.layered(reference).await.map_err(failed)? {
+            Some(layered) => {
+                self.resolve_layered(reference, layered, &source, None)
+                    .await
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Whether every object of the artifact is complete.
+    async fn has_all(&self, artifact: &Arc<Artifact>) -> Result<bool, NodeError> {
+        let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
+        let all = blocking(move || {
+            for object in artifact.stored() {
+                if store.complete(&object.id)?.is_none() {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        });
+        Ok(all.await?)
+    }
+
+    /// What is recorded of `reference`; `None` where that does not suffice to read it.
+    async fn as_recorded(
+        &self,
+        reference: &Reference,
+        artifact: &Arc<Artifact>,
+        source: &Arc<dyn Source>,
+    ) -> Result<Option<Resolved>, NodeError> {
+        let layered = matches!(reference.locator, Locator::Oci(_))
+            && artifact.objects.iter().any(|object| {
+                let location = object.recipe.location();
+                location.is_some_and(|location| location.path.contains('#'))
+            });
+        match layered {
+            true => match self.recorded_layers(artifact, source).await? {
+                None if self.has_all(artifact).await? => {
+                    let (artifact, source) = (Arc::clone(artifact), Arc::clone(source));
+                    Ok(Some(Resolved::plain(artifact, source, false)))
+                }
+                found => Ok(found),
             },
+            false => {
+                let (artifact, source) = (Arc::clone(artifact), Arc::clone(source));
+                Ok(Some(Resolved::plain(artifact, source, false)))
+            }
         }
     }
 
@@ -250,7 +380,7 @@ impl Node {
         let started = std::time::Instant::now();
         let mut tried_again = false;
         loop {
-            let resolved = self.resolve(reference).await?;
+            let resolved = self.resolve_showing(reference, progress).await?;
             match self.warm_resolved(&resolved, pin, progress).await {
                 Err(NodeError::Fetch { source, .. })
                     if source.kind() == FetchErrorKind::Changed && !tried_again =>
@@ -300,7 +430,7 @@ impl Node {
         }
         let before = progress.begin(artifact, self.store());
         self.bring(resolved, progress, false).await?;
-        Ok(before)
+        Ok(before.saturating_sub(resolved.brought))
     }
 
     /// Fetches every object of an artifact that is being read, in the background. The caller holds
@@ -336,6 +466,11 @@ impl Node {
             reference: artifact.reference.clone(),
             source,
         };
+        if let Some(layers) = &resolved.layers {
+            self.bring_layers(&artifact.reference, layers, progress)
+                .await?;
+            progress.begin(artifact, self.store());
+        }
         let mut cut = slices::by_container(artifact);
         let mut under_way = stream::iter(order(artifact))
             .map(|index| async move {
@@ -429,7 +564,12 @@ impl Node {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, StoreError> {
-    match tokio::task::spawn_blocking(work).await {
+    joined(tokio::task::spawn_blocking(work)).await
+}
+
+/// What a task that blocks came to.
+async fn joined<T>(task: tokio::task::JoinHandle<T>) -> T {
+    match task.await {
         Ok(done) => done,
         Err(failed) => match failed.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),

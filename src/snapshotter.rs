@@ -362,20 +362,27 @@ impl Snapshotter {
         let key = key.to_owned();
         let removed = self.clone().blocking(move |this| {
             let _change = this.changes.lock();
-            let (id, chain) = {
+            let (id, chain, claimed) = {
                 let table = this.table.read();
                 let record = table.check_remove(&key)?;
                 let is_user = record.kind != Kind::Committed;
                 // One whose parent was lost can be removed nevertheless.
                 let chain = table.line(record).ok().filter(|_| is_user);
-                (record.id, chain.and_then(|line| line.chain()))
+                (
+                    record.id,
+                    chain.and_then(|line| line.chain()),
+                    record.remote,
+                )
             };
             this.records.remove(id)?;
             this.table.write().remove(&key);
-            Ok((chain, id))
+            Ok((chain, id, claimed))
         });
-        let (chain, id) = removed.await?;
+        let (chain, id, claimed) = removed.await?;
         self.let_go(chain, id).await;
+        if let Some(claimed) = claimed {
+            self.held.roots().forget(&claimed).await;
+        }
         Ok(())
     }
 

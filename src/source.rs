@@ -85,6 +85,14 @@ pub trait Source: Send + Sync + std::fmt::Debug {
         Err(SourceError::no_registry(&digest.to_string()))
     }
 
+    /// Bytes of a blob, as its registry says it.
+    ///
+    /// # Errors
+    /// What the registry says; a source that is no registry.
+    async fn blob_size(&self, digest: &Digest) -> Result<u64, SourceError> {
+        Err(SourceError::no_registry(&digest.to_string()))
+    }
+
     /// What others have attached to the manifest `subject` under the artifact type `kind` (OCI
     /// referrers), the newest first where the registry keeps an order. A blob of it is read as
     /// `sha256:<hex>`; who has the whole of it must verify it.

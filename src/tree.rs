@@ -6,6 +6,7 @@
 //! A path from an artifact therefore never escapes. Called by sources (to build), the store (to
 //! keep), `fs` (to serve). Nothing here does I/O.
 
+mod below;
 mod codec;
 
 use std::collections::HashMap;

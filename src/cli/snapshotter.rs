@@ -1,7 +1,10 @@
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use super::{Context, output};
-use crate::snapshotter::{self, Listener, NoRoots, Settings, Snapshotter};
+use crate::{
+    daemon::ImageRoots,
+    snapshotter::{self, Listener, Settings, Snapshotter},
+};
 
 /// Serve containerd as its snapshotter
 ///
@@ -54,7 +57,11 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     let runtime = context.runtime()?;
     runtime.block_on(async {
         let root = settings.root.clone();
-        let snapshotter = Snapshotter::open(settings, Arc::new(NoRoots))?;
+        let node = context.node()?;
+        let mount = context.config.mount.clone();
+        // It mounts something to see whether that works.
+        let roots = tokio::task::spawn_blocking(move || ImageRoots::new(node, mount)).await?;
+        let snapshotter = Snapshotter::open(settings, Arc::new(roots))?;
         snapshotter::check_overlay(&root)?;
         let listener = Listener::bind(&args.address)?;
         output::note(&format!(

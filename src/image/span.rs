@@ -30,7 +30,7 @@ use crate::{
     digest::Digest,
     metrics,
     reference::Reference,
-    source::{ByteStream, Source, SourceError, SourceErrorKind},
+    source::{ByteStream, Layered, Source, SourceError, SourceErrorKind},
     tree::{Artifact, Location},
 };
 
@@ -252,6 +252,10 @@ fn sparse_parts(content: &FileContent, range: Range<u64>) -> VecDeque<Part> {
 impl Source for LayerSource {
     async fn resolve(&self, reference: &Reference) -> Result<Artifact, SourceError> {
         self.shared.inner.resolve(reference).await
+    }
+
+    async fn layered(&self, reference: &Reference) -> Result<Option<Layered>, SourceError> {
+        self.shared.inner.layered(reference).await
     }
 
     async fn read(

@@ -64,6 +64,16 @@ impl Progress {
                 }
             }
         }
+        self.begin_named(artifact, names, store)
+    }
+
+    /// As [`Progress::begin`], with the names of the objects.
+    pub(super) fn begin_named(
+        &self,
+        artifact: &Arc<Artifact>,
+        names: Vec<String>,
+        store: &Arc<Store>,
+    ) -> u64 {
         self.done_bytes.store(0, Relaxed);
         self.done_files.store(0, Relaxed);
         *self.state.lock() = State {

@@ -28,6 +28,9 @@ pub trait Roots: Send + Sync {
     /// Nobody needs the directory of this chain id any more.
     async fn release(&self, chain_id: &Digest);
 
+    /// containerd has removed the snapshot of this chain id that [`Roots::knows`] was asked for.
+    async fn forget(&self, chain_id: &Digest);
+
     /// What the topmost layer of this chain takes on the disk, without those below it.
     ///
     /// # Errors
@@ -140,6 +143,8 @@ impl Roots for NoRoots {
     }
 
     async fn release(&self, _: &Digest) {}
+
+    async fn forget(&self, _: &Digest) {}
 
     async fn usage(&self, chain_id: &Digest) -> Result<Usage, RootsError> {
         Err(unknown(chain_id))

@@ -322,7 +322,7 @@ impl Source for HttpSource {
         let mut probes = stream::iter(found)
             .map(async |found: Found| {
                 let ask = self.ask(found.url.as_str(), &found.url)?;
-                let probe = self.web.probe(&ask).await?;
+                let probe = self.web.probe(&ask, &accept).await?;
                 Ok::<_, SourceError>((found, probe))
             })
             .buffered(PARALLEL);

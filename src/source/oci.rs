@@ -142,7 +142,7 @@ impl Registry {
             .await
         {
             Ok(Got::Document(document)) => document,
-            Ok(Got::Stream(_)) => return Err(unexpected(&what)),
+            Ok(_) => return Err(unexpected(&what)),
             Err(error) if error.kind() == Kind::NotFound => {
                 let kind = if wanted.is_some() { "manifest" } else { "tag" };
                 let (repository, host) = (&self.repository, &self.registry);
@@ -199,7 +199,19 @@ impl Registry {
         let path = format!("blobs/{digest}");
         match self.get(&what, &path, &Want::Range(range)).await? {
             Got::Stream(stream) => Ok(stream),
-            Got::Document(_) => Err(unexpected(&what)),
+            _ => Err(unexpected(&what)),
+        }
+    }
+
+    /// Bytes of a blob, as the registry says it.
+    async fn blob_size(&self, digest: &Digest) -> Result<u64, SourceError> {
+        let what = self.blob_name(digest);
+        match self
+            .get(&what, &format!("blobs/{digest}"), &Want::Size)
+            .await?
+        {
+            Got::Size(size) => Ok(size),
+            _ => Err(unexpected(&what)),
         }
     }
 
@@ -450,6 +462,10 @@ impl Source for OciSource {
             ));
         }
         self.registry.manifest(wanted).await
+    }
+
+    async fn blob_size(&self, digest: &Digest) -> Result<u64, SourceError> {
+        self.registry.blob_size(digest).await
     }
 
     async fn small_blob(&self, digest: &Digest, limit: u64) -> Result<Arc<[u8]>, SourceError> {

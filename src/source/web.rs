@@ -229,9 +229,13 @@ impl Web {
 
     /// Finds size and headers of the object at `ask.url`: by HEAD, or where that is refused or
     /// tells no size, by asking for the first byte.
-    pub(crate) async fn probe(&self, ask: &Ask<'_>) -> Result<Probe, SourceError> {
+    pub(crate) async fn probe(
+        &self,
+        ask: &Ask<'_>,
+        inspect: &Inspect<'_>,
+    ) -> Result<Probe, SourceError> {
         let headers = plain_headers();
-        let answer = self.send(Method::HEAD, ask, &headers, &accept).await?;
+        let answer = self.send(Method::HEAD, ask, &headers, inspect).await?;
         let status = answer.response.status();
         let encoded = is_encoded(answer.response.headers());
         // Signed URLs are made for one method (403); simple servers know no HEAD (400, 405, 501).
@@ -249,7 +253,7 @@ impl Web {
             _ => return Err(refusal(ask.what, &answer)),
         }
         let headers = range_headers(ask.what, Pin::Free, &(0..1))?;
-        let answer = self.send(Method::GET, ask, &headers, &accept).await?;
+        let answer = self.send(Method::GET, ask, &headers, inspect).await?;
         let headers = answer.response.headers().clone();
         let size = match answer.response.status() {
             StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => total_of(&headers),

@@ -9,11 +9,7 @@ use std::path::PathBuf;
 use sha2::{Digest as _, Sha256};
 
 use super::{Result, Store, StoreError, StoreErrorKind};
-use crate::{
-    digest::Digest,
-    disk::Span,
-    tree::Object,
-};
+use crate::{digest::Digest, disk::Span, tree::Object};
 
 /// Most bytes of an index.
 pub const MAX_INDEX: u64 = 256 << 20;

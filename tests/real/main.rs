@@ -8,10 +8,10 @@ mod http;
 mod hub;
 mod layers;
 mod mount;
+mod native;
 mod oci_models;
 mod pushed;
 mod registry;
-mod native;
 #[path = "../it/scripted_source.rs"]
 #[expect(dead_code, reason = "here only some of it is needed")]
 mod scripted_source;

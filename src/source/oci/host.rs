@@ -61,12 +61,15 @@ pub(super) enum Want {
     Blob(u64, Digest),
     /// A range of a blob.
     Range(Range<u64>),
+    /// How long a blob is.
+    Size,
 }
 
 /// What came.
 pub(super) enum Got {
     Document(Document),
     Stream(ByteStream),
+    Size(u64),
 }
 
 impl fmt::Debug for Host {
@@ -170,6 +173,10 @@ impl Host {
                         .read_range(&ask, Pin::Free, range, true, &inspect)
                         .await;
                     stream.map(Got::Stream)
+                }
+                Want::Size => {
+                    let probe = self.web.probe(&ask, &inspect).await;
+                    probe.map(|probe| Got::Size(probe.size))
                 }
             };
             let error = match got {

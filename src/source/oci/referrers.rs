@@ -110,7 +110,7 @@ impl Registry {
                 })?;
                 return Ok(Some((index, true)));
             }
-            Ok(Got::Stream(_)) => return Err(super::unexpected(what)),
+            Ok(_) => return Err(super::unexpected(what)),
             Err(error) if is_unknown(&error) => {}
             Err(error) => return Err(error),
         }

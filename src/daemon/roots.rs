@@ -1,0 +1,354 @@
+//! The root trees of images, mounted for the snapshotter.
+//!
+//! A complete image is mounted natively where the machine can do that: then no process is behind it.
+//! Any other is a FUSE mount, readable at once, while the rest arrives in the background; a container
+//! that starts after that gets the native root. One chain id may so have two mounts at a time, in
+//! `<store>/run/roots/<chain>/{lazy,native}`; both go when nobody needs the chain any more.
+//!
+//! Native roots outlive this process and are taken over by the next one. FUSE mounts die with it, and
+//! are made anew when the snapshotter asks for them again.
+//!
+//! A claimed image is pinned until containerd has removed its snapshots: the claim was for good.
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+
+use crate::{
+    digest::Digest,
+    fs::{Fetched, View},
+    image::erofs,
+    mount::{self, Mount, native},
+    node::{Node, NodeError, Progress, Resolved},
+    reference::Reference,
+    snapshotter::{Hints, Root, Roots, RootsError, RootsErrorKind, Usage},
+    store::{Hold, StoreErrorKind},
+    tree::{Inode, Kind},
+};
+
+/// Serves the images that a node knows.
+pub struct ImageRoots {
+    node: Node,
+    config: mount::Config,
+    /// Why complete images are not mounted natively, where they are not.
+    not_native: Option<String>,
+    chains: Mutex<HashMap<Digest, Arc<tokio::sync::Mutex<Chain>>>>,
+}
+
+/// The mounts of one chain id.
+#[derive(Default)]
+struct Chain {
+    lazy: Option<Lazy>,
+    native: Option<PathBuf>,
+}
+
+/// A FUSE mount and what belongs to it.
+struct Lazy {
+    mount: Arc<Mount>,
+    fill: tokio::task::JoinHandle<()>,
+    _hold: Hold,
+}
+
+impl Drop for Lazy {
+    fn drop(&mut self) {
+        self.fill.abort();
+    }
+}
+
+impl ImageRoots {
+    /// Roots of what `node` knows.
+    pub fn new(node: Node, config: mount::Config) -> Self {
+        let not_native = native::available(node.store().root()).err();
+        if let Some(why) = &not_native {
+            tracing::warn!(error = %why, "complete images are served by FUSE, too");
+        }
+        Self {
+            node,
+            config,
+            not_native: not_native.map(|why| why.to_string()),
+            chains: Mutex::default(),
+        }
+    }
+
+    fn chain(&self, id: &Digest) -> Arc<tokio::sync::Mutex<Chain>> {
+        Arc::clone(self.chains.lock().entry(*id).or_default())
+    }
+
+    fn dir(&self, chain: &Digest, what: &str) -> PathBuf {
+        let roots = self.node.store().root().join("run/roots");
+        roots.join(&chain.hex()[..32]).join(what)
+    }
+
+    /// The image of a chain id, from the store, else by the name that the CRI gave.
+    async fn find(&self, chain: &Digest, hints: &Hints) -> Result<Option<Resolved>, NodeError> {
+        if let Some(found) = self.node.image_by_chain(chain).await? {
+            return Ok(Some(found));
+        }
+        let Some(image) = &hints.image else {
+            return Ok(None);
+        };
+        // As containerd writes it: without scheme.
+        let Ok(reference) = format!("oci://{image}").parse::<Reference>() else {
+            return Ok(None);
+        };
+        match self.node.resolve_lazily(&reference).await? {
+            Some(_) => self.node.image_by_chain(chain).await,
+            None => Ok(None),
+        }
+    }
+
+    /// Mounts a complete image so that it needs nobody.
+    async fn mount_native(&self, id: &Digest, resolved: &Resolved) -> Result<PathBuf, RootsError> {
+        let dir = self.dir(id, "native");
+        let store = Arc::clone(self.node.store());
+        let artifact = Arc::clone(&resolved.artifact);
+        let mounted = tokio::task::spawn_blocking(move || -> anyhow::Result<PathBuf> {
+            if let Some(found) = dir
+                .exists()
+                .then(|| native::find(&dir))
+                .transpose()?
+                .flatten()
+            {
+                return Ok(found);
+            }
+            fs::create_dir_all(&dir)?;
+            let digest = artifact.digest();
+            let record = store.artifact(&artifact.reference)?;
+            anyhow::ensure!(
+                record.is_some_and(|(record, _)| record.digest == digest),
+                "only whole images have native roots"
+            );
+            let image = store.write_root_image(&digest, |out| {
+                erofs::write(&artifact.tree, &artifact.objects, out)
+                    .map(drop)
+                    .map_err(std::io::Error::other)
+            })?;
+            Ok(native::mount(&image, &store.objects_dir(), &dir)?.keep())
+        });
+        let failed = |why: String| RootsError::new(RootsErrorKind::Failed, why);
+        match mounted.await {
+            Ok(Ok(dir)) => Ok(dir),
+            Ok(Err(error)) => Err(failed(format!("{error:#}"))),
+            Err(error) => Err(failed(error.to_string())),
+        }
+    }
+
+    /// Mounts an image that is still to come.
+    async fn mount_lazy(&self, id: &Digest, resolved: Resolved) -> Result<Lazy, RootsError> {
+        let name = resolved.artifact.reference.clone();
+        let hold = self.node.hold(&name).await.map_err(|e| of_node(&e))?;
+        let dir = self.dir(id, "lazy");
+        let failed = |why: String| RootsError::new(RootsErrorKind::Failed, why);
+        let contents = Fetched::new(
+            self.node.engine().clone(),
+            Arc::clone(&resolved.source),
+            Arc::clone(&resolved.artifact),
+        );
+        let view = View::new(Arc::clone(&resolved.artifact), Arc::new(contents))
+            .map_err(|e| failed(e.to_string()))?;
+        let (config, runtime) = (self.config.clone(), tokio::runtime::Handle::current());
+        let mounting = tokio::task::spawn_blocking(move || -> anyhow::Result<Mount> {
+            // Left by a process that was killed.
+            if dir.symlink_metadata().is_err() || mount::find(&dir)?.is_some() {
+                let _ = mount::unmount(&dir, true);
+            }
+            fs::create_dir_all(&dir)?;
+            Ok(Mount::new(Arc::new(view), &dir, &config, runtime)?)
+        });
+        let mount = match mounting.await {
+            Ok(mount) => mount.map_err(|e| failed(format!("{e:#}")))?,
+            Err(error) => return Err(failed(error.to_string())),
+        };
+        let node = self.node.clone();
+        let fill = tokio::spawn(async move {
+            match node.admit(&resolved.artifact).await {
+                Ok(_room) => {
+                    if let Err(error) = node.fill(&resolved, &Progress::default()).await
+                        && !error.is_cancelled()
+                    {
+                        tracing::warn!(image = name, error = %anyhow::Error::from(error), "the background fetch stopped");
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(image = name, error = %anyhow::Error::from(error), "only what is read is fetched");
+                }
+            }
+        });
+        Ok(Lazy {
+            mount: Arc::new(mount),
+            fill,
+            _hold: hold,
+        })
+    }
+
+    /// Whether every file of the image is here.
+    async fn is_complete(&self, resolved: &Resolved) -> bool {
+        let (store, artifact) = (
+            Arc::clone(self.node.store()),
+            Arc::clone(&resolved.artifact),
+        );
+        let here = tokio::task::spawn_blocking(move || {
+            artifact.objects.iter().all(|o| {
+                o.id.sha256()
+                    .is_some_and(|digest| matches!(store.has(&digest), Ok(true)))
+            })
+        });
+        resolved.is_verified() && here.await.unwrap_or(false)
+    }
+}
+
+#[async_trait]
+impl Roots for ImageRoots {
+    async fn knows(&self, chain_id: &Digest, hints: &Hints) -> Result<bool, RootsError> {
+        let Some(found) = self.find(chain_id, hints).await.map_err(|e| of_node(&e))? else {
+            return Ok(false);
+        };
+        let (store, reference) = (
+            Arc::clone(self.node.store()),
+            found.artifact.reference.clone(),
+        );
+        let owner = owner(chain_id);
+        let pinned = tokio::task::spawn_blocking(move || store.pin(&reference, &owner)).await;
+        match pinned {
+            Ok(Ok(())) => Ok(true),
+            Ok(Err(error)) if error.kind() == StoreErrorKind::ReadOnly => Ok(true),
+            Ok(Err(error)) => Err(of_node(&error.into())),
+            Err(error) => Err(RootsError::new(RootsErrorKind::Failed, error.to_string())),
+        }
+    }
+
+    async fn root(&self, chain_id: &Digest, hints: &Hints) -> Result<Root, RootsError> {
+        let chain = self.chain(chain_id);
+        let mut chain = chain.lock().await;
+        let resolved = self
+            .find(chain_id, hints)
+            .await
+            .map_err(|e| of_node(&e))?
+            .ok_or_else(|| {
+                let message =
+                    format!("the layers of chain id {chain_id} are not in the store any more");
+                RootsError::new(RootsErrorKind::Unknown, message)
+            })?;
+        let (uid, gid) = owner_of(resolved.artifact.tree.inodes());
+        let found = |dir: &Path| Root {
+            dir: dir.to_owned(),
+            uid,
+            gid,
+        };
+        if let Some(dir) = &chain.native {
+            return Ok(found(dir));
+        }
+        if self.not_native.is_none() && self.is_complete(&resolved).await {
+            let _hold = self
+                .node
+                .hold(&resolved.artifact.reference)
+                .await
+                .map_err(|e| of_node(&e))?;
+            match self.mount_native(chain_id, &resolved).await {
+                Ok(dir) => {
+                    chain.native = Some(dir.clone());
+                    return Ok(found(&dir));
+                }
+                Err(error) => tracing::warn!(chain = %chain_id, %error, "served by FUSE"),
+            }
+        }
+        if let Some(lazy) = &chain.lazy {
+            return Ok(found(lazy.mount.dir()));
+        }
+        let lazy = self.mount_lazy(chain_id, resolved).await?;
+        let dir = lazy.mount.dir().to_owned();
+        chain.lazy = Some(lazy);
+        Ok(found(&dir))
+    }
+
+    async fn release(&self, chain_id: &Digest) {
+        let chain = self.chain(chain_id);
+        let mut chain = chain.lock().await;
+        let (lazy, native) = (chain.lazy.take(), chain.native.take());
+        let dir = self.dir(chain_id, "");
+        let released = tokio::task::spawn_blocking(move || {
+            if let Some(lazy) = lazy {
+                let _ = lazy
+                    .mount
+                    .unmount(false)
+                    .or_else(|_| lazy.mount.unmount(true));
+                drop(lazy);
+            }
+            if let Some(native) = native
+                && let Err(error) = native::unmount(&native, true)
+            {
+                tracing::warn!(%error, "a root stays mounted");
+            }
+            for what in ["lazy", "native"] {
+                let _ = fs::remove_dir(dir.join(what));
+            }
+            let _ = fs::remove_dir(&dir);
+        });
+        let _ = released.await;
+    }
+
+    async fn forget(&self, chain_id: &Digest) {
+        let (store, owner) = (Arc::clone(self.node.store()), owner(chain_id));
+        let unpinned = tokio::task::spawn_blocking(move || {
+            for record in store.records()? {
+                if record.pins.contains(&owner) {
+                    store.unpin(&record.reference, &owner)?;
+                }
+            }
+            Ok::<_, crate::store::StoreError>(())
+        });
+        if let Ok(Err(error)) = unpinned.await {
+            tracing::warn!(chain = %chain_id, %error, "an image stays pinned");
+        }
+    }
+
+    async fn usage(&self, chain_id: &Digest) -> Result<Usage, RootsError> {
+        let (bytes, inodes) = self
+            .node
+            .layer_usage(chain_id)
+            .await
+            .map_err(|e| of_node(&e))?
+            .ok_or_else(|| {
+                let message =
+                    format!("the layers of chain id {chain_id} are not in the store any more");
+                RootsError::new(RootsErrorKind::Unknown, message)
+            })?;
+        Ok(Usage { bytes, inodes })
+    }
+}
+
+/// The owner of the pin of a claimed chain.
+fn owner(chain: &Digest) -> String {
+    format!("containerd-{}", &chain.hex()[..32])
+}
+
+fn owner_of(inodes: &[Inode]) -> (u32, u32) {
+    match inodes.first() {
+        Some(Inode {
+            kind: Kind::Dir { .. },
+            meta,
+        }) => (meta.uid, meta.gid),
+        _ => (0, 0),
+    }
+}
+
+fn of_node(error: &NodeError) -> RootsError {
+    let kind = match error {
+        NodeError::Resolve { .. } | NodeError::Fetch { .. } => RootsErrorKind::Unavailable,
+        NodeError::Unknown(_) => RootsErrorKind::Unknown,
+        _ => RootsErrorKind::Failed,
+    };
+    let mut message = error.to_string();
+    let mut next = std::error::Error::source(error);
+    while let Some(cause) = next {
+        message = format!("{message}: {cause}");
+        next = cause.source();
+    }
+    RootsError::new(kind, message)
+}

@@ -1,0 +1,684 @@
+//! What lies in layers: container images, and models that come as compressed tars.
+//!
+//! An image is the merge of its layers' indexes. An index comes from the store, else from the
+//! registry, where somebody has pushed it beside the image or the layer carries its own, else it
+//! falls out of unpacking the layer, which is a full pull. With all indexes at hand an image is an
+//! artifact like any other: its files are fetched when they are read, by ranges of the layers. Who
+//! wants all of it unpacks the layers instead, since that decodes every byte once.
+//!
+//! An index that somebody else made is believed until its layer was unpacked here: then it has to
+//! say the same, or what it said is thrown away (`verify = "strict"` believes none).
+//!
+//! Order on disk: files, then the index, then the artifact's record, then the image's record. An
+//! [`Import`] keeps each from collection until the record that leads there is written.
+
+mod blobs;
+mod indexes;
+
+use std::{collections::HashSet, sync::Arc};
+
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use tokio::sync::mpsc;
+
+pub(super) use self::blobs::blob_of;
+use self::{
+    blobs::Blobs,
+    indexes::{Known, Maker},
+};
+use super::{
+    Node, NodeError, Progress, Resolved, blocking, joined,
+    unpack::{UnpackError, unpack},
+};
+use crate::{
+    digest::{Digest, ObjectId},
+    fetch::{Class, FetchError, Handle},
+    image::{EntryKind, ImageError, LayerIndex, LayerSource, merge},
+    reference::Reference,
+    source::{AttachedBlob, Attachment, Layer, Layered, Source, SourceError, SourceErrorKind},
+    store::{ImageLayer, ImageRecord, Import, Reservation, Store},
+    tree::{Artifact, Recipe, Tree},
+};
+
+/// Layers that are unpacked at the same time: decoding is what takes long, and each has two
+/// threads.
+const LAYERS_AT_ONCE: usize = 2;
+/// Pieces of a layer between fetching and unpacking, of up to a chunk each.
+const PIECES_AHEAD: usize = 4;
+/// Decoded bytes of layers that are kept in memory, for each image that is read.
+const DECODED_CACHE: usize = 32 << 20;
+/// A layer is unpacked once more if one part in so many of its files' bytes is missing; else they
+/// are fetched one by one.
+const FEW: u64 = 8;
+
+/// What was pushed beside an image.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct PushedIndexes {
+    /// The digest of the manifest that refers to the image.
+    pub manifest: String,
+    pub layers: usize,
+    /// Bytes of all indexes.
+    pub bytes: u64,
+    /// Bytes of all layers, as they lie in the registry.
+    pub image_bytes: u64,
+}
+
+/// The layers of an artifact.
+#[derive(Debug)]
+pub(super) struct Layers {
+    /// As the registry has them, lowest first.
+    layers: Vec<Layer>,
+    known: Vec<Known>,
+    /// Where they are read.
+    origin: Arc<dyn Source>,
+}
+
+impl Layers {
+    /// Whether no index waits to be checked.
+    pub(super) fn are_trusted(&self) -> bool {
+        self.known.iter().all(|known| known.maker != Maker::Found)
+    }
+}
+
+impl Node {
+    /// Resolves what lies in layers. Those of which no index is to be had are unpacked; without
+    /// `pull` the answer is `None` then.
+    pub(super) async fn resolve_layered(
+        &self,
+        reference: &Reference,
+        layered: Layered,
+        origin: &Arc<dyn Source>,
+        pull: Option<&Progress>,
+    ) -> Result<Option<Resolved>, NodeError> {
+        let import = self.begin_import().await?;
+        let mut known = self.known_indexes(&layered, &import).await?;
+        self.find_indexes(&layered, origin, &mut known).await?;
+        let mut missing = Vec::new();
+        for (at, layer) in layered.layers.iter().enumerate() {
+            if let Some(path) = &layer.as_file {
+                let index = LayerIndex::of_file(layer.blob, layer.size, path);
+                known[at] = Some(Known {
+                    index: Arc::new(index.map_err(|source| NodeError::Image {
+                        reference: layered.reference.clone(),
+                        source,
+                    })?),
+                    maker: Maker::Own,
+                });
+            } else if self.needs_unpacking(known[at].as_ref()).await? {
+                missing.push(at);
+            }
+        }
+        let mut brought = 0;
+        let mut pulled_by = None;
+        if !missing.is_empty() {
+            let Some(progress) = pull else {
+                return Ok(None);
+            };
+            let layers: Vec<&Layer> = missing.iter().map(|&at| &layered.layers[at]).collect();
+            let room = self.admit_layers(&layered.reference, &layers).await?;
+            let store = Arc::clone(self.store());
+            let within = blocking(move || Ok(Arc::new(store.import_within(&room)?))).await?;
+            let pulled = self
+                .pull(&layered.reference, &layers, origin, &within, progress)
+                .await?;
+            for (at, index) in missing.into_iter().zip(pulled) {
+                known[at] = Some(Known {
+                    index,
+                    maker: Maker::Own,
+                });
+            }
+            let done = Arc::clone(&within);
+            brought = blocking(move || done.commit()).await?.new_bytes;
+            // Until it is recorded what came is kept by both.
+            pulled_by = Some(within);
+        }
+        let known: Vec<Known> = known.into_iter().flatten().collect();
+        let artifact = self
+            .merged(&layered.reference, &layered.manifest, &known)
+            .await?;
+        let matcher = reference
+            .filter
+            .matcher()
+            .map_err(|error| NodeError::Resolve {
+                reference: layered.reference.clone(),
+                source: SourceError::new(
+                    SourceErrorKind::Invalid,
+                    &layered.reference,
+                    error.to_string(),
+                ),
+            })?;
+        let artifact = part_of(artifact, &layered.root, &layered.layers, &|path| {
+            matcher.matches(path)
+        })
+        .map_err(|source| NodeError::Image {
+            reference: layered.reference.clone(),
+            source,
+        })?;
+        if self.store().writable() {
+            self.record(&artifact).await?;
+            // Models have files among their layers, and are no images to run.
+            if layered.layers.iter().all(|layer| layer.as_file.is_none()) {
+                self.keep_documents(&layered.manifest, &layered.config, origin)
+                    .await?;
+                self.record_image(&layered, &known).await?;
+            }
+        }
+        drop((import, pulled_by));
+        let mut resolved = self.lazy(artifact, layered.layers, known, origin);
+        resolved.fresh = true;
+        resolved.brought = brought;
+        Ok(Some(resolved))
+    }
+
+    /// The image whose first layers have the chain id `chain`, brought down to just these layers;
+    /// `None` where none is known, or its indexes are not here.
+    ///
+    /// # Errors
+    /// What the source or the store says.
+    pub async fn image_by_chain(&self, chain: &Digest) -> Result<Option<Resolved>, NodeError> {
+        let (store, id) = (Arc::clone(self.store()), *chain);
+        let found = blocking(move || {
+            let Some((image, count)) = store.image_by_chain(&id)? else {
+                return Ok(None);
+            };
+            let artifact = store.artifact(&image.reference)?;
+            Ok(Some((
+                image,
+                count,
+                artifact.map(|(_, artifact)| Arc::new(artifact)),
+            )))
+        });
+        let Some((mut image, count, artifact)) = found.await? else {
+            return Ok(None);
+        };
+        let Ok(reference) = image.reference.parse::<Reference>() else {
+            return Ok(None);
+        };
+        let origin = self
+            .sources
+            .open(&reference)
+            .map_err(|source| NodeError::Resolve {
+                reference: image.reference.clone(),
+                source,
+            })?;
+        let all = count == image.layers.len();
+        image.layers.truncate(count);
+        let Some((layers, known)) = self.recorded_indexes(&image).await? else {
+            return Ok(None);
+        };
+        let artifact = match artifact
+            .filter(|artifact| all && artifact.revision == image.manifest.to_string())
+        {
+            Some(artifact) => artifact,
+            None => {
+                self.merged(&image.reference, &image.manifest, &known)
+                    .await?
+            }
+        };
+        Ok(Some(self.lazy(artifact, layers, known, &origin)))
+    }
+
+    /// The recorded artifact of an image with what is needed to read it; `None` where that is not
+    /// all here.
+    pub(super) async fn recorded_layers(
+        &self,
+        artifact: &Arc<Artifact>,
+        origin: &Arc<dyn Source>,
+    ) -> Result<Option<Resolved>, NodeError> {
+        let (store, reference) = (Arc::clone(self.store()), artifact.reference.clone());
+        let Some(image) = blocking(move || store.image(&reference)).await? else {
+            return Ok(None);
+        };
+        let found = self.recorded_indexes(&image).await?;
+        Ok(found.map(|(layers, known)| self.lazy(Arc::clone(artifact), layers, known, origin)))
+    }
+
+    /// The layers of a recorded image and their indexes; `None` where one is missing.
+    async fn recorded_indexes(
+        &self,
+        image: &ImageRecord,
+    ) -> Result<Option<(Vec<Layer>, Vec<Known>)>, NodeError> {
+        let layers: Vec<Layer> = image.layers.iter().map(recorded_layer).collect();
+        let mut known = Vec::with_capacity(layers.len());
+        for layer in &layers {
+            match self.index_of(layer).await? {
+                Some(index) if !self.needs_unpacking(Some(&index)).await? => known.push(index),
+                _ => return Ok(None),
+            }
+        }
+        Ok(Some((layers, known)))
+    }
+
+    /// Whether a layer cannot be read before it is unpacked.
+    async fn needs_unpacking(&self, known: Option<&Known>) -> Result<bool, NodeError> {
+        match known {
+            None => Ok(true),
+            Some(known) if known.index.is_seekable() => Ok(false),
+            Some(known) => {
+                let (store, index) = (Arc::clone(self.store()), Arc::clone(&known.index));
+                Ok(blocking(move || much_is_missing(&store, &index)).await?)
+            }
+        }
+    }
+
+    fn lazy(
+        &self,
+        artifact: Arc<Artifact>,
+        layers: Vec<Layer>,
+        known: Vec<Known>,
+        origin: &Arc<dyn Source>,
+    ) -> Resolved {
+        let blobs = Blobs::new(self.engine.clone(), Arc::clone(origin), &layers);
+        let source = LayerSource::new(Arc::new(blobs), DECODED_CACHE);
+        for (known, layer) in known.iter().zip(&layers) {
+            if layer.as_file.is_some() {
+                continue;
+            }
+            if let Err(error) = source.add(Arc::clone(&known.index)) {
+                // Its files came when it was unpacked.
+                tracing::debug!(%error, "a layer is not read at random");
+            }
+        }
+        let layers = Layers {
+            layers,
+            known,
+            origin: Arc::clone(origin),
+        };
+        Resolved {
+            artifact,
+            source: Arc::new(source),
+            fresh: false,
+            new: false,
+            brought: 0,
+            layers: Some(Arc::new(layers)),
+        }
+    }
+
+    /// Unpacks the layers of which much is missing, or whose index nobody has checked; the rest is
+    /// for the caller to fetch file by file.
+    pub(super) async fn bring_layers(
+        &self,
+        reference: &str,
+        layers: &Layers,
+        progress: &Progress,
+    ) -> Result<(), NodeError> {
+        let mut wanted: Vec<(&Layer, &Known)> = Vec::new();
+        for (layer, known) in layers.layers.iter().zip(&layers.known) {
+            if layer.as_file.is_some() {
+                continue;
+            }
+            let (store, index) = (Arc::clone(self.store()), Arc::clone(&known.index));
+            let missing = blocking(move || much_is_missing(&store, &index)).await?;
+            if missing || !self.is_trusted(layer, known).await? {
+                wanted.push((layer, known));
+            }
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let import = self.begin_import().await?;
+        let only: Vec<&Layer> = wanted.iter().map(|(layer, _)| *layer).collect();
+        let pulled = self
+            .pull(reference, &only, &layers.origin, &import, progress)
+            .await?;
+        for ((layer, known), index) in wanted.into_iter().zip(pulled) {
+            if known.maker == Maker::Found && !known.index.agrees_with(&index) {
+                let why = "the index that was found for it describes something else; \
+                           it was replaced: resolve the image again";
+                return Err(NodeError::Image {
+                    reference: reference.to_owned(),
+                    source: ImageError::corrupt(why).in_layer(layer.blob),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Pushes the indexes of an image's layers beside it. Layers of which this node has made none
+    /// are pulled and unpacked for it.
+    ///
+    /// # Errors
+    /// What the source or the store says; a reference that is no image.
+    pub async fn push_indexes(
+        &self,
+        reference: &Reference,
+        progress: &Progress,
+    ) -> Result<PushedIndexes, NodeError> {
+        let failed = |source| NodeError::Resolve {
+            reference: reference.to_string(),
+            source,
+        };
+        let resolved = self.resolve_showing(reference, progress).await?;
+        let Some(layers) = &resolved.layers else {
+            let why = "it does not lie in layers: nothing to index";
+            return Err(failed(SourceError::new(
+                SourceErrorKind::Invalid,
+                reference.to_string(),
+                why,
+            )));
+        };
+        let unmade: Vec<&Layer> = (layers.layers.iter().zip(&layers.known))
+            .filter(|(_, known)| known.maker != Maker::Own)
+            .map(|(layer, _)| layer)
+            .collect();
+        if !unmade.is_empty() {
+            let import = self.begin_import().await?;
+            self.pull(
+                &reference.to_string(),
+                &unmade,
+                &layers.origin,
+                &import,
+                progress,
+            )
+            .await?;
+        }
+        let mut report = PushedIndexes {
+            manifest: String::new(),
+            layers: layers.layers.len(),
+            bytes: 0,
+            image_bytes: layers.layers.iter().map(|layer| layer.size).sum(),
+        };
+        let mut blobs = Vec::with_capacity(layers.layers.len());
+        for layer in &layers.layers {
+            let Some(known) = self.index_of(layer).await? else {
+                return Err(NodeError::Unknown(format!(
+                    "the index of layer {}",
+                    layer.blob
+                )));
+            };
+            let bytes = known.index.encode().map_err(|source| NodeError::Image {
+                reference: reference.to_string(),
+                source,
+            })?;
+            report.bytes += bytes.len() as u64;
+            blobs.push(AttachedBlob {
+                media_type: indexes::INDEX_MEDIA_TYPE.to_owned(),
+                annotations: [(indexes::LAYER_ANNOTATION.to_owned(), layer.blob.to_string())]
+                    .into(),
+                bytes: bytes.into(),
+            });
+        }
+        let subject: Digest = match resolved.artifact.revision.parse() {
+            Ok(subject) => subject,
+            Err(_) => return Err(NodeError::Unknown(format!("the manifest of {reference}"))),
+        };
+        let what = Attachment {
+            kind: indexes::ARTIFACT_TYPE.to_owned(),
+            blobs,
+            annotations: Default::default(),
+        };
+        let pushed = layers.origin.attach(&subject, what).await.map_err(failed)?;
+        report.manifest = pushed.to_string();
+        Ok(report)
+    }
+
+    /// What the topmost layer of a chain takes on the disk: bytes in blocks, and inodes. `None` where
+    /// the chain is not known.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn layer_usage(&self, chain: &Digest) -> Result<Option<(u64, u64)>, NodeError> {
+        let (store, chain) = (Arc::clone(self.store()), *chain);
+        let found = blocking(move || store.image_by_chain(&chain)).await?;
+        let layer = found
+            .and_then(|(image, count)| image.layers.get(count.checked_sub(1)?).map(recorded_layer));
+        let Some(layer) = layer else {
+            return Ok(None);
+        };
+        Ok(self
+            .index_of(&layer)
+            .await?
+            .map(|known| usage(&known.index)))
+    }
+
+    /// Fetches and unpacks layers; their files and indexes are in the store on return, and kept
+    /// by `import`.
+    async fn pull(
+        &self,
+        reference: &str,
+        layers: &[&Layer],
+        origin: &Arc<dyn Source>,
+        import: &Arc<Import>,
+        progress: &Progress,
+    ) -> Result<Vec<Arc<LayerIndex>>, NodeError> {
+        let blobs = Artifact {
+            reference: reference.to_owned(),
+            revision: String::new(),
+            tree: Tree::empty(),
+            objects: layers.iter().map(|layer| blob_of(layer)).collect(),
+        };
+        let names = layers.iter().map(|layer| layer.blob.to_string()).collect();
+        progress.begin_named(&Arc::new(blobs), names, self.store());
+        let mut pulls = Vec::with_capacity(layers.len());
+        for (at, layer) in layers.iter().enumerate() {
+            pulls.push(self.pull_shown(reference, at, layer, origin, import, progress));
+        }
+        stream::iter(pulls)
+            .buffered(LAYERS_AT_ONCE)
+            .try_collect()
+            .await
+    }
+
+    async fn pull_shown(
+        &self,
+        reference: &str,
+        at: usize,
+        layer: &Layer,
+        origin: &Arc<dyn Source>,
+        import: &Arc<Import>,
+        progress: &Progress,
+    ) -> Result<Arc<LayerIndex>, NodeError> {
+        let handle = self
+            .engine
+            .open(&blob_of(layer), origin)
+            .map_err(fetch_failed(reference))?;
+        let shown = progress.watch(at, &handle);
+        let index = self.pull_one(reference, layer, &handle, import).await?;
+        let known = Known {
+            index: Arc::new(index),
+            maker: Maker::Own,
+        };
+        self.keep_index(&known).await?;
+        shown.finished();
+        Ok(known.index)
+    }
+
+    async fn pull_one(
+        &self,
+        reference: &str,
+        layer: &Layer,
+        handle: &Arc<Handle>,
+        import: &Arc<Import>,
+    ) -> Result<LayerIndex, NodeError> {
+        // Once beside the fetch; should that have brought wrong bytes, once more from what was
+        // verified.
+        let mut again = false;
+        loop {
+            let (send, pieces) = mpsc::channel(PIECES_AHEAD);
+            let (this, import, engine) = (layer.clone(), Arc::clone(import), self.engine.clone());
+            let unpacking = tokio::task::spawn_blocking(move || {
+                let mut came = |digests: &[Digest]| {
+                    digests
+                        .iter()
+                        .for_each(|&d| engine.came(&ObjectId::Sha256(d)));
+                };
+                unpack(&this, &import, pieces, &mut came)
+            });
+            let feeding = async move {
+                let mut at = 0;
+                loop {
+                    let piece = handle.follow(at).await?;
+                    at += piece.len() as u64;
+                    // Whoever does not take it has failed, and says why.
+                    if piece.is_empty() || send.send(piece).await.is_err() {
+                        return Ok::<_, FetchError>(());
+                    }
+                }
+            };
+            let fetched = tokio::try_join!(handle.ensure(Class::Warm), feeding);
+            let unpacked = joined(unpacking).await;
+            fetched.map_err(fetch_failed(reference))?;
+            match unpacked {
+                Ok(index) => return Ok(index),
+                Err(UnpackError::Store(error)) => return Err(error.into()),
+                Err(UnpackError::Image(error)) if again => {
+                    return Err(NodeError::Image {
+                        reference: reference.to_owned(),
+                        source: error,
+                    });
+                }
+                Err(UnpackError::Image(error)) => {
+                    tracing::info!(%error, "unpacking once more, from the verified layer");
+                    again = true;
+                }
+            }
+        }
+    }
+
+    /// Room for layers and what they unpack to. That is not known before: three times as much is
+    /// usual. What does not fit in the end fails then.
+    async fn admit_layers(
+        &self,
+        reference: &str,
+        layers: &[&Layer],
+    ) -> Result<Reservation, NodeError> {
+        let bytes = layers
+            .iter()
+            .fold(0u64, |sum, layer| sum.saturating_add(layer.size));
+        let (store, reference) = (Arc::clone(self.store()), reference.to_owned());
+        let admitted = blocking(move || store.admit_bytes(&reference, bytes.saturating_mul(3)));
+        Ok(admitted.await?)
+    }
+
+    async fn begin_import(&self) -> Result<Arc<Import>, NodeError> {
+        let store = Arc::clone(self.store());
+        Ok(Arc::new(blocking(move || store.import()).await?))
+    }
+
+    async fn merged(
+        &self,
+        name: &str,
+        manifest: &Digest,
+        known: &[Known],
+    ) -> Result<Arc<Artifact>, NodeError> {
+        let reference = name.to_owned();
+        let revision = manifest.to_string();
+        let indexes: Vec<_> = known.iter().map(|known| Arc::clone(&known.index)).collect();
+        let merged = joined(tokio::task::spawn_blocking(move || {
+            let layers: Vec<&LayerIndex> = indexes.iter().map(|index| &**index).collect();
+            let (tree, objects) = merge(&layers)?;
+            Ok(Artifact {
+                reference,
+                revision,
+                tree,
+                objects,
+            })
+        }));
+        merged
+            .await
+            .map(Arc::new)
+            .map_err(|source| NodeError::Image {
+                reference: name.to_owned(),
+                source,
+            })
+    }
+
+    async fn record_image(&self, layered: &Layered, known: &[Known]) -> Result<(), NodeError> {
+        let layers = layered
+            .layers
+            .iter()
+            .zip(known)
+            .map(|(layer, known)| ImageLayer {
+                blob: layer.blob,
+                size: layer.size,
+                media_type: layer.media_type.clone(),
+                diff_id: known.index.diff_id,
+            });
+        let record = ImageRecord {
+            reference: layered.reference.clone(),
+            manifest: layered.manifest,
+            config: layered.config,
+            platform: layered
+                .platform
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
+            layers: layers.collect(),
+            made: std::time::SystemTime::now(),
+        };
+        let store = Arc::clone(self.store());
+        Ok(blocking(move || store.record_image(&record)).await?)
+    }
+}
+
+/// The part of an image that a reference means: below a directory, and only what is wanted there.
+/// Layers that are files as they are lose the mark of what is decoded.
+fn part_of(
+    artifact: Arc<Artifact>,
+    root: &str,
+    layers: &[Layer],
+    wanted: &dyn Fn(&str) -> bool,
+) -> Result<Arc<Artifact>, ImageError> {
+    let mut part = artifact
+        .below(root, wanted)
+        .ok_or_else(|| ImageError::invalid(format!("it has no directory /{root}")))?;
+    let files: HashSet<String> = (layers.iter())
+        .filter(|layer| layer.as_file.is_some())
+        .map(|layer| layer.blob.to_string())
+        .collect();
+    for object in &mut part.objects {
+        if let Recipe::Raw(location) = &mut object.recipe
+            && let Some((blob, _)) = location.path.split_once('#')
+            && files.contains(blob)
+        {
+            location.path = blob.to_owned();
+            location.generation = None;
+        }
+    }
+    Ok(Arc::new(part))
+}
+
+fn fetch_failed(reference: &str) -> impl Fn(FetchError) -> NodeError {
+    |source| NodeError::Fetch {
+        reference: reference.to_owned(),
+        source,
+    }
+}
+
+fn recorded_layer(layer: &ImageLayer) -> Layer {
+    Layer {
+        blob: layer.blob,
+        size: layer.size,
+        media_type: layer.media_type.clone(),
+        diff_id: Some(layer.diff_id),
+        annotations: Default::default(),
+        as_file: None,
+    }
+}
+
+/// Bytes in blocks of 4 KiB, and inodes.
+fn usage(index: &LayerIndex) -> (u64, u64) {
+    const BLOCK: u64 = 4096;
+    let mut sum = (0u64, 0u64);
+    for entry in &index.entries {
+        let bytes = match &entry.kind {
+            EntryKind::File(content) => content.size.div_ceil(BLOCK) * BLOCK,
+            EntryKind::Dir => BLOCK,
+            EntryKind::Hardlink { .. } | EntryKind::Opaque => continue,
+            _ => 0,
+        };
+        sum = (sum.0.saturating_add(bytes), sum.1 + 1);
+    }
+    sum
+}
+
+/// Whether so much of a layer's files is missing that it is better unpacked again.
+fn much_is_missing(store: &Store, index: &LayerIndex) -> Result<bool, crate::store::StoreError> {
+    let (mut all, mut missing) = (0u64, 0u64);
+    for content in index.files() {
+        all = all.saturating_add(content.size);
+        if !store.has(&content.digest)? {
+            missing = missing.saturating_add(content.size.max(1));
+        }
+    }
+    Ok(missing > all / FEW)
+}

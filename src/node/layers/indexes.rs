@@ -1,0 +1,226 @@
+//! Indexes of layers: in the store, beside the image in the registry, in the layers themselves.
+
+use std::sync::Arc;
+
+use futures_util::StreamExt as _;
+
+use crate::{
+    digest::Digest,
+    fetch::VerifyPolicy,
+    image::{LayerIndex, toc::TocLayer},
+    node::{Node, NodeError, blocking, joined},
+    source::{Layer, Layered, Source, SourceError, SourceErrorKind},
+    store::{Import, StoreErrorKind},
+    tree::Location,
+};
+
+/// What refers to an image and holds the indexes of its layers.
+pub(in crate::node) const ARTIFACT_TYPE: &str = "application/vnd.hearth.index.v1";
+/// One index: as [`LayerIndex::encode`] makes it.
+pub(in crate::node) const INDEX_MEDIA_TYPE: &str = "application/vnd.hearth.layer-index.v1";
+/// The digest of the layer that an index belongs to.
+pub(in crate::node) const LAYER_ANNOTATION: &str = "dev.hearth.layer";
+
+/// Largest index taken from a registry, in bytes.
+const MAX_INDEX: u64 = 256 << 20;
+
+/// The index of a layer.
+#[derive(Debug, Clone)]
+pub(super) struct Known {
+    pub(super) index: Arc<LayerIndex>,
+    pub(super) maker: Maker,
+}
+
+/// Who made an index. In the store it stands before the index, as one byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Maker {
+    /// It came of unpacking the layer here.
+    Own = b'o' as isize,
+    /// The layer carries it, and the image's manifest has its digest.
+    Table = b't' as isize,
+    /// It was found beside the image: nobody here has checked it.
+    Found = b'f' as isize,
+}
+
+impl Node {
+    /// The indexes that the store has, kept from collection by `import`.
+    pub(super) async fn known_indexes(
+        &self,
+        layered: &Layered,
+        import: &Arc<Import>,
+    ) -> Result<Vec<Option<Known>>, NodeError> {
+        let blobs: Vec<Digest> = layered.layers.iter().map(|layer| layer.blob).collect();
+        let import = Arc::clone(import);
+        blocking(move || import.keep(&blobs)).await?;
+        let mut known = Vec::with_capacity(layered.layers.len());
+        for layer in &layered.layers {
+            known.push(self.index_of(layer).await?);
+        }
+        Ok(known)
+    }
+
+    /// The index of a layer from the store; one that is damaged, or of another layer, counts as
+    /// absent.
+    pub(super) async fn index_of(&self, layer: &Layer) -> Result<Option<Known>, NodeError> {
+        let (store, this) = (Arc::clone(self.store()), layer.clone());
+        let strict = self.believes_none();
+        let found = blocking(move || {
+            let Some(bytes) = store.index(&this.blob)? else {
+                return Ok(None);
+            };
+            let (maker, encoded) = match bytes.split_first() {
+                Some((b'o', encoded)) => (Maker::Own, encoded),
+                Some((b't', encoded)) => (Maker::Table, encoded),
+                Some((b'f', encoded)) if !strict => (Maker::Found, encoded),
+                _ => return Ok(None),
+            };
+            match usable(encoded, &this) {
+                Ok(index) => Ok(Some(Known {
+                    index: Arc::new(index),
+                    maker,
+                })),
+                Err(error) => {
+                    tracing::warn!(%error, "the stored index counts as absent");
+                    Ok(None)
+                }
+            }
+        });
+        Ok(found.await?)
+    }
+
+    /// Whether the index of `layer` needs no checking, or was checked by now.
+    pub(super) async fn is_trusted(&self, layer: &Layer, known: &Known) -> Result<bool, NodeError> {
+        if known.maker != Maker::Found {
+            return Ok(true);
+        }
+        let now = self.index_of(layer).await?;
+        Ok(now.is_some_and(|now| now.maker == Maker::Own && now.index.agrees_with(&known.index)))
+    }
+
+    /// Puts an index into the store.
+    pub(super) async fn keep_index(&self, known: &Known) -> Result<(), NodeError> {
+        let (store, index) = (Arc::clone(self.store()), Arc::clone(&known.index));
+        let mut bytes = vec![known.maker as u8];
+        bytes.extend(known.index.encode().map_err(|source| NodeError::Image {
+            reference: format!("the index of layer {}", index.blob),
+            source,
+        })?);
+        let kept = blocking(move || store.put_index(&index.blob, &bytes));
+        match kept.await {
+            // It serves this process all the same.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly
+                ) =>
+            {
+                tracing::warn!(%error, "the index of a layer could not be kept");
+                Ok(())
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// Looks for the missing indexes in the registry. What cannot be found, or used, is left out.
+    pub(super) async fn find_indexes(
+        &self,
+        layered: &Layered,
+        origin: &Arc<dyn Source>,
+        known: &mut [Option<Known>],
+    ) -> Result<(), NodeError> {
+        if self.believes_none() || known.iter().all(Option::is_some) {
+            return Ok(());
+        }
+        let beside: Vec<Layer> = match origin.attached(&layered.manifest, ARTIFACT_TYPE).await {
+            Ok(beside) => beside.into_iter().flat_map(|one| one.blobs).collect(),
+            Err(error) => {
+                tracing::warn!(%error, "could not look for an index beside the image");
+                Vec::new()
+            }
+        };
+        for (layer, known) in layered.layers.iter().zip(known) {
+            if known.is_some() || layer.as_file.is_some() {
+                continue;
+            }
+            let blob = beside.iter().find(|blob| {
+                let of = blob.annotations.get(LAYER_ANNOTATION);
+                blob.media_type == INDEX_MEDIA_TYPE
+                    && of.is_some_and(|of| *of == layer.blob.to_string())
+            });
+            let found = match (blob, layer.diff_id) {
+                (Some(blob), _) => {
+                    let index = read_index(origin, blob, layer).await;
+                    index.map(|index| Some((index, Maker::Found)))
+                }
+                (None, Some(diff_id)) => {
+                    let layer = TocLayer {
+                        blob: layer.blob,
+                        size: layer.size,
+                        diff_id,
+                        annotations: &layer.annotations,
+                    };
+                    let toc = layer.fetch(&**origin).await;
+                    toc.map(|toc| toc.map(|toc| (toc.index, Maker::Table)))
+                }
+                (None, None) => Ok(None),
+            };
+            match found {
+                Ok(Some((index, maker))) => {
+                    let found = Known {
+                        index: Arc::new(index),
+                        maker,
+                    };
+                    self.keep_index(&found).await?;
+                    *known = Some(found);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(layer = %layer.blob, %error, "an index cannot be used")
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn believes_none(&self) -> bool {
+        self.engine.config().verify == VerifyPolicy::Strict
+    }
+}
+
+/// Reads the index of `layer` from the registry.
+async fn read_index(
+    origin: &Arc<dyn Source>,
+    blob: &Layer,
+    layer: &Layer,
+) -> Result<LayerIndex, SourceError> {
+    let invalid = |why: String| {
+        let what = format!("index {} of layer {}", blob.blob, layer.blob);
+        SourceError::new(SourceErrorKind::Invalid, what, why)
+    };
+    if blob.size > MAX_INDEX {
+        return Err(invalid(format!("it has {} bytes", blob.size)));
+    }
+    let location = Location {
+        path: blob.blob.to_string(),
+        generation: None,
+        offset: 0,
+    };
+    let mut body = origin.read(&location, 0..blob.size).await?;
+    let mut bytes = Vec::new();
+    while let Some(piece) = body.next().await {
+        bytes.extend_from_slice(&piece?);
+    }
+    if Digest::of(&bytes) != blob.blob {
+        return Err(invalid("it has another digest".into()));
+    }
+    let layer = layer.clone();
+    joined(tokio::task::spawn_blocking(move || usable(&bytes, &layer)))
+        .await
+        .map_err(|error| invalid(error.to_string()))
+}
+
+fn usable(encoded: &[u8], layer: &Layer) -> Result<LayerIndex, crate::image::ImageError> {
+    let index = LayerIndex::decode(encoded)?;
+    index.belongs_to(&layer.blob, layer.size)?;
+    Ok(index)
+}
