@@ -7,8 +7,9 @@
 //!
 //! Where the kernel can ([`Support::Direct`], Linux 6.16), the overlay of each container is itself laid
 //! over metadata and objects, which costs no more than one over plain directories; elsewhere it lies on
-//! an overlay of ours. Then the store cannot be on an overlay too: the kernel stacks two. That is
-//! also why the image is on a loop device: mounted as a file it would count as one more.
+//! an overlay of ours. Then the store cannot be on an overlay too: the kernel stacks two. The image is
+//! on a loop device, since mounted as a file it would count as one more on some kernels, and its lock
+//! (see below) would not be kept.
 //!
 //! One mount is seen, on the directory that was asked for. Of [`mount()`] that is the overlay; the
 //! EROFS is attached to the same directory only until overlayfs has taken it over, and is gone
@@ -138,6 +139,9 @@ pub fn mount_metadata(image: &Path, dir: &Path) -> Result<Root, MountError> {
 /// The value of the option `lowerdir` of a container's overlay over the metadata mounted on
 /// `metadata` and the objects of the store; no other option is needed, with or without an upper
 /// directory. Only where [`Support::Direct`].
+///
+/// Files that the container has not changed have another `st_dev` than directories, as ever when
+/// layers are on several file systems. The option `xino=on` makes it one, for inode numbers of 64 bits.
 pub fn lowerdir(metadata: &Path, objects: &Path) -> OsString {
     let mut list = Vec::new();
     for (dir, separator) in [(metadata, &b"::"[..]), (objects, b"")] {
@@ -364,6 +368,12 @@ fn proc_path(dir: &File) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn paths_in_options_are_escaped() {
+        let found = lowerdir(Path::new("/a:b,c\\d"), Path::new("/store/objects"));
+        assert_eq!(found, "/a\\:b\\,c\\\\d::/store/objects");
+    }
 
     #[test]
     fn releases_are_compared_by_number() {
