@@ -278,6 +278,14 @@ pub fn install_tls() {
     });
 }
 
+/// Whether requests to `http://` URLs may need TLS all the same: their proxy is asked over it.
+fn tls_to_proxies() -> bool {
+    ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"]
+        .iter()
+        .filter_map(std::env::var_os)
+        .any(|proxy| proxy.to_string_lossy().starts_with("https:"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
