@@ -402,8 +402,8 @@ impl Job {
         let count = chunk::count(self.handle.size());
         let cursor = self.cursor.load(Ordering::Relaxed);
         let length = match connections as u64 {
-            0 | 1 => length,
-            n => ((count - cursor) / (2 * n)).clamp(1, length),
+            n if n > 1 && cursor > 0 => ((count - cursor) / (2 * n)).clamp(2, length),
+            _ => length,
         };
         for range in [cursor..count, 0..cursor] {
             let mut from = range.start;

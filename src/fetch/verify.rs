@@ -226,3 +226,33 @@ fn git_hasher(size: u64) -> Sha1 {
     hasher.update(format!("blob {size}\0"));
     hasher
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::{Location, Recipe};
+
+    #[test]
+    fn a_gap_holds_fetching_back_later_than_hashing_does() {
+        let object = || Object {
+            id: ObjectId::Sha256(Digest::of(b"x")),
+            size: 1 << 30,
+            git_sha1: None,
+            recipe: Recipe::Raw(Location {
+                path: "x".into(),
+                generation: None,
+                offset: 0,
+            }),
+        };
+        let behind_at = |first: u64| {
+            let verifier = Verifier::new(&object());
+            let mut chunks = first..1000;
+            while !verifier.is_behind() {
+                verifier.offer(chunks.next().unwrap(), 0, None);
+            }
+            chunks.start - first
+        };
+        assert_eq!(behind_at(1), BACKLOG + 1, "the hasher is at work");
+        assert_eq!(behind_at(4), BACKLOG_OF_GAP + 1, "a chunk is missing");
+    }
+}

@@ -259,7 +259,7 @@ fn a_change_at_the_origin_is_noticed_and_never_mixed() {
     assert!(fs::read(bed.object(&new)).unwrap() == new);
 
     // It changes while it is warmed.
-    let web2 = Web::slow("4m");
+    let web2 = Web::slow("1m");
     let model = web2.model("m", 24, 1);
     let bed = Bed::new();
     let config = bed.path("config.toml");
