@@ -185,7 +185,9 @@ impl Web {
         if let Some(client) = self.secure.get() {
             return Ok(client);
         }
-        let made = builder(&self.config).tls_certs_merge(extra_roots()?).build();
+        let made = builder(&self.config)
+            .tls_certs_merge(extra_roots()?)
+            .build();
         let made = made.or_else(|error| {
             // A machine without any root certificate can still ask a proxy over plain http.
             tracing::warn!("https will not work: {}", root_cause(&error.without_url()));

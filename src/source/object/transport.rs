@@ -22,7 +22,7 @@ use reqwest::{
     header::{ACCEPT_ENCODING, CONTENT_RANGE, HeaderValue, RANGE, RETRY_AFTER},
 };
 
-use super::super::tls_to_proxies;
+use super::super::{retry_after, tls_to_proxies};
 
 /// Longest page of a listing that is read, in bytes. S3 sends 1000 keys of at most 1 KiB, Azure
 /// 5000.
@@ -161,7 +161,7 @@ impl HttpService for Watched {
                 .headers()
                 .get(RETRY_AFTER)
                 .and_then(|value| value.to_str().ok())
-                .and_then(wait);
+                .and_then(retry_after);
         }
         if ends_nowhere {
             // `object_store` would add one to the end of the range.
@@ -181,18 +181,4 @@ impl HttpService for Watched {
         });
         Ok(HttpResponse::from_parts(parts, HttpResponseBody::new(body)))
     }
-}
-
-/// `Retry-After`: seconds or a date (RFC 9110, 10.2.3), at most an hour.
-fn wait(value: &str) -> Option<Duration> {
-    const MAX: Duration = Duration::from_secs(3600);
-    let value = value.trim();
-    let wait = match value.parse::<u64>() {
-        Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => httpdate::parse_http_date(value)
-            .ok()?
-            .duration_since(std::time::SystemTime::now())
-            .unwrap_or_default(),
-    };
-    Some(wait.min(MAX))
 }
