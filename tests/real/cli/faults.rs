@@ -410,3 +410,26 @@ fn content_that_is_not_what_its_digest_says_is_not_kept() {
     bed.ok("warm hf://org/my-model");
     assert!(fs::read(bed.object(&good)).unwrap() == good);
 }
+
+/// Whoever waits for an origin that is gone is told so, once, before it is given up.
+#[test]
+fn an_outage_is_said_once() {
+    let bed = Bed::new();
+    let web = Web::slow("300k");
+    let model = web.model("m", 4, 1);
+    let config = bed.path("config.toml");
+    fs::write(&config, "[fetch]\npatience_seconds = 8\n").unwrap();
+    let warm = bed.start(&format!("--config {} warm {model}", config.display()));
+    let begun = Instant::now();
+    while web.content().is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(web.server);
+    let err = warm.done().failed(1);
+    let said: Vec<_> = err.lines().filter(|l| l.starts_with("waiting: ")).collect();
+    assert_eq!(said.len(), 1, "{err}");
+    assert!(said[0].contains("127.0.0.1"), "{err}");
+    assert!(said[0].contains("; trying for another "), "{err}");
+    assert!(err.contains("hint: run the command again"), "{err}");
+}
