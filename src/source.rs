@@ -279,7 +279,7 @@ pub fn install_tls() {
 }
 
 /// Longest wait that an origin may ask for.
-const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
+const MAX_WAIT: Duration = Duration::from_secs(3600);
 
 /// `Retry-After` (RFC 9110, 10.2.3): seconds, or a date.
 fn retry_after(value: &str) -> Option<Duration> {
