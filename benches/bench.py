@@ -20,6 +20,14 @@ def hearth_reads(at):
     out = subprocess.run(hearth("status", at, "--json"), capture_output=True, timeout=30, check=True).stdout
     return json.loads(out)["mount"]["reads"]
 
+def at_rest(at):
+    """Waits until the background fetch of the mount is through."""
+    for _ in range(240):
+        out = subprocess.run(hearth("status", at, "--json"), capture_output=True, timeout=30, check=True).stdout
+        if json.loads(out)["complete"]: return
+        time.sleep(0.5)
+    raise RuntimeError("the mount does not come to rest")
+
 def remote(o, path): return f":s3,provider=Minio,env_auth=true,endpoint='{o.s3}',force_path_style=true,list_version=2:models{path}"
 RCLONE = ["rclone", "copy", "--multi-thread-streams", "8", "--multi-thread-cutoff", "64M", "--transfers", "4", "--buffer-size", "16M", "--ignore-checksum"]
 
@@ -203,7 +211,8 @@ def memory(n):
             fresh(); drop()
             with mount(o, mounts(o, "m4g"), name.split(",")[0]) as m:
                 subprocess.run(["ls", "-lR", str(m.at)], stdout=subprocess.DEVNULL, timeout=60)
-                time.sleep(3)
+                if name.startswith("hearth"): at_rest(m.at)
+                time.sleep(5)
                 t.add(name, rss=m.rss("VmRSS"))
         interleave(min(n, 3), [f"{x}, idle mount" for x in mounts(o, "m4g")], idle, t)
         fresh()
@@ -223,7 +232,7 @@ def link(n):
         interleave(n, mounts(o, "m1g"), one, f)
     t.show(f"1 GiB over {LINK_MBIT} Mbit/s, {rtt:.0f} ms round trip", {**BULK, "% of link": ".1f", "% of goodput": ".1f"}, [(h, PEERS, "wall") for h in OURS])
     f.show("the same link, cold mount", {"mount ms": ".0f", "first ms": ".1f"}, [("hearth", ["rclone", "s3fs"], "first ms")])
-    for h in OURS: target(f"link {h}, % of what TCP can carry", t.med(h, "% of goodput"), ">=", 95)
+    for h in OURS: target(f"link {h}, % of the raw link, of which TCP can carry {GOODPUT * 100:.1f}", t.med(h, "% of link"), ">=", 95)
     target("link, first byte of a cold mount, ms", f.med("hearth", "first ms"), "<=", 2 * rtt + 5)
 
 SECTIONS = {"models": models, "mount": cold, "native": native, "memory": memory, "link": link}

@@ -35,7 +35,6 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-pub use self::handle::Handle;
 use self::{
     buffer::Pool,
     dispatch::Queue,
@@ -43,6 +42,7 @@ use self::{
     recent::Recent,
     small::SmallObjects,
 };
+pub use self::{handle::Handle, retry::Trouble};
 use crate::{
     chunk::CHUNK_SIZE,
     digest::ObjectId,

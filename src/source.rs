@@ -434,6 +434,34 @@ pub fn install_tls() {
     });
 }
 
+/// Longest wait that an origin may ask for.
+const MAX_WAIT: Duration = Duration::from_secs(3600);
+
+/// `Retry-After` (RFC 9110, 10.2.3): seconds, or a date.
+fn retry_after(value: &str) -> Option<Duration> {
+    let value = value.trim();
+    let wait = match value.bytes().all(|b| b.is_ascii_digit()) {
+        // More digits than a number has are a long wait, too.
+        true if !value.is_empty() => Duration::from_secs(value.parse().unwrap_or(u64::MAX)),
+        _ => {
+            let until = httpdate::parse_http_date(value).ok()?;
+            match until.duration_since(std::time::SystemTime::now()) {
+                Ok(left) => Duration::from_secs(left.as_secs() + 1),
+                Err(_) => Duration::ZERO,
+            }
+        }
+    };
+    Some(wait.min(MAX_WAIT))
+}
+
+/// Whether requests to `http://` URLs may need TLS all the same: their proxy is asked over it.
+fn tls_to_proxies() -> bool {
+    ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"]
+        .iter()
+        .filter_map(std::env::var_os)
+        .any(|proxy| proxy.to_string_lossy().starts_with("https:"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -131,6 +131,12 @@ impl Drop for ControlServer {
     }
 }
 
+/// Whether a process of the store at `root` serves `mountpoint`, or did so until it was killed.
+pub(super) fn is_ours(root: &Path, mountpoint: &Path) -> bool {
+    let socket = format!("{}.sock", name(mountpoint));
+    root.join("run").join(socket).exists()
+}
+
 /// Asks the process that serves `mountpoint`; `None` where there is none.
 ///
 /// # Errors

@@ -67,6 +67,10 @@ impl LayoutArg {
     }
 }
 
+/// How long the background fetch leaves the origin, and the connections that stand, to whoever opens
+/// the first file.
+const HEAD_START: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// What the background process tells the command that started it.
 #[derive(Serialize, Deserialize)]
 enum Word {
@@ -343,6 +347,7 @@ impl Mounted {
             let (node, resolved) = (node.clone(), resolved.clone());
             let error = Arc::clone(&error);
             tokio::spawn(async move {
+                tokio::time::sleep(HEAD_START).await;
                 if let Err(failed) = node.fill(&resolved, &progress).await {
                     if failed.is_cancelled() {
                         return; // it is being unmounted

@@ -17,6 +17,8 @@ use crate::{
 
 /// Rows of files under way that are shown.
 const MAX_BARS: usize = 8;
+/// How long nothing must have arrived before that is said.
+const SILENCE: Duration = Duration::from_secs(5);
 /// How often a plain line is printed where there is no terminal.
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
 
@@ -172,6 +174,8 @@ struct Shown {
     files: Vec<ProgressBar>,
     last_plain: Instant,
     first_present: Option<(Instant, u64)>,
+    /// That the origin fails has been said.
+    told: bool,
 }
 
 impl Shown {
@@ -183,6 +187,7 @@ impl Shown {
             files: Vec::new(),
             last_plain: Instant::now(),
             first_present: None,
+            told: false,
         }
     }
 
@@ -190,6 +195,19 @@ impl Shown {
         let Some(now) = progress.snapshot() else {
             return;
         };
+        match &now.trouble {
+            None => self.told = false,
+            Some(trouble) if !self.told && trouble.since.elapsed() >= SILENCE => {
+                self.told = true;
+                let left = trouble.until.saturating_duration_since(Instant::now());
+                note(&format!(
+                    "waiting: {}; trying for another {} s",
+                    trouble.error,
+                    left.as_secs()
+                ));
+            }
+            Some(_) => {}
+        }
         let (since, base) = *self
             .first_present
             .get_or_insert((Instant::now(), now.present_bytes));

@@ -57,6 +57,7 @@ fn store(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
         artifacts: store.records().map_err(crate::node::NodeError::from)?.len(),
         mounts: crate::mount::mounted()?
             .into_iter()
+            .filter(|m| control::is_ours(&context.root, &m.mountpoint))
             .map(|m| m.mountpoint.display().to_string())
             .collect(),
     };

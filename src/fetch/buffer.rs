@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::{chunk::CHUNK_SIZE, metrics};
 
 /// Buffers kept for reuse when idle; the rest goes back to the system.
-const IDLE_BUFFERS: usize = 8;
+const IDLE_BUFFERS: usize = 2;
 
 /// The budget of chunk buffers. Demand has a share of its own, so that it never waits for the
 /// buffers of background work.

@@ -341,7 +341,7 @@ impl Queue {
                 if job.running.load(Ordering::Relaxed) >= cap || job.handle.verifier().is_behind() {
                     continue;
                 }
-                match job.next_segment(segment) {
+                match job.next_segment(segment, share) {
                     Ok(Some(lease)) => {
                         self.start(engine, &job.handle, Some(Arc::clone(job)), lease, job.class);
                         return true;
@@ -395,10 +395,16 @@ impl Queue {
 }
 
 impl Job {
-    /// Claims the next segment, from the cursor on, and once more from the beginning.
-    fn next_segment(&self, length: u64) -> Result<Option<Lease>, FetchError> {
+    /// Claims the next segment, from the cursor on, and once more from the beginning. Where
+    /// `connections` share the object, segments get shorter towards its end, so that all are busy
+    /// until then.
+    fn next_segment(&self, length: u64, connections: usize) -> Result<Option<Lease>, FetchError> {
         let count = chunk::count(self.handle.size());
         let cursor = self.cursor.load(Ordering::Relaxed);
+        let length = match connections as u64 {
+            n if n > 1 && cursor > 0 => ((count - cursor) / (2 * n)).clamp(2, length),
+            _ => length,
+        };
         for range in [cursor..count, 0..cursor] {
             let mut from = range.start;
             while let Some(first) = (from..range.end).find(|&c| !self.partial.present(c)) {

@@ -197,6 +197,7 @@ impl<'a> Run<'a> {
                 return Err(FetchError::source(self.handle, &error));
             };
             tracing::info!(%error, ?pause, "trying again");
+            self.handle.last_trouble().note(&retry, &error);
             metrics::global().fetch_retries.add(1);
             tokio::time::sleep(pause).await;
         }
@@ -249,6 +250,7 @@ impl<'a> Run<'a> {
                 self.engine.bandwidth.spend(frame.len()).await;
             }
             retry.progress();
+            self.handle.last_trouble().is_over();
             while !frame.is_empty() {
                 let mut writer = match partly.take() {
                     Some(writer) => writer,

@@ -21,6 +21,7 @@ use super::{
     Class, FetchError, FetchErrorKind, Inner, VerifyPolicy,
     buffer::ChunkBuf,
     flight::{self, Flight},
+    retry::{LastTrouble, Trouble},
     safetensors::Sections,
     stream::Streams,
     verify::Verifier,
@@ -65,6 +66,7 @@ pub struct Handle {
     prefix: Mutex<(u32, u64)>,
     /// The generation of the partial object that readers were served from first.
     served: AtomicU64,
+    trouble: LastTrouble,
     /// The last time the content was wrong, and until when that is taken for granted.
     wrong: Mutex<Option<Wrong>>,
     /// Somebody reads it while it arrives: write through the page cache.
@@ -153,6 +155,7 @@ impl Handle {
             sections: Mutex::new(sections),
             on_wrong: Mutex::default(),
             prefix: Mutex::default(),
+            trouble: LastTrouble::default(),
             wrong: Mutex::default(),
             served: AtomicU64::new(NOTHING_SERVED),
             read: AtomicBool::new(false),
@@ -193,6 +196,11 @@ impl Handle {
             State::Complete(complete) => Some(Arc::clone(complete)),
             _ => None,
         }
+    }
+
+    /// Why nothing arrives, where the origin fails and is asked again.
+    pub fn trouble(&self) -> Option<Trouble> {
+        self.trouble.get()
     }
 
     /// Has `call` run, from a thread that may block, each time the content turned out wrong after
@@ -336,6 +344,10 @@ impl Handle {
 
     pub(super) fn verifier(&self) -> &Verifier {
         &self.verifier
+    }
+
+    pub(super) fn last_trouble(&self) -> &LastTrouble {
+        &self.trouble
     }
 
     pub(super) fn is_read(&self) -> bool {

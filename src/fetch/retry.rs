@@ -1,6 +1,11 @@
 //! The one place that decides about retries.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
 
 use crate::source::{SourceError, SourceErrorKind};
 
@@ -56,6 +61,48 @@ impl Retry {
             Some(asked) => asked.max(backoff).min(left),
             None => backoff,
         })
+    }
+}
+
+/// Why nothing arrives of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// What the origin, or the way to it, said last.
+    pub error: String,
+    /// Nothing has arrived since.
+    pub since: Instant,
+    /// When it will be given up.
+    pub until: Instant,
+}
+
+/// The trouble of one object, for those who show how it does.
+#[derive(Default)]
+pub(super) struct LastTrouble {
+    any: AtomicBool,
+    trouble: Mutex<Option<Trouble>>,
+}
+
+impl LastTrouble {
+    /// `error` is about to be waited out.
+    pub(super) fn note(&self, retry: &Retry, error: &SourceError) {
+        *self.trouble.lock() = Some(Trouble {
+            error: error.to_string(),
+            since: retry.since,
+            until: retry.since + retry.patience,
+        });
+        self.any.store(true, Ordering::Release);
+    }
+
+    /// Bytes arrived.
+    pub(super) fn is_over(&self) {
+        if self.any.load(Ordering::Acquire) {
+            self.any.store(false, Ordering::Release);
+            *self.trouble.lock() = None;
+        }
+    }
+
+    pub(super) fn get(&self) -> Option<Trouble> {
+        self.trouble.lock().clone()
     }
 }
 

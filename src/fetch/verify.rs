@@ -25,8 +25,11 @@ use crate::{
     tree::Object,
 };
 
-/// Chunks of one object that may wait for the frontier before no more are fetched.
+/// Chunks of one object that may wait to be hashed before no more are fetched.
 const BACKLOG: u64 = 24;
+/// The same while the chunk at the frontier has not arrived: one connection is slower than the
+/// others, which should not stand still for it.
+const BACKLOG_OF_GAP: u64 = 128;
 
 pub(super) struct Verifier {
     frontier: Mutex<Frontier>,
@@ -68,8 +71,16 @@ impl Verifier {
     /// was here before is being hashed then.
     pub(super) fn is_behind(&self) -> bool {
         let waiting = self.waiting.lock();
-        let near = |&first: &u64| first <= self.hashed.load(Ordering::Relaxed) + 2 * BACKLOG;
-        waiting.len() as u64 > BACKLOG && waiting.keys().next().is_some_and(near)
+        let Some(&first) = waiting.keys().next() else {
+            return false;
+        };
+        // The last one that was hashed, or the one that is.
+        let hashed = self.hashed.load(Ordering::Relaxed);
+        let most = match first > hashed + 1 {
+            true => BACKLOG_OF_GAP,
+            false => BACKLOG,
+        };
+        waiting.len() as u64 > most && first <= hashed + 2 * BACKLOG
     }
 
     /// Notes a chunk that was committed to `generation`; its content is kept for a while if there
@@ -214,4 +225,34 @@ fn git_hasher(size: u64) -> Sha1 {
     let mut hasher = Sha1::new();
     hasher.update(format!("blob {size}\0"));
     hasher
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::{Location, Recipe};
+
+    #[test]
+    fn a_gap_holds_fetching_back_later_than_hashing_does() {
+        let object = || Object {
+            id: ObjectId::Sha256(Digest::of(b"x")),
+            size: 1 << 30,
+            git_sha1: None,
+            recipe: Recipe::Raw(Location {
+                path: "x".into(),
+                generation: None,
+                offset: 0,
+            }),
+        };
+        let behind_at = |first: u64| {
+            let verifier = Verifier::new(&object());
+            let mut chunks = first..1000;
+            while !verifier.is_behind() {
+                verifier.offer(chunks.next().unwrap(), 0, None);
+            }
+            chunks.start - first
+        };
+        assert_eq!(behind_at(1), BACKLOG + 1, "the hasher is at work");
+        assert_eq!(behind_at(4), BACKLOG_OF_GAP + 1, "a chunk is missing");
+    }
 }

@@ -11,7 +11,7 @@ use std::{
 use parking_lot::Mutex;
 
 use crate::{
-    fetch::Handle,
+    fetch::{Handle, Trouble},
     store::Store,
     tree::{Artifact, Object},
 };
@@ -40,6 +40,8 @@ pub struct Snapshot {
     pub done_files: usize,
     /// Files of which a part is here, in path order.
     pub active: Vec<FileProgress>,
+    /// Why nothing arrives of the file that waits longest, where the origin fails.
+    pub trouble: Option<Trouble>,
 }
 
 /// One file under way.
@@ -107,11 +109,16 @@ impl Progress {
             total_files: artifact.stored().count(),
             done_files: self.done_files.load(Relaxed),
             active: Vec::new(),
+            trouble: None,
         };
         for (&object, handle) in &state.active {
             let Some(handle) = handle.upgrade() else {
                 continue;
             };
+            let earlier = |t: &Trouble| snapshot.trouble.as_ref().is_none_or(|o| t.since < o.since);
+            if let Some(trouble) = handle.trouble().filter(earlier) {
+                snapshot.trouble = Some(trouble);
+            }
             let present = handle.present_bytes();
             snapshot.present_bytes += present;
             if present > 0 {

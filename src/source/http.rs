@@ -122,9 +122,28 @@ impl HttpSource {
 
     /// The files of the directory at `dir`, by its index or its listing pages.
     async fn walk(&self, dir: &Url, listing: &mut Listing) -> Result<Vec<Found>, SourceError> {
-        if let Some(found) = self.index(dir, listing).await? {
+        // Both at once: there is hardly ever an index, and a round trip may be long.
+        let first = self.page(dir);
+        tokio::pin!(first);
+        let mut early = None;
+        let index = {
+            let index = self.index(dir, listing);
+            tokio::pin!(index);
+            loop {
+                tokio::select! {
+                    biased;
+                    index = &mut index => break index?,
+                    page = &mut first, if early.is_none() => early = Some(page),
+                }
+            }
+        };
+        if let Some(found) = index {
             return Ok(found);
         }
+        let mut early = Some(match early {
+            Some(page) => page?,
+            None => first.await?,
+        });
         let mut found = Vec::new();
         let mut seen = 0usize;
         let mut directories = 0usize;
@@ -142,9 +161,13 @@ impl HttpSource {
                 return Err(SourceError::new(Kind::Invalid, dir.as_str(), message)
                     .with_hint("name a smaller part, or put a hearth.json there"));
             }
+            let known = early.take();
             let mut pages = stream::iter(level)
                 .map(async |(path, url): (String, Url)| {
-                    let children = self.page(&url).await?;
+                    let children = match &known {
+                        Some(children) => children.clone(),
+                        None => self.page(&url).await?,
+                    };
                     Ok::<_, SourceError>((path, url, children))
                 })
                 .buffered(PARALLEL);

@@ -13,7 +13,7 @@ mod auth;
 mod headers;
 mod routes;
 
-use std::{ops::Range, time::Duration};
+use std::{ops::Range, sync::OnceLock, time::Duration};
 
 use reqwest::{
     Method, StatusCode,
@@ -45,7 +45,12 @@ const IDLE: Duration = Duration::from_secs(50);
 /// parallel TCP streams.
 #[derive(Debug)]
 pub(crate) struct Web {
-    client: reqwest::Client,
+    /// For what needs no TLS: reading the root certificates takes longer than many a request.
+    plain: Option<reqwest::Client>,
+    /// For all else; made when first needed.
+    secure: OnceLock<reqwest::Client>,
+    config: Config,
+    tls: Tls,
     /// Longest time until an answer begins.
     request: Duration,
     /// Longest time without a byte of a body.
@@ -115,12 +120,13 @@ pub(crate) struct Document {
 }
 
 impl Web {
-    /// A client with the timeouts of `config`. Trusts the roots of the system (or `SSL_CERT_FILE`, `SSL_CERT_DIR`) and those in the PEM
-    /// files that `REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE` name; uses the proxies that
-    /// `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` name.
+    /// A client with the timeouts of `config`. Trusts the roots of the system (or `SSL_CERT_FILE`,
+    /// `SSL_CERT_DIR`) and those in the PEM files that `REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE`
+    /// name, which it reads when it first needs them; uses the proxies that `HTTP_PROXY`,
+    /// `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` name.
     ///
     /// # Errors
-    /// A CA bundle that cannot be read; a proxy that cannot be used.
+    /// A proxy that cannot be used.
     pub(crate) fn new(config: &Config) -> Result<Self, SourceError> {
         Self::with_tls(config, Tls::default())
     }
@@ -131,40 +137,50 @@ impl Web {
     /// As [`Web::new`].
     pub(crate) fn with_tls(config: &Config, tls: Tls) -> Result<Self, SourceError> {
         super::install_tls();
-        let mut extra = extra_roots()?.roots;
-        extra.extend(tls.roots);
-        let builder = || {
-            let builder = match &tls.identity {
-                Some(identity) => reqwest::Client::builder().identity(identity.clone()),
-                None => reqwest::Client::builder(),
-            };
-            builder
-                .tls_danger_accept_invalid_certs(tls.skip_verify)
-                .user_agent(concat!("hearth/", env!("CARGO_PKG_VERSION")))
-                .http1_only()
-                .redirect(reqwest::redirect::Policy::none())
-                .referer(false)
-                .connect_timeout(config.connect_timeout())
-                .pool_max_idle_per_host(config.idle_connections)
-                .pool_idle_timeout(IDLE)
-                .tcp_keepalive(Duration::from_secs(30))
+        let plain = match super::tls_to_proxies() {
+            true => None,
+            false => Some(builder(config).tls_certs_only([]).build()),
         };
-        let merged = builder().tls_certs_merge(extra.clone()).build();
-        let client = merged.or_else(|error| {
-            // A machine without any root certificate can still speak plain http.
-            tracing::warn!("https will not work: {}", root_cause(&error.without_url()));
-            builder().tls_certs_only(extra).build()
-        });
-        let client = client.map_err(|error| {
-            let why = root_cause(&error.without_url());
-            SourceError::new(Kind::Invalid, "http client", why)
-        })?;
         Ok(Self {
-            client,
+            plain: plain.transpose().map_err(unusable)?,
+            secure: OnceLock::new(),
             request: config.request_timeout(),
             stall: config.stall_timeout(),
+            config: config.clone(),
+            tls,
             routes: Routes::default(),
         })
+    }
+
+    fn builder(&self) -> reqwest::ClientBuilder {
+        let builder = builder(&self.config).tls_danger_accept_invalid_certs(self.tls.skip_verify);
+        match &self.tls.identity {
+            Some(identity) => builder.identity(identity.clone()),
+            None => builder,
+        }
+    }
+
+    /// The client for `url`.
+    ///
+    /// # Errors
+    /// A CA bundle that cannot be read; a proxy that cannot be used.
+    fn client(&self, url: &Url) -> Result<&reqwest::Client, SourceError> {
+        if let Some(plain) = self.plain.as_ref().filter(|_| url.scheme() == "http") {
+            return Ok(plain);
+        }
+        if let Some(client) = self.secure.get() {
+            return Ok(client);
+        }
+        let mut roots = extra_roots()?.roots;
+        roots.extend(self.tls.roots.iter().cloned());
+        let made = self.builder().tls_certs_merge(roots.clone()).build();
+        let made = made.or_else(|error| {
+            // A machine without any root certificate can still ask a proxy over plain http.
+            tracing::warn!("https will not work: {}", root_cause(&error.without_url()));
+            self.builder().tls_certs_only(roots).build()
+        });
+        let made = made.map_err(unusable)?;
+        Ok(self.secure.get_or_init(|| made))
     }
 
     /// Reads bytes `range` of the object at `ask.url`, of the generation `pin`. Where another host
@@ -401,8 +417,9 @@ impl Web {
     ) -> Result<Answer, SourceError> {
         let begun = std::time::Instant::now();
         let host = host_of(&ask.url);
+        let client = self.client(&ask.url)?;
         let request = || {
-            let request = self.client.request(method.clone(), ask.url.clone());
+            let request = client.request(method.clone(), ask.url.clone());
             let request = request.headers(ask.headers.cloned().unwrap_or_default());
             let request = request.headers(headers.clone());
             let auth = ask.auth.filter(|auth| auth.origin == ask.url.origin());
@@ -453,6 +470,23 @@ impl Web {
             size,
         })
     }
+}
+
+fn builder(config: &Config) -> reqwest::ClientBuilder {
+    reqwest::Client::builder()
+        .user_agent(concat!("hearth/", env!("CARGO_PKG_VERSION")))
+        .http1_only()
+        .redirect(reqwest::redirect::Policy::none())
+        .referer(false)
+        .connect_timeout(config.connect_timeout())
+        .pool_max_idle_per_host(config.idle_connections)
+        .pool_idle_timeout(IDLE)
+        .tcp_keepalive(Duration::from_secs(30))
+}
+
+fn unusable(error: reqwest::Error) -> SourceError {
+    let why = root_cause(&error.without_url());
+    SourceError::new(Kind::Invalid, "http client", why)
 }
 
 fn plain_headers() -> HeaderMap {

@@ -230,6 +230,31 @@ async fn an_origin_that_is_down_is_given_up_after_the_patience() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn trouble_shows_while_it_lasts() {
+    for size in [1000, 3 * MIB] {
+        let down = vec![Some(Fault::Refuse(SourceErrorKind::Unavailable)); 3];
+        let bed = Bed::new(Scripted::new(size).script(down));
+        let handle = bed.handle();
+        assert_eq!(handle.trouble(), None);
+        let bringing = tokio::spawn({
+            let handle = Arc::clone(&handle);
+            async move { handle.ensure(Class::Warm).await }
+        });
+        let trouble = loop {
+            if let Some(trouble) = handle.trouble() {
+                break trouble;
+            }
+            assert!(!bringing.is_finished());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        };
+        assert!(trouble.error.contains("weights.bin"), "{trouble:?}");
+        assert!(trouble.until > trouble.since);
+        bringing.await.unwrap().unwrap();
+        assert_eq!(handle.trouble(), None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_content_never_becomes_complete() {
     for size in [1000, 3 * MIB] {
         let bed = Bed::new(Scripted::new(size));

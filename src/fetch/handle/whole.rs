@@ -149,6 +149,7 @@ impl Handle {
             };
             if data.len() > before {
                 retry.progress();
+                self.trouble.is_over();
             }
             let Some(pause) = retry.pause(&failure) else {
                 if routes_tried + 1 < self.routes() {
@@ -159,9 +160,11 @@ impl Handle {
                 }
                 return Err(FetchError::source(self, &failure));
             };
+            self.trouble.note(&retry, &failure);
             metrics::global().fetch_retries.add(1);
             tokio::time::sleep(pause).await;
         }
+        self.trouble.is_over();
         class.received().add(data.len() as u64);
         Ok(data.into())
     }

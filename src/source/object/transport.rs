@@ -1,11 +1,16 @@
 //! The HTTP side of `object_store`: what its errors do not tell, bounds on what it collects, and
 //! further root certificates.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    error::Error as _,
+    io,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use http_body_util::{BodyExt, Limited};
 use object_store::{
-    Certificate, ClientOptions, Extensions,
+    Certificate, ClientConfigKey, ClientOptions, Extensions,
     client::{
         HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse,
         HttpResponseBody, HttpService, ReqwestConnector,
@@ -16,6 +21,8 @@ use reqwest::{
     StatusCode,
     header::{ACCEPT_ENCODING, CONTENT_RANGE, HeaderValue, RANGE, RETRY_AFTER},
 };
+
+use super::super::{retry_after, tls_to_proxies};
 
 /// Longest page of a listing that is read, in bytes. S3 sends 1000 keys of at most 1 KiB, Azure
 /// 5000.
@@ -65,11 +72,21 @@ pub(super) struct Connector {
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let mut options = options.clone().with_timeout_disabled();
+        let proxy = options.get_config_value(&ClientConfigKey::ProxyUrl);
+        let plain = match proxy.is_some() || tls_to_proxies() {
+            true => None,
+            false => {
+                let options = options.clone().with_no_system_certificates(true);
+                Some(ReqwestConnector::default().connect(&options)?)
+            }
+        };
         for root in &self.roots {
             options = options.with_root_certificate(root.clone());
         }
         Ok(HttpClient::new(Watched {
-            inner: ReqwestConnector::default().connect(&options)?,
+            plain,
+            secure: OnceLock::new(),
+            options,
             as_stored: self.as_stored,
         }))
     }
@@ -77,8 +94,44 @@ impl HttpConnector for Connector {
 
 #[derive(Debug)]
 struct Watched {
-    inner: HttpClient,
+    /// For what needs no TLS: reading the root certificates takes longer than many a request.
+    plain: Option<HttpClient>,
+    /// For all else; made when first needed.
+    secure: OnceLock<HttpClient>,
+    options: ClientOptions,
     as_stored: bool,
+}
+
+impl Watched {
+    async fn execute(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        if let Some(plain) = &self.plain
+            && request.uri().scheme_str() == Some("http")
+        {
+            match plain.execute(request.clone()).await {
+                // It was redirected to https.
+                Err(error) if is_about_certificates(&error) => {}
+                answer => return answer,
+            }
+        }
+        if let Some(secure) = self.secure.get() {
+            return secure.execute(request).await;
+        }
+        let made = ReqwestConnector::default()
+            .connect(&self.options)
+            .map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
+        self.secure.get_or_init(|| made).execute(request).await
+    }
+}
+
+fn is_about_certificates(error: &HttpError) -> bool {
+    let mut next = error.source();
+    while let Some(cause) = next {
+        if cause.to_string().contains("certificate") {
+            return true;
+        }
+        next = cause.source();
+    }
+    false
 }
 
 #[async_trait::async_trait]
@@ -93,7 +146,7 @@ impl HttpService for Watched {
         if let Some(probe) = &probe {
             probe.0.lock().sent = true;
         }
-        let response = self.inner.execute(request).await?;
+        let response = self.execute(request).await?;
         let status = response.status();
         let ends_nowhere = is_range
             && response
@@ -108,7 +161,7 @@ impl HttpService for Watched {
                 .headers()
                 .get(RETRY_AFTER)
                 .and_then(|value| value.to_str().ok())
-                .and_then(wait);
+                .and_then(retry_after);
         }
         if ends_nowhere {
             // `object_store` would add one to the end of the range.
@@ -128,18 +181,4 @@ impl HttpService for Watched {
         });
         Ok(HttpResponse::from_parts(parts, HttpResponseBody::new(body)))
     }
-}
-
-/// `Retry-After`: seconds or a date (RFC 9110, 10.2.3), at most an hour.
-fn wait(value: &str) -> Option<Duration> {
-    const MAX: Duration = Duration::from_secs(3600);
-    let value = value.trim();
-    let wait = match value.parse::<u64>() {
-        Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => httpdate::parse_http_date(value)
-            .ok()?
-            .duration_since(std::time::SystemTime::now())
-            .unwrap_or_default(),
-    };
-    Some(wait.min(MAX))
 }

@@ -2,7 +2,7 @@
 
 use std::{
     ops::Range,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, UNIX_EPOCH},
 };
 
 use reqwest::{
@@ -10,8 +10,7 @@ use reqwest::{
     header::{self, AsHeaderName, HeaderMap},
 };
 
-/// Longest wait an origin may ask for.
-const MAX_WAIT: u64 = 24 * 3600;
+use crate::source::{MAX_WAIT, retry_after as wait};
 
 /// The header as text; `None` where it is absent or not ASCII.
 pub(crate) fn text(headers: &HeaderMap, name: impl AsHeaderName) -> Option<&str> {
@@ -64,22 +63,15 @@ pub(crate) fn last_modified(headers: &HeaderMap) -> i64 {
 /// How long to wait: `Retry-After` in seconds or as a date, else on 429 the reset of the Hub's
 /// `RateLimit: "api";r=0;t=55` (draft-ietf-httpapi-ratelimit-headers) or of `RateLimit-Reset`.
 pub(super) fn retry_after(status: StatusCode, headers: &HeaderMap) -> Option<Duration> {
-    let seconds = match text(headers, header::RETRY_AFTER) {
-        Some(wait) => number(wait).or_else(|| {
-            let until = httpdate::parse_http_date(wait).ok()?;
-            let left = until.duration_since(SystemTime::now());
-            Some(left.map_or(0, |left| left.as_secs() + 1))
-        }),
-        None => None,
-    };
-    let seconds = seconds.or_else(|| {
+    let asked = text(headers, header::RETRY_AFTER).and_then(wait);
+    asked.or_else(|| {
         if status != StatusCode::TOO_MANY_REQUESTS {
             return None;
         }
         let reset = text(headers, "ratelimit").and_then(rate_limit_reset);
-        reset.or_else(|| number(text(headers, "ratelimit-reset")?))
-    });
-    seconds.map(|seconds| Duration::from_secs(seconds.min(MAX_WAIT)))
+        let reset = reset.or_else(|| number(text(headers, "ratelimit-reset")?));
+        reset.map(|seconds| Duration::from_secs(seconds).min(MAX_WAIT))
+    })
 }
 
 /// The parameter `t` of the first policy with nothing left, else the smallest `t`.
@@ -130,6 +122,8 @@ pub(crate) fn link_next(value: &str) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -170,7 +164,10 @@ mod tests {
             retry_after(status, &map(name, value)).map(|wait| wait.as_secs())
         };
         assert_eq!(wait(503, "retry-after", "7"), Some(7));
-        assert_eq!(wait(429, "retry-after", "99999999999"), Some(MAX_WAIT));
+        assert_eq!(
+            wait(429, "retry-after", "99999999999"),
+            Some(MAX_WAIT.as_secs())
+        );
         assert_eq!(wait(429, "retry-after", "-1"), None);
         let past = "Wed, 21 Oct 2015 07:28:00 GMT";
         assert_eq!(wait(429, "retry-after", past), Some(0));

@@ -259,7 +259,7 @@ fn a_change_at_the_origin_is_noticed_and_never_mixed() {
     assert!(fs::read(bed.object(&new)).unwrap() == new);
 
     // It changes while it is warmed.
-    let web2 = Web::slow("4m");
+    let web2 = Web::slow("1m");
     let model = web2.model("m", 24, 1);
     let bed = Bed::new();
     let config = bed.path("config.toml");
@@ -409,4 +409,27 @@ fn content_that_is_not_what_its_digest_says_is_not_kept() {
     bed.ok(&format!("umount {dir}"));
     bed.ok("warm hf://org/my-model");
     assert!(fs::read(bed.object(&good)).unwrap() == good);
+}
+
+/// Whoever waits for an origin that is gone is told so, once, before it is given up.
+#[test]
+fn an_outage_is_said_once() {
+    let bed = Bed::new();
+    let web = Web::slow("300k");
+    let model = web.model("m", 4, 1);
+    let config = bed.path("config.toml");
+    fs::write(&config, "[fetch]\npatience_seconds = 8\n").unwrap();
+    let warm = bed.start(&format!("--config {} warm {model}", config.display()));
+    let begun = Instant::now();
+    while web.content().is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(web.server);
+    let err = warm.done().failed(1);
+    let said: Vec<_> = err.lines().filter(|l| l.starts_with("waiting: ")).collect();
+    assert_eq!(said.len(), 1, "{err}");
+    assert!(said[0].contains("127.0.0.1"), "{err}");
+    assert!(said[0].contains("; trying for another "), "{err}");
+    assert!(err.contains("hint: run the command again"), "{err}");
 }

@@ -73,6 +73,7 @@ fn a_mount_lives_in_the_background_and_leaves_nothing() {
     let log = status["log"].as_str().unwrap();
     assert!(Path::new(log).starts_with(bed.store().join("run")), "{log}");
     assert!(bed.ok("status").contains(&format!("mounted on {dir}\n")));
+    assert!(!Bed::new().ok("status").contains("mounted on"));
     assert!(bed.ok(&format!("status {dir}")).contains("here ("));
     assert_same(&dir, &web.path("m"));
     assert_eq!(

@@ -1,0 +1,163 @@
+//! Content that turns out wrong after it was served.
+
+use super::*;
+
+/// A script that prints what it reads of `big`, says so by removing `told`, waits until `told` is
+/// there again, and prints what it reads by the same descriptor, the same mapping and a new open.
+fn read_twice(told: &Path) -> String {
+    format!(
+        "{READ_ALL}
+import time
+h = lambda data: hashlib.sha256(data).hexdigest()
+f = os.open(os.path.join(root, 'big'), os.O_RDONLY)
+m = mmap.mmap(f, 0, prot=mmap.PROT_READ)
+print(h(os.pread(f, len(m), 0)), h(m))
+os.unlink('{0}')
+while not os.path.exists('{0}'): time.sleep(0.01)
+print(h(os.pread(f, len(m), 0)), h(m), sha('big'))",
+        told.display()
+    )
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn wrong_bytes_are_dropped_by_the_kernel() {
+    let right = noise((8 << 20) + 77, 31);
+    let wrong = noise(right.len(), 33);
+    let mut maker = Maker::new();
+    maker.file("big", &right, Mode::Present);
+    let fixture = Fixture::new(maker);
+    let body = &fixture.bodies[0];
+    assert!(right != wrong);
+    body.write(&wrong);
+    let told = tempfile::NamedTempFile::new().unwrap();
+    let reader = fixture.start(&read_twice(told.path()));
+    wait_until("the first read", || !told.path().exists());
+    body.write(&right);
+    assert_eq!(body.tell_wrong(), 1);
+    fixture.wait_invalidated(1);
+    std::fs::write(told.path(), "").unwrap();
+    let (right, wrong) = (sha256(&right), sha256(&wrong));
+    assert_eq!(
+        reader.finish(),
+        format!("{wrong} {wrong}\n{right} {right} {right}")
+    );
+    // Watched once, however often it is opened, and kept again.
+    let again = format!("{READ_ALL}\nprint(sha('big'))");
+    assert_cached(
+        || assert_eq!(fixture.run(&again), right),
+        || fixture.get().stats().reads,
+    );
+    assert_eq!(body.tell_wrong(), 1);
+    fixture.wait_invalidated(2);
+    let body = body.clone();
+    fixture.end();
+    assert_eq!(body.tell_wrong(), 1, "fine after the mount is gone");
+}
+
+#[test]
+fn dropping_wrong_bytes_waits_for_reads_and_holds_nobody_up() {
+    let right = noise(16 << 20, 35);
+    let wrong = noise(right.len(), 37);
+    let mut maker = Maker::new();
+    maker.file("big", &right, Mode::Present);
+    maker.file("other", b"here", Mode::Present);
+    let fixture = Fixture::new(maker);
+    let body = &fixture.bodies[0];
+    assert!(right != wrong);
+    body.write(&wrong);
+    let told = tempfile::NamedTempFile::new().unwrap();
+    let mut first = fixture.start(&format!(
+        "{READ_ALL}
+import time
+f = open(os.path.join(root, 'big'), 'rb', buffering=0)
+f.read(4096)
+os.unlink('{0}')
+while not os.path.exists('{0}'): time.sleep(0.01)
+f.seek(0)
+print(hashlib.sha256(f.read(4096)).hexdigest())",
+        told.path().display()
+    ));
+    wait_until("the first read", || !told.path().exists());
+    // Found wrong: whoever reads what is not in the kernel waits.
+    body.mode.send_replace(Mode::Absent);
+    let before = fixture.get().stats().waited_reads;
+    let mut waiting =
+        fixture.start("os.pread(os.open(os.path.join(root, 'big'), os.O_RDONLY), 9, 15 << 20)");
+    wait_until("a read that waits", || {
+        fixture.get().stats().waited_reads > before
+    });
+    for _ in 0..100 {
+        assert_eq!(body.tell_wrong(), 1);
+    }
+    // A new open may not see what is not dropped yet.
+    let mut new = fixture.start(&format!("{READ_ALL}\nprint(sha('big'))"));
+    let other = fixture.run("print(open(os.path.join(root, 'other')).read())");
+    assert_eq!(other, "here");
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(fixture.get().stats().invalidations, 0);
+    assert!(waiting.is_running() && new.is_running() && first.is_running());
+    body.write(&right);
+    body.mode.send_replace(Mode::Present);
+    waiting.finish();
+    assert_eq!(new.finish(), sha256(&right));
+    fixture.wait_invalidated(1);
+    std::fs::write(told.path(), "").unwrap();
+    assert_eq!(first.finish(), sha256(&right[..4096]));
+    assert!(
+        fixture.get().stats().invalidations <= 2,
+        "those not begun are one"
+    );
+    fixture.end();
+}
+
+#[test]
+fn what_an_origin_sent_wrong_is_repaired_in_open_files() {
+    // Slow enough that the wrong byte is read before all is here and the engine looks at it.
+    let source = Scripted::new(8 << 20).paced(64 << 10, Duration::from_millis(4));
+    let source = Arc::new(source.script([Some(Fault::Flip)]));
+    let object = source.object();
+    let mut tree = TreeBuilder::new(Meta::dir(0));
+    tree.add_file(b"big", 0, Meta::file(0)).unwrap();
+    let artifact = Arc::new(Artifact {
+        reference: "hf://org/name@main".into(),
+        revision: "5".repeat(40),
+        tree: tree.build(),
+        objects: vec![object.clone()],
+    });
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let config = store::Config {
+        min_free: store::ByteSize(0),
+        ..Default::default()
+    };
+    let store = Store::open(home.path(), &config).unwrap();
+    let engine = {
+        let _inside = runtime.enter();
+        Engine::new(store, hearth::fetch::Config::default())
+    };
+    let contents = Fetched::new(engine.clone(), source.source(), artifact.clone());
+    let view = View::new(artifact, Arc::new(contents)).unwrap();
+    let fixture = Fixture::mount(view, Vec::new(), &Config::default());
+    let told = tempfile::NamedTempFile::new().unwrap();
+    let reader = fixture.start(&read_twice(told.path()));
+    wait_until("the first read", || !told.path().exists());
+    let handle = engine.open(&object, &source.source()).unwrap();
+    runtime.block_on(handle.ensure(Class::Warm)).unwrap();
+    fixture.wait_invalidated(1);
+    std::fs::write(told.path(), "").unwrap();
+    let out = reader.finish();
+    let (right, lines) = (sha256(&source.data), out.split_once('\n').unwrap());
+    // The mapping may be right by then.
+    assert!(!lines.0.starts_with(&right), "{out}");
+    assert_eq!(lines.1, format!("{right} {right} {right}"));
+    assert_eq!(fixture.get().stats().errors, 0);
+    fixture.end();
+}
