@@ -121,7 +121,7 @@ mod tests {
             ("models/sub/c", 1),
         ] {
             builder
-                .file(path.as_bytes(), object, Meta::file(3))
+                .add_file(path.as_bytes(), object, Meta::file(3))
                 .unwrap();
         }
         let whole = Artifact {

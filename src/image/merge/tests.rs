@@ -468,7 +468,7 @@ fn equal_content_is_one_object() {
     let found: Vec<_> = objects
         .iter()
         .map(|object| {
-            let Recipe::Raw(location) = &object.recipe;
+            let location = object.recipe.location().unwrap();
             (object.id, location.path.clone(), location.offset)
         })
         .collect();
@@ -625,7 +625,7 @@ fn an_index_that_lies_is_an_error() {
     // A sparse file has a location of its own.
     let sparse = index(0, vec![entry(b"a", content(1 << 40, 5, &[(7, 2)]))]);
     let (_, objects) = merge(&[&sparse]).unwrap();
-    let Recipe::Raw(location) = &objects[0].recipe;
+    let location = objects[0].recipe.location().unwrap();
     assert!(location.path.ends_with("#gzip@0") && location.offset == 0);
 }
 

@@ -28,7 +28,9 @@ pub(super) fn image(reference: &str, layers: &[&str]) -> ImageRecord {
 /// An artifact whose file lies in `layer`.
 pub(super) fn layered(reference: &str, bytes: &[u8], layer: &Digest) -> Artifact {
     let mut artifact = artifact(reference, &[bytes], false);
-    let Recipe::Raw(location) = &mut artifact.objects[0].recipe;
+    let Recipe::Raw(location) = &mut artifact.objects[0].recipe else {
+        unreachable!()
+    };
     location.path = format!("{layer}#gzip");
     artifact
 }
