@@ -13,7 +13,7 @@ use crate::{
         tar::write::{Put, Writer},
         unpack::tests::unpack,
     },
-    tree::{Artifact, Kind, Recipe},
+    tree::{Artifact, Kind},
 };
 
 fn index(number: usize, entries: Vec<LayerEntry>) -> LayerIndex {

@@ -21,6 +21,7 @@ struct Node {
     mounted: Mutex<BTreeMap<Digest, u32>>,
     hints: Mutex<Option<Hints>>,
     down: Mutex<bool>,
+    forgotten: Mutex<Vec<Digest>>,
 }
 
 impl Node {
@@ -79,6 +80,10 @@ impl Roots for Node {
     async fn release(&self, chain: &Digest) {
         let before = self.mounted.lock().remove(chain);
         assert!(before.is_some(), "released what was not mounted");
+    }
+
+    async fn forget(&self, chain: &Digest) {
+        self.forgotten.lock().push(*chain);
     }
 
     async fn usage(&self, _: &Digest) -> Result<Usage, RootsError> {
