@@ -608,3 +608,11 @@ assert sum(e.stat().st_size for e in os.scandir(d)) == 20000
     );
     fixture.end();
 }
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

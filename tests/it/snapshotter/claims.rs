@@ -182,6 +182,7 @@ async fn known_layers_are_claimed_and_give_one_lower_directory() {
     for name in ["ns/4/three", &two[0], &one[0]] {
         bed.remove(name).await.unwrap();
     }
+    assert_eq!(*after.forgotten.lock(), [chain(2), chain(1)]);
     bed.cleanup().await;
     assert_eq!(bed.dirs(), 0);
 }

@@ -89,6 +89,8 @@ impl Roots for Unpacked {
         assert!(self.held.lock().remove(chain));
     }
 
+    async fn forget(&self, _: &Digest) {}
+
     async fn usage(&self, _: &Digest) -> Result<Usage, RootsError> {
         Ok(Usage {
             bytes: 4096,

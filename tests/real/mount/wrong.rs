@@ -19,14 +19,6 @@ print(h(os.pread(f, len(m), 0)), h(m), sha('big'))",
     )
 }
 
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !is_so() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 #[test]
 fn wrong_bytes_are_dropped_by_the_kernel() {
     let right = noise((8 << 20) + 77, 31);
