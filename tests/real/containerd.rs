@@ -15,3 +15,5 @@ mod image;
 mod kubelet;
 #[path = "containerd/ordinary.rs"]
 mod ordinary;
+#[path = "containerd/served.rs"]
+mod served;

@@ -30,7 +30,7 @@ use super::{
 use crate::servers::Server;
 
 /// A registry with the image as `app:1` and `pause:1`; it logs every request.
-fn registry(image: &Image) -> Server {
+pub(super) fn registry(image: &Image) -> Server {
     let registry = Server::start("docker-registry", |port, dir| {
         let config = format!(
             "version: 0.1\nlog:\n  accesslog:\n    disabled: false\nstorage:\n  filesystem:\n    rootdirectory: '{}'\nhttp:\n  addr: 127.0.0.1:{port}\n",
@@ -54,7 +54,7 @@ fn registry(image: &Image) -> Server {
 }
 
 /// How often a blob was read from the registry.
-fn reads(registry: &Server, name: &str, blob: &Digest) -> usize {
+pub(super) fn reads(registry: &Server, name: &str, blob: &Digest) -> usize {
     let log = registry.log();
     let asked = format!("GET /v2/{name}/blobs/{blob}");
     log.lines().filter(|line| line.contains(&asked)).count()
@@ -99,14 +99,14 @@ impl Roots for Unpacked {
     }
 }
 
-struct Kubelet {
+pub(super) struct Kubelet {
     images: ImageServiceClient<Channel>,
     runtime: RuntimeServiceClient<Channel>,
     logs: String,
 }
 
 impl Kubelet {
-    async fn new(bed: &Bed) -> Self {
+    pub(super) async fn new(bed: &Bed) -> Self {
         let address = format!("unix://{}", bed.path("c.sock").display());
         let channel = Endpoint::try_from(address)
             .unwrap()
@@ -153,7 +153,7 @@ impl Kubelet {
         }
     }
 
-    async fn pull(&mut self, image: &str) {
+    pub(super) async fn pull(&mut self, image: &str) {
         let request = cri::PullImageRequest {
             image: Some(spec(image)),
             sandbox_config: None,
@@ -161,14 +161,14 @@ impl Kubelet {
         self.images.pull_image(request).await.unwrap();
     }
 
-    async fn remove_image(&mut self, image: &str) {
+    pub(super) async fn remove_image(&mut self, image: &str) {
         let request = cri::RemoveImageRequest {
             image: Some(spec(image)),
         };
         self.images.remove_image(request).await.unwrap();
     }
 
-    async fn run_pod(&mut self) -> String {
+    pub(super) async fn run_pod(&mut self) -> String {
         let request = cri::RunPodSandboxRequest {
             config: Some(self.pod()),
         };
@@ -176,7 +176,7 @@ impl Kubelet {
         made.into_inner().pod_sandbox_id
     }
 
-    async fn run(&mut self, pod: &str, name: &str, image: &str) -> String {
+    pub(super) async fn run(&mut self, pod: &str, name: &str, image: &str) -> String {
         let request = cri::CreateContainerRequest {
             pod_sandbox_id: pod.into(),
             config: Some(cri::ContainerConfig {
@@ -196,7 +196,7 @@ impl Kubelet {
         container_id
     }
 
-    async fn exec(&mut self, container_id: &str, script: &str) -> String {
+    pub(super) async fn exec(&mut self, container_id: &str, script: &str) -> String {
         let request = cri::ExecSyncRequest {
             container_id: container_id.into(),
             cmd: ["/bin/sh", "-c", script].map(str::to_owned).into(),
@@ -208,7 +208,7 @@ impl Kubelet {
         String::from_utf8(done.stdout).unwrap()
     }
 
-    async fn remove_pod(&mut self, pod: &str) {
+    pub(super) async fn remove_pod(&mut self, pod: &str) {
         let pod_sandbox_id = pod.to_owned();
         let request = cri::StopPodSandboxRequest {
             pod_sandbox_id: pod_sandbox_id.clone(),

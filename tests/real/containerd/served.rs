@@ -1,0 +1,234 @@
+//! Images that hearth serves: warmed before, or never seen and indexed; and through the mirror.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use super::{
+    bed::{Bed, Cri},
+    image::{Image, run},
+    kubelet::{Kubelet, reads, registry},
+};
+use crate::servers::Server;
+
+/// `hearth` with the store of a bed.
+fn hearth(store: &Path, line: &str) -> Command {
+    let mut command = Command::new("timeout");
+    command
+        .args(["-k", "5", "60", env!("CARGO_BIN_EXE_hearth"), "--store"])
+        .arg(store)
+        .args(line.split(' '))
+        .env_remove("HEARTH_CONFIG")
+        .stdin(Stdio::null());
+    command
+}
+
+/// Reads of all layers of the image, as app and as pause.
+fn all_reads(registry: &Server, image: &Image) -> usize {
+    let layers = image.layers.iter();
+    layers
+        .map(|l| reads(registry, "app", &l.blob) + reads(registry, "pause", &l.blob))
+        .sum()
+}
+
+/// What is mounted below `dir`: (mount point, type).
+fn mounts(dir: &Path) -> Vec<(String, String)> {
+    let text = fs::read_to_string("/proc/self/mounts").unwrap();
+    let fields = text.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    fields
+        .filter(|f| Path::new(f[1]).starts_with(dir))
+        .map(|f| (f[1].to_owned(), f[2].to_owned()))
+        .collect()
+}
+
+const LOOK: &str = "ls /data /opaque; cat /data/salt /data/two-too; stat -c %a /data/mode";
+const SEEN: &str = "/data:\nmode\none\nsalt\ntwo\ntwo-too\n\n/opaque:\nabove\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_warmed_image_runs_without_its_registry_and_without_fuse() {
+    let source = tempfile::tempdir().unwrap();
+    let image = Image::make(source.path(), "warmed");
+    let registry = registry(&image);
+    let host = format!("127.0.0.1:{}", registry.port);
+    let (app, pause) = (format!("{host}/app:1"), format!("{host}/pause:1"));
+    let mut bed = Bed::new(Some(Cri {
+        sandbox_image: &pause,
+        labels: false,
+    }));
+    let store = bed.path("store");
+    let warmed = run(&mut hearth(
+        &store,
+        &format!("warm oci://{app} oci://{pause}"),
+    ));
+    assert!(String::from_utf8_lossy(&warmed).contains("warm: oci://"));
+    let before = all_reads(&registry, &image);
+    bed.start_snapshotter();
+    bed.start_containerd();
+    let mut kubelet = Kubelet::new(&bed).await;
+    kubelet.pull(&app).await;
+    let pod = kubelet.run_pod().await;
+    let one = kubelet.run(&pod, "one", &app).await;
+    assert_eq!(all_reads(&registry, &image), before, "{}", registry.log());
+    let seen = kubelet.exec(&one, LOOK).await;
+    assert_eq!(seen, format!("{SEEN}warmedtwo4711\n"));
+    let found = mounts(&store.join("run"));
+    assert!(!found.is_empty());
+    assert!(found.iter().all(|(_, kind)| kind == "overlay"), "{found:?}");
+    kubelet
+        .exec(&one, "echo more >> /data/two; rm /data/one")
+        .await;
+
+    // What containerd was told is not evicted, nor what is mounted.
+    let listed = run(&mut hearth(&store, "list --json"));
+    let listed: serde_json::Value = serde_json::from_slice(&listed).unwrap();
+    assert!(listed.as_array().unwrap().iter().any(|a| {
+        let pins = a["pins"].as_array().unwrap();
+        pins.iter()
+            .any(|pin| pin.as_str().unwrap().starts_with("containerd-"))
+    }));
+    run(&mut hearth(&store, "gc --target-bytes 0"));
+    bed.kill_snapshotter();
+    assert_eq!(kubelet.exec(&one, "cat /data/salt").await, "warmed");
+    bed.start_snapshotter();
+    bed.wait_connected();
+    let two = kubelet.run(&pod, "two", &app).await;
+    let seen = kubelet.exec(&two, LOOK).await;
+    assert_eq!(seen, format!("{SEEN}warmedtwo4711\n"));
+    assert_eq!(all_reads(&registry, &image), before);
+
+    kubelet.remove_pod(&pod).await;
+    kubelet.remove_image(&app).await;
+    kubelet.remove_image(&pause).await;
+    bed.wait_for("collection", |bed| bed.records() == 0 && bed.dirs() == 0);
+    bed.wait_for("unmounting", |_| mounts(&store.join("run")).is_empty());
+    run(&mut hearth(&store, "verify --all"));
+    run(&mut hearth(&store, "gc --target-bytes 0"));
+    let listed = run(&mut hearth(&store, "list --json"));
+    assert_eq!(
+        serde_json::from_slice::<serde_json::Value>(&listed).unwrap(),
+        serde_json::json!([])
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_never_seen_runs_before_it_is_pulled() {
+    let source = tempfile::tempdir().unwrap();
+    let image = Image::make(source.path(), "indexed");
+    let registry = registry(&image);
+    let host = format!("127.0.0.1:{}", registry.port);
+    let app = format!("{host}/app:1");
+    // Some other node has made the index.
+    let other = source.path().join("other");
+    let pushed = run(&mut hearth(
+        &other,
+        &format!("index push oci://{app} --json"),
+    ));
+    let pushed: serde_json::Value = serde_json::from_slice(&pushed).unwrap();
+    assert_eq!(pushed["layers"], 3);
+    let before = all_reads(&registry, &image);
+    let mut bed = Bed::new(Some(Cri {
+        sandbox_image: &app,
+        labels: true,
+    }));
+    let store = bed.path("store");
+    bed.start_snapshotter();
+    bed.start_containerd();
+    let mut kubelet = Kubelet::new(&bed).await;
+    kubelet.pull(&app).await;
+    assert_eq!(
+        all_reads(&registry, &image),
+        before,
+        "nothing is read by a pull"
+    );
+    let pod = kubelet.run_pod().await;
+    let one = kubelet.run(&pod, "one", &app).await;
+    let seen = kubelet.exec(&one, LOOK).await;
+    assert_eq!(seen, format!("{SEEN}indexedtwo4711\n"));
+    let found = mounts(&store.join("run"));
+    assert!(
+        found.iter().any(|(_, kind)| kind.starts_with("fuse")),
+        "{found:?}"
+    );
+    // Once all is here, the next container has no FUSE below it.
+    let complete = |_: &Bed| {
+        let listed = run(&mut hearth(&store, "list --json"));
+        let listed: serde_json::Value = serde_json::from_slice(&listed).unwrap();
+        listed[0]["complete"] == true
+    };
+    bed.wait_for("the whole image", complete);
+    let two = kubelet.run(&pod, "two", &app).await;
+    let seen = kubelet.exec(&two, LOOK).await;
+    assert_eq!(seen, format!("{SEEN}indexedtwo4711\n"));
+    let found = mounts(&store.join("run"));
+    assert!(found.iter().any(|(_, kind)| kind == "overlay"), "{found:?}");
+    kubelet.remove_pod(&pod).await;
+    kubelet.remove_image(&app).await;
+    bed.wait_for("collection", |bed| bed.records() == 0 && bed.dirs() == 0);
+}
+
+#[test]
+fn the_mirror_serves_what_it_has_without_the_registry() {
+    let source = tempfile::tempdir().unwrap();
+    let image = Image::make(source.path(), "mirrored");
+    let registry = registry(&image);
+    let store = source.path().join("store");
+    let config = source.path().join("config.toml");
+    let host = format!("127.0.0.1:{}", registry.port);
+    fs::write(
+        &config,
+        format!("[mirror]\ndefault_registry = \"{host}\"\n"),
+    )
+    .unwrap();
+    let mirror = Server::start(env!("CARGO_BIN_EXE_hearth"), |port, _| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hearth"));
+        command
+            .arg("--store")
+            .arg(&store)
+            .arg("--config")
+            .arg(&config);
+        command.args(["mirror", "--address", &format!("127.0.0.1:{port}")]);
+        command
+    });
+    let copy = |to: &str| {
+        let mut command = Command::new("skopeo");
+        command
+            .args([
+                "--insecure-policy",
+                "copy",
+                "-q",
+                "--preserve-digests",
+                "--src-tls-verify=false",
+            ])
+            .arg(format!("docker://127.0.0.1:{}/app:1", mirror.port))
+            .arg(format!("oci:{}:x", source.path().join(to).display()));
+        command
+    };
+    run(&mut copy("first"));
+    for layer in &image.layers {
+        assert!(reads(&registry, "app", &layer.blob) >= 1);
+        let blob = format!("first/blobs/sha256/{}", layer.blob.hex());
+        assert_eq!(
+            hearth::digest::Digest::of(&fs::read(source.path().join(blob)).unwrap()),
+            layer.blob
+        );
+    }
+    let before = all_reads(&registry, &image);
+    run(&mut copy("second"));
+    assert_eq!(all_reads(&registry, &image), before);
+    // By tag it needs an image that is recorded.
+    run(&mut hearth(&store, &format!("warm oci://{host}/app:1")));
+    drop(registry);
+    run(&mut copy("third"));
+    let get = |path: &str| {
+        let url = format!("http://127.0.0.1:{}{path}", mirror.port);
+        let done =
+            run(Command::new("curl").args(["-s", "-o", "/dev/null", "-w", "%{http_code}", &url]));
+        String::from_utf8(done).unwrap()
+    };
+    assert_eq!(get("/v2/"), "200");
+    assert_eq!(get("/v2/app/tags/list"), "404");
+    assert_eq!(get("/v2/../x/manifests/y"), "404");
+    assert_eq!(get("/v2/app/blobs/sha256:00"), "400");
+}
