@@ -5,13 +5,16 @@ use tokio::sync::mpsc;
 
 use crate::{
     digest::Digest,
-    image::{Compression, Decoder, ImageError, LayerIndex, Limits, Sink, Unpacker},
+    image::{Compression, Decoded, Decoder, ImageError, LayerIndex, Limits, Sink, Unpacker},
     source::Layer,
     store::{Import, ImportFile, StoreError},
 };
 
 /// After this many bytes of files, what has come is made durable and readable.
 const COMMIT_EVERY: u64 = 512 << 20;
+
+/// Events between decoding and writing; each holds a block of at most 256 KiB.
+const EVENTS_AHEAD: usize = 64;
 
 /// Why a layer could not be unpacked.
 #[derive(Debug)]
@@ -35,37 +38,70 @@ impl From<StoreError> for UnpackError {
 }
 
 /// Unpacks a layer whose compressed bytes come in order: its files go into `import`, committed on
-/// return; `came` is told what became readable. Blocks.
+/// return; `came` is told what became readable. Blocks. Decoding goes on in this thread, hashing and
+/// writing of the files in another.
 pub(super) fn unpack(
     layer: &Layer,
     import: &Import,
-    mut pieces: mpsc::Receiver<Bytes>,
-    came: &mut dyn FnMut(&[Digest]),
+    pieces: mpsc::Receiver<Bytes>,
+    came: &mut (dyn FnMut(&[Digest]) + Send),
 ) -> Result<LayerIndex, UnpackError> {
+    let (send, events) = std::sync::mpsc::sync_channel(EVENTS_AHEAD);
+    std::thread::scope(|scope| {
+        let writer = std::thread::Builder::new().name("hearth-write".into());
+        let mut files = Files {
+            import,
+            current: None,
+            digests: Vec::new(),
+            told: 0,
+            uncommitted: 0,
+            came,
+        };
+        let writing = writer
+            .spawn_scoped(scope, move || files.take(&events))
+            .map_err(|error| StoreError::io("the files of a layer", &error))?;
+        let mut sink = Sender {
+            events: send,
+            block: Bytes::new(),
+        };
+        let decoded = decode(layer, pieces, &mut sink);
+        // The writer ends when there is nothing more to come; what it says goes first.
+        drop(sink);
+        let digests = match writing.join() {
+            Ok(written) => written?,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        let (decoded, unpacker) = decoded?;
+        let entries = unpacker.finish(&mut Written(digests))?;
+        Ok(decoded.into_index(layer.blob, entries))
+    })
+}
+
+/// Decodes a layer to its end, and checks that it is the one that was meant.
+fn decode(
+    layer: &Layer,
+    mut pieces: mpsc::Receiver<Bytes>,
+    sink: &mut Sender,
+) -> Result<(Decoded, Unpacker), UnpackError> {
     let named = |error: UnpackError| match error {
         UnpackError::Image(error) => UnpackError::Image(error.in_layer(layer.blob)),
         other => other,
     };
-    let in_layer = |error: ImageError| UnpackError::Image(error.in_layer(layer.blob));
+    let in_layer = |error: ImageError| named(UnpackError::Image(error));
     let limits = Limits::default();
-    let mut files = Files {
-        import,
-        current: None,
-        digests: Vec::new(),
-        told: 0,
-        uncommitted: 0,
-        came,
-    };
     let mut unpacker = Unpacker::new(layer.blob, limits);
     let first = pieces.blocking_recv().unwrap_or_default();
     let mut decoder = Decoder::new(Compression::of(&first), limits.bytes).map_err(in_layer)?;
     let mut next = Some(first);
     while let Some(piece) = next {
-        let mut out =
-            |decoded: Bytes| -> Result<(), UnpackError> { unpacker.feed(&decoded, &mut files) };
+        let mut out = |block: Bytes| -> Result<(), UnpackError> {
+            sink.block = block.clone();
+            unpacker.feed(&block, sink)
+        };
         decoder.feed(&piece, &mut out).map_err(named)?;
         next = pieces.blocking_recv();
     }
+    sink.block = Bytes::new();
     let decoded = decoder.finish().map_err(in_layer)?;
     if decoded.blob_size != layer.size {
         // Whoever fed it has failed, and knows why.
@@ -78,9 +114,93 @@ pub(super) fn unpack(
         let why = format!("it unpacks to {found}, the image's configuration says {diff_id}");
         return Err(in_layer(ImageError::corrupt(why)));
     }
-    let entries = unpacker.finish(&mut files)?;
-    files.commit()?;
-    Ok(decoded.into_index(layer.blob, entries))
+    sink.send(Event::Done)?;
+    Ok((decoded, unpacker))
+}
+
+/// What happens to the files of a layer, in order.
+enum Event {
+    Begin(u64),
+    Data(Bytes),
+    Hole(u64),
+    End,
+    Whole(Bytes),
+    /// The layer is what it should be: its files count.
+    Done,
+}
+
+/// Passes what the unpacker finds to the thread that writes.
+struct Sender {
+    events: std::sync::mpsc::SyncSender<Event>,
+    /// What is being unpacked.
+    block: Bytes,
+}
+
+impl Sender {
+    fn send(&self, event: Event) -> Result<(), UnpackError> {
+        self.events.send(event).map_err(|_| {
+            // The writer has failed, and says why.
+            UnpackError::Image(ImageError::invalid("its files could not be written"))
+        })
+    }
+}
+
+impl Sink for Sender {
+    type Error = UnpackError;
+
+    fn begin(&mut self, size: u64) -> Result<(), UnpackError> {
+        self.send(Event::Begin(size))
+    }
+
+    fn data(&mut self, data: &[u8]) -> Result<(), UnpackError> {
+        self.send(Event::Data(self.block.slice_ref(data)))
+    }
+
+    fn hole(&mut self, len: u64) -> Result<(), UnpackError> {
+        self.send(Event::Hole(len))
+    }
+
+    fn end(&mut self) -> Result<(), UnpackError> {
+        self.send(Event::End)
+    }
+
+    fn whole(&mut self, content: &[u8]) -> Result<(), UnpackError> {
+        self.send(Event::Whole(match content.is_empty() {
+            true => Bytes::new(),
+            false => self.block.slice_ref(content),
+        }))
+    }
+
+    fn digests(&mut self) -> Result<Vec<Digest>, UnpackError> {
+        Ok(Vec::new())
+    }
+}
+
+/// Knows the digests of what was written.
+struct Written(Vec<Digest>);
+
+impl Sink for Written {
+    type Error = UnpackError;
+
+    fn begin(&mut self, _: u64) -> Result<(), UnpackError> {
+        Ok(())
+    }
+
+    fn data(&mut self, _: &[u8]) -> Result<(), UnpackError> {
+        Ok(())
+    }
+
+    fn hole(&mut self, _: u64) -> Result<(), UnpackError> {
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<(), UnpackError> {
+        Ok(())
+    }
+
+    fn digests(&mut self) -> Result<Vec<Digest>, UnpackError> {
+        Ok(std::mem::take(&mut self.0))
+    }
 }
 
 /// Takes the files of a layer into the store.
@@ -91,54 +211,52 @@ struct Files<'i> {
     /// Of these, how many `came` was told.
     told: usize,
     uncommitted: u64,
-    came: &'i mut dyn FnMut(&[Digest]),
+    came: &'i mut (dyn FnMut(&[Digest]) + Send),
 }
 
 impl Files<'_> {
+    /// Until the end of the layer; the digests of its files, which are committed then.
+    fn take(
+        &mut self,
+        events: &std::sync::mpsc::Receiver<Event>,
+    ) -> Result<Vec<Digest>, StoreError> {
+        for event in events {
+            match (event, &mut self.current) {
+                (Event::Begin(size), current) => *current = Some(self.import.begin(size)?),
+                (Event::Data(data), Some(file)) => file.write(&data)?,
+                (Event::Hole(len), Some(file)) => file.hole(len)?,
+                (Event::End, current) => {
+                    if let Some(file) = current.take() {
+                        self.end(file)?;
+                    }
+                }
+                (Event::Whole(content), _) => {
+                    let mut file = self.import.begin(content.len() as u64)?;
+                    file.write(&content)?;
+                    self.end(file)?;
+                }
+                (Event::Done, _) => self.commit()?,
+                (Event::Data(_) | Event::Hole(_), None) => {}
+            }
+        }
+        Ok(std::mem::take(&mut self.digests))
+    }
+
+    fn end(&mut self, file: ImportFile) -> Result<(), StoreError> {
+        let (digest, size) = file.finish()?;
+        self.digests.push(digest);
+        self.uncommitted += size;
+        match self.uncommitted >= COMMIT_EVERY {
+            true => self.commit(),
+            false => Ok(()),
+        }
+    }
+
     fn commit(&mut self) -> Result<(), StoreError> {
         self.import.commit()?;
         (self.came)(&self.digests[self.told..]);
         self.told = self.digests.len();
         self.uncommitted = 0;
         Ok(())
-    }
-}
-
-impl Sink for Files<'_> {
-    type Error = UnpackError;
-
-    fn begin(&mut self, size: u64) -> Result<(), UnpackError> {
-        self.current = Some(self.import.begin(size)?);
-        Ok(())
-    }
-
-    fn data(&mut self, data: &[u8]) -> Result<(), UnpackError> {
-        match &mut self.current {
-            Some(file) => Ok(file.write(data)?),
-            None => Ok(()),
-        }
-    }
-
-    fn hole(&mut self, len: u64) -> Result<(), UnpackError> {
-        match &mut self.current {
-            Some(file) => Ok(file.hole(len)?),
-            None => Ok(()),
-        }
-    }
-
-    fn end(&mut self) -> Result<(), UnpackError> {
-        if let Some(file) = self.current.take() {
-            let (digest, size) = file.finish()?;
-            self.digests.push(digest);
-            self.uncommitted += size;
-            if self.uncommitted >= COMMIT_EVERY {
-                self.commit()?;
-            }
-        }
-        Ok(())
-    }
-
-    fn digests(&mut self) -> Result<Vec<Digest>, UnpackError> {
-        Ok(self.digests.clone())
     }
 }
