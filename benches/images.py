@@ -73,7 +73,8 @@ def start(c, at, name, lower, cmd):
     dirs = [at / name / d for d in ("upper", "work", "root")]
     for d in dirs: d.mkdir(parents=True)
     sh("mount", "-t", "overlay", "overlay", "-o", f"lowerdir={lower},upperdir={dirs[0]},workdir={dirs[1]}", dirs[2])
-    try: sh(*c.ctr("run", "--rm", "--rootfs", str(dirs[2]), name, *cmd.split()))
+    env = ["--env", "PATH=/usr/local/bin:/usr/bin:/bin", "--env", "PYTHONDONTWRITEBYTECODE=1"]
+    try: sh(*c.ctr("run", "--rm", *env, "--rootfs", str(dirs[2]), name, *cmd.split()))
     finally: sh("umount", "-l", dirs[2], check=False)
 
 def hearth(a, at, row, lazy):

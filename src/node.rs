@@ -16,7 +16,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, stream};
 
-use self::layers::Layers;
+use self::layers::{Layers, Pace};
 pub use self::{
     layers::PushedIndexes,
     progress::{FileProgress, Progress, Snapshot},
@@ -467,7 +467,11 @@ impl Node {
             source,
         };
         if let Some(layers) = &resolved.layers {
-            self.bring_layers(&artifact.reference, layers, progress)
+            let pace = match read_meanwhile {
+                true => Pace::Behind,
+                false => Pace::Full,
+            };
+            self.bring_layers(&artifact.reference, layers, progress, pace)
                 .await?;
             progress.begin(artifact, self.store());
         }

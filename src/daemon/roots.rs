@@ -45,7 +45,7 @@ pub struct ImageRoots {
 #[derive(Default)]
 struct Chain {
     lazy: Option<Lazy>,
-    native: Option<PathBuf>,
+    native: Option<Root>,
 }
 
 /// A FUSE mount and what belongs to it.
@@ -87,19 +87,19 @@ impl ImageRoots {
 
     /// The image of a chain id, from the store, else by the name that the CRI gave.
     async fn find(&self, chain: &Digest, hints: &Hints) -> Result<Option<Resolved>, NodeError> {
-        if let Some(found) = self.node.image_by_chain(chain).await? {
-            return Ok(Some(found));
+        match self.node.image_by_chain(chain).await? {
+            None if self.learn(hints).await? => self.node.image_by_chain(chain).await,
+            found => Ok(found),
         }
-        let Some(image) = &hints.image else {
-            return Ok(None);
-        };
+    }
+
+    /// Looks whether the image that the CRI named can be read before it is pulled.
+    async fn learn(&self, hints: &Hints) -> Result<bool, NodeError> {
         // As containerd writes it: without scheme.
-        let Ok(reference) = format!("oci://{image}").parse::<Reference>() else {
-            return Ok(None);
-        };
-        match self.node.resolve_lazily(&reference).await? {
-            Some(_) => self.node.image_by_chain(chain).await,
-            None => Ok(None),
+        let name = hints.image.as_ref().map(|image| format!("oci://{image}"));
+        match name.map(|name| name.parse::<Reference>()) {
+            Some(Ok(reference)) => Ok(self.node.resolve_lazily(&reference).await?.is_some()),
+            _ => Ok(false),
         }
     }
 
@@ -206,13 +206,14 @@ impl ImageRoots {
 #[async_trait]
 impl Roots for ImageRoots {
     async fn knows(&self, chain_id: &Digest, hints: &Hints) -> Result<bool, RootsError> {
-        let Some(found) = self.find(chain_id, hints).await.map_err(|e| of_node(&e))? else {
+        let mut known = self.node.knows_chain(chain_id).await;
+        if matches!(known, Ok(None)) && self.learn(hints).await.map_err(|e| of_node(&e))? {
+            known = self.node.knows_chain(chain_id).await;
+        }
+        let Some(reference) = known.map_err(|e| of_node(&e))? else {
             return Ok(false);
         };
-        let (store, reference) = (
-            Arc::clone(self.node.store()),
-            found.artifact.reference.clone(),
-        );
+        let store = Arc::clone(self.node.store());
         let owner = owner(chain_id);
         let pinned = tokio::task::spawn_blocking(move || store.pin(&reference, &owner)).await;
         match pinned {
@@ -226,6 +227,9 @@ impl Roots for ImageRoots {
     async fn root(&self, chain_id: &Digest, hints: &Hints) -> Result<Root, RootsError> {
         let chain = self.chain(chain_id);
         let mut chain = chain.lock().await;
+        if let Some(native) = &chain.native {
+            return Ok(native.clone());
+        }
         let resolved = self
             .find(chain_id, hints)
             .await
@@ -241,9 +245,6 @@ impl Roots for ImageRoots {
             uid,
             gid,
         };
-        if let Some(dir) = &chain.native {
-            return Ok(found(dir));
-        }
         if self.not_native.is_none() && self.is_complete(&resolved).await {
             let _hold = self
                 .node
@@ -252,8 +253,9 @@ impl Roots for ImageRoots {
                 .map_err(|e| of_node(&e))?;
             match self.mount_native(chain_id, &resolved).await {
                 Ok(dir) => {
-                    chain.native = Some(dir.clone());
-                    return Ok(found(&dir));
+                    let root = found(&dir);
+                    chain.native = Some(root.clone());
+                    return Ok(root);
                 }
                 Err(error) => tracing::warn!(chain = %chain_id, %error, "served by FUSE"),
             }
@@ -281,7 +283,7 @@ impl Roots for ImageRoots {
                 drop(lazy);
             }
             if let Some(native) = native
-                && let Err(error) = native::unmount(&native, true)
+                && let Err(error) = native::unmount(&native.dir, true)
             {
                 tracing::warn!(%error, "a root stays mounted");
             }

@@ -33,9 +33,9 @@ use crate::{
     digest::{Digest, ObjectId},
     fetch::{Class, FetchError, Handle},
     image::{EntryKind, ImageError, LayerIndex, LayerSource, merge},
-    reference::Reference,
+    reference::{Filter, Reference},
     source::{AttachedBlob, Attachment, Layer, Layered, Source, SourceError, SourceErrorKind},
-    store::{ImageLayer, ImageRecord, Import, Reservation, Store},
+    store::{ImageLayer, ImageRecord, Import, Reservation, Store, StoreError},
     tree::{Artifact, Recipe, Tree},
 };
 
@@ -60,6 +60,25 @@ pub struct PushedIndexes {
     pub bytes: u64,
     /// Bytes of all layers, as they lie in the registry.
     pub image_bytes: u64,
+}
+
+/// How hard layers are unpacked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pace {
+    Full,
+    /// Somebody reads the image meanwhile, and has the processors first.
+    Behind,
+}
+
+impl Pace {
+    /// Sets the priority of this thread, and of those that it starts.
+    fn set(self) {
+        if self == Self::Behind {
+            // SAFETY: a system call that takes numbers; 0 is the calling thread (setpriority(2), NOTES).
+            // It cannot fail for a lower priority, and nothing depends on it.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+        }
+    }
 }
 
 /// The layers of an artifact.
@@ -118,7 +137,14 @@ impl Node {
             let store = Arc::clone(self.store());
             let within = blocking(move || Ok(Arc::new(store.import_within(&room)?))).await?;
             let pulled = self
-                .pull(&layered.reference, &layers, origin, &within, progress)
+                .pull(
+                    &layered.reference,
+                    &layers,
+                    origin,
+                    &within,
+                    progress,
+                    Pace::Full,
+                )
                 .await?;
             for (at, index) in missing.into_iter().zip(pulled) {
                 known[at] = Some(Known {
@@ -155,8 +181,7 @@ impl Node {
         })?;
         if self.store().writable() {
             self.record(&artifact).await?;
-            // Models have files among their layers, and are no images to run.
-            if layered.layers.iter().all(|layer| layer.as_file.is_none()) {
+            if is_whole_image(reference, &layered) {
                 self.keep_documents(&layered.manifest, &layered.config, origin)
                     .await?;
                 self.record_image(&layered, &known).await?;
@@ -300,6 +325,7 @@ impl Node {
         reference: &str,
         layers: &Layers,
         progress: &Progress,
+        pace: Pace,
     ) -> Result<(), NodeError> {
         let mut wanted: Vec<(&Layer, &Known)> = Vec::new();
         for (layer, known) in layers.layers.iter().zip(&layers.known) {
@@ -318,7 +344,7 @@ impl Node {
         let import = self.begin_import().await?;
         let only: Vec<&Layer> = wanted.iter().map(|(layer, _)| *layer).collect();
         let pulled = self
-            .pull(reference, &only, &layers.origin, &import, progress)
+            .pull(reference, &only, &layers.origin, &import, progress, pace)
             .await?;
         for ((layer, known), index) in wanted.into_iter().zip(pulled) {
             if known.maker == Maker::Found && !known.index.agrees_with(&index) {
@@ -368,6 +394,7 @@ impl Node {
                 &layers.origin,
                 &import,
                 progress,
+                Pace::Full,
             )
             .await?;
         }
@@ -411,6 +438,27 @@ impl Node {
         Ok(report)
     }
 
+    /// The reference of an image whose first layers have the chain id `chain` and can be read, now or
+    /// while they arrive. Looks at few small files.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn knows_chain(&self, chain: &Digest) -> Result<Option<String>, NodeError> {
+        let (store, chain) = (Arc::clone(self.store()), *chain);
+        let known = blocking(move || {
+            let Some((image, count)) = store.image_by_chain(&chain)? else {
+                return Ok(None);
+            };
+            for layer in image.layers.iter().take(count) {
+                if !store.has_index(&layer.blob)? {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(image.reference))
+        });
+        Ok(known.await?)
+    }
+
     /// What the topmost layer of a chain takes on the disk: bytes in blocks, and inodes. `None` where
     /// the chain is not known.
     ///
@@ -439,6 +487,7 @@ impl Node {
         origin: &Arc<dyn Source>,
         import: &Arc<Import>,
         progress: &Progress,
+        pace: Pace,
     ) -> Result<Vec<Arc<LayerIndex>>, NodeError> {
         let blobs = Artifact {
             reference: reference.to_owned(),
@@ -450,7 +499,7 @@ impl Node {
         progress.begin_named(&Arc::new(blobs), names, self.store());
         let mut pulls = Vec::with_capacity(layers.len());
         for (at, layer) in layers.iter().enumerate() {
-            pulls.push(self.pull_shown(reference, at, layer, origin, import, progress));
+            pulls.push(self.pull_shown(reference, at, layer, (origin, import), progress, pace));
         }
         stream::iter(pulls)
             .buffered(LAYERS_AT_ONCE)
@@ -463,16 +512,18 @@ impl Node {
         reference: &str,
         at: usize,
         layer: &Layer,
-        origin: &Arc<dyn Source>,
-        import: &Arc<Import>,
+        (origin, import): (&Arc<dyn Source>, &Arc<Import>),
         progress: &Progress,
+        pace: Pace,
     ) -> Result<Arc<LayerIndex>, NodeError> {
         let handle = self
             .engine
             .open(&blob_of(layer), origin)
             .map_err(fetch_failed(reference))?;
         let shown = progress.watch(at, &handle);
-        let index = self.pull_one(reference, layer, &handle, import).await?;
+        let index = self
+            .pull_one(reference, layer, &handle, import, pace)
+            .await?;
         let known = Known {
             index: Arc::new(index),
             maker: Maker::Own,
@@ -488,6 +539,7 @@ impl Node {
         layer: &Layer,
         handle: &Arc<Handle>,
         import: &Arc<Import>,
+        pace: Pace,
     ) -> Result<LayerIndex, NodeError> {
         // Once beside the fetch; should that have brought wrong bytes, once more from what was
         // verified.
@@ -495,14 +547,20 @@ impl Node {
         loop {
             let (send, pieces) = mpsc::channel(PIECES_AHEAD);
             let (this, import, engine) = (layer.clone(), Arc::clone(import), self.engine.clone());
-            let unpacking = tokio::task::spawn_blocking(move || {
+            let (done, unpacked) = tokio::sync::oneshot::channel();
+            // A thread of its own: it ends with its priority.
+            let thread = std::thread::Builder::new().name("hearth-unpack".into());
+            let unpacking = thread.spawn(move || {
+                pace.set();
                 let mut came = |digests: &[Digest]| {
                     digests
                         .iter()
                         .for_each(|&d| engine.came(&ObjectId::Sha256(d)));
                 };
-                unpack(&this, &import, pieces, &mut came)
+                // Nobody waits any more where the pull was given up.
+                let _ = done.send(unpack(&this, &import, pieces, &mut came));
             });
+            unpacking.map_err(|error| StoreError::io("a thread to unpack a layer", &error))?;
             let feeding = async move {
                 let mut at = 0;
                 loop {
@@ -515,8 +573,13 @@ impl Node {
                 }
             };
             let fetched = tokio::try_join!(handle.ensure(Class::Warm), feeding);
-            let unpacked = joined(unpacking).await;
+            let unpacked = unpacked.await;
             fetched.map_err(fetch_failed(reference))?;
+            let unpacked = unpacked.unwrap_or_else(|_| {
+                Err(UnpackError::Image(ImageError::invalid(
+                    "unpacking it broke off",
+                )))
+            });
             match unpacked {
                 Ok(index) => return Ok(index),
                 Err(UnpackError::Store(error)) => return Err(error.into()),
@@ -644,6 +707,14 @@ fn fetch_failed(reference: &str) -> impl Fn(FetchError) -> NodeError {
     }
 }
 
+/// Whether this is an image that can be run: all of it, and no model, which has files among its
+/// layers.
+fn is_whole_image(reference: &Reference, layered: &Layered) -> bool {
+    layered.root.is_empty()
+        && reference.filter == Filter::default()
+        && layered.layers.iter().all(|layer| layer.as_file.is_none())
+}
+
 fn recorded_layer(layer: &ImageLayer) -> Layer {
     Layer {
         blob: layer.blob,
@@ -672,7 +743,7 @@ fn usage(index: &LayerIndex) -> (u64, u64) {
 }
 
 /// Whether so much of a layer's files is missing that it is better unpacked again.
-fn much_is_missing(store: &Store, index: &LayerIndex) -> Result<bool, crate::store::StoreError> {
+fn much_is_missing(store: &Store, index: &LayerIndex) -> Result<bool, StoreError> {
     let (mut all, mut missing) = (0u64, 0u64);
     for content in index.files() {
         all = all.saturating_add(content.size);

@@ -70,6 +70,14 @@ impl Store {
         Ok(Some(bytes))
     }
 
+    /// Whether there is an index of this layer; it may be damaged.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn has_index(&self, layer: &Digest) -> Result<bool> {
+        Ok(self.disk.stat(&self.index_path(layer))?.is_some())
+    }
+
     /// Removes the index of a layer; false where there was none.
     ///
     /// # Errors

@@ -20,6 +20,8 @@ use hyper::{
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
 
+use crate::mirror::parse_range;
+
 /// Bytes sent at once.
 const PIECE: u64 = 64 << 10;
 
@@ -122,7 +124,7 @@ fn respond(link: &Arc<Link>, request: &Request<Incoming>) -> std::io::Result<Res
     let asked = request
         .headers()
         .get(header::RANGE)
-        .and_then(|r| parse_range(r.to_str().ok()?, size));
+        .and_then(|r| parse_range(r.to_str().ok()?, size).ok()?);
     let range = asked.clone().unwrap_or(0..size);
     let body = if request.method() == Method::HEAD {
         empty()
@@ -143,17 +145,6 @@ fn respond(link: &Arc<Link>, request: &Request<Incoming>) -> std::io::Result<Res
     set(&mut response, header::ACCEPT_RANGES, "bytes");
     set(&mut response, header::ETAG, &format!("\"{size:x}\""));
     Ok(response)
-}
-
-/// `bytes=a-b` or `bytes=a-` (RFC 9110, section 14.1.2).
-fn parse_range(text: &str, size: u64) -> Option<std::ops::Range<u64>> {
-    let (first, last) = text.strip_prefix("bytes=")?.split_once('-')?;
-    let first: u64 = first.parse().ok()?;
-    let end = match last {
-        "" => size,
-        last => last.parse::<u64>().ok()?.checked_add(1)?.min(size),
-    };
-    (first < end).then_some(first..end)
 }
 
 fn throttled(link: Arc<Link>, file: Arc<std::fs::File>, range: std::ops::Range<u64>) -> Body {
