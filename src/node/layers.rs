@@ -14,72 +14,33 @@
 
 mod blobs;
 mod indexes;
+mod pull;
+mod push;
 
 use std::{collections::HashSet, sync::Arc};
 
-use futures_util::{StreamExt as _, TryStreamExt as _, stream};
-use tokio::sync::mpsc;
-
-pub(super) use self::blobs::blob_of;
+pub use self::push::PushedIndexes;
 use self::{
     blobs::Blobs,
     indexes::{Known, Maker},
 };
-use super::{
-    Node, NodeError, Progress, Resolved, blocking, joined,
-    unpack::{UnpackError, unpack},
-};
+pub(super) use self::{blobs::blob_of, pull::Pace};
+use super::{Node, NodeError, Progress, Resolved, blocking, joined};
 use crate::{
-    digest::{Digest, ObjectId},
-    fetch::{Class, FetchError, Handle},
+    digest::Digest,
+    fetch::FetchError,
     image::{EntryKind, ImageError, LayerIndex, LayerSource, merge},
     reference::{Filter, Reference},
-    source::{AttachedBlob, Attachment, Layer, Layered, Source, SourceError, SourceErrorKind},
+    source::{Layer, Layered, Source, SourceError, SourceErrorKind},
     store::{ImageLayer, ImageRecord, Import, Reservation, Store, StoreError},
-    tree::{Artifact, Recipe, Tree},
+    tree::{Artifact, Recipe},
 };
 
-/// Layers that are unpacked at the same time: decoding is what takes long, and each has two
-/// threads.
-const LAYERS_AT_ONCE: usize = 2;
-/// Pieces of a layer between fetching and unpacking, of up to a chunk each.
-const PIECES_AHEAD: usize = 4;
 /// Decoded bytes of layers that are kept in memory, for each image that is read.
 const DECODED_CACHE: usize = 32 << 20;
 /// A layer is unpacked once more if one part in so many of its files' bytes is missing; else they
 /// are fetched one by one.
 const FEW: u64 = 8;
-
-/// What was pushed beside an image.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct PushedIndexes {
-    /// The digest of the manifest that refers to the image.
-    pub manifest: String,
-    pub layers: usize,
-    /// Bytes of all indexes.
-    pub bytes: u64,
-    /// Bytes of all layers, as they lie in the registry.
-    pub image_bytes: u64,
-}
-
-/// How hard layers are unpacked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Pace {
-    Full,
-    /// Somebody reads the image meanwhile, and has the processors first.
-    Behind,
-}
-
-impl Pace {
-    /// Sets the priority of this thread, and of those that it starts.
-    fn set(self) {
-        if self == Self::Behind {
-            // SAFETY: a system call that takes numbers; 0 is the calling thread (setpriority(2), NOTES).
-            // It cannot fail for a lower priority, and nothing depends on it.
-            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
-        }
-    }
-}
 
 /// The layers of an artifact.
 #[derive(Debug)]
@@ -359,85 +320,6 @@ impl Node {
         Ok(())
     }
 
-    /// Pushes the indexes of an image's layers beside it. Layers of which this node has made none
-    /// are pulled and unpacked for it.
-    ///
-    /// # Errors
-    /// What the source or the store says; a reference that is no image.
-    pub async fn push_indexes(
-        &self,
-        reference: &Reference,
-        progress: &Progress,
-    ) -> Result<PushedIndexes, NodeError> {
-        let failed = |source| NodeError::Resolve {
-            reference: reference.to_string(),
-            source,
-        };
-        let resolved = self.resolve_showing(reference, progress).await?;
-        let Some(layers) = &resolved.layers else {
-            let why = "it does not lie in layers: nothing to index";
-            return Err(failed(SourceError::new(
-                SourceErrorKind::Invalid,
-                reference.to_string(),
-                why,
-            )));
-        };
-        let unmade: Vec<&Layer> = (layers.layers.iter().zip(&layers.known))
-            .filter(|(_, known)| known.maker != Maker::Own)
-            .map(|(layer, _)| layer)
-            .collect();
-        if !unmade.is_empty() {
-            let import = self.begin_import().await?;
-            self.pull(
-                &reference.to_string(),
-                &unmade,
-                &layers.origin,
-                &import,
-                progress,
-                Pace::Full,
-            )
-            .await?;
-        }
-        let mut report = PushedIndexes {
-            manifest: String::new(),
-            layers: layers.layers.len(),
-            bytes: 0,
-            image_bytes: layers.layers.iter().map(|layer| layer.size).sum(),
-        };
-        let mut blobs = Vec::with_capacity(layers.layers.len());
-        for layer in &layers.layers {
-            let Some(known) = self.index_of(layer).await? else {
-                return Err(NodeError::Unknown(format!(
-                    "the index of layer {}",
-                    layer.blob
-                )));
-            };
-            let bytes = known.index.encode().map_err(|source| NodeError::Image {
-                reference: reference.to_string(),
-                source,
-            })?;
-            report.bytes += bytes.len() as u64;
-            blobs.push(AttachedBlob {
-                media_type: indexes::INDEX_MEDIA_TYPE.to_owned(),
-                annotations: [(indexes::LAYER_ANNOTATION.to_owned(), layer.blob.to_string())]
-                    .into(),
-                bytes: bytes.into(),
-            });
-        }
-        let subject: Digest = match resolved.artifact.revision.parse() {
-            Ok(subject) => subject,
-            Err(_) => return Err(NodeError::Unknown(format!("the manifest of {reference}"))),
-        };
-        let what = Attachment {
-            kind: indexes::ARTIFACT_TYPE.to_owned(),
-            blobs,
-            annotations: Default::default(),
-        };
-        let pushed = layers.origin.attach(&subject, what).await.map_err(failed)?;
-        report.manifest = pushed.to_string();
-        Ok(report)
-    }
-
     /// The reference of an image whose first layers have the chain id `chain` and can be read, now or
     /// while they arrive. Looks at few small files.
     ///
@@ -476,125 +358,6 @@ impl Node {
             .index_of(&layer)
             .await?
             .map(|known| usage(&known.index)))
-    }
-
-    /// Fetches and unpacks layers; their files and indexes are in the store on return, and kept
-    /// by `import`.
-    async fn pull(
-        &self,
-        reference: &str,
-        layers: &[&Layer],
-        origin: &Arc<dyn Source>,
-        import: &Arc<Import>,
-        progress: &Progress,
-        pace: Pace,
-    ) -> Result<Vec<Arc<LayerIndex>>, NodeError> {
-        let blobs = Artifact {
-            reference: reference.to_owned(),
-            revision: String::new(),
-            tree: Tree::empty(),
-            objects: layers.iter().map(|layer| blob_of(layer)).collect(),
-        };
-        let names = layers.iter().map(|layer| layer.blob.to_string()).collect();
-        progress.begin_named(&Arc::new(blobs), names, self.store());
-        let mut pulls = Vec::with_capacity(layers.len());
-        for (at, layer) in layers.iter().enumerate() {
-            pulls.push(self.pull_shown(reference, at, layer, (origin, import), progress, pace));
-        }
-        stream::iter(pulls)
-            .buffered(LAYERS_AT_ONCE)
-            .try_collect()
-            .await
-    }
-
-    async fn pull_shown(
-        &self,
-        reference: &str,
-        at: usize,
-        layer: &Layer,
-        (origin, import): (&Arc<dyn Source>, &Arc<Import>),
-        progress: &Progress,
-        pace: Pace,
-    ) -> Result<Arc<LayerIndex>, NodeError> {
-        let handle = self
-            .engine
-            .open(&blob_of(layer), origin)
-            .map_err(fetch_failed(reference))?;
-        let shown = progress.watch(at, &handle);
-        let index = self
-            .pull_one(reference, layer, &handle, import, pace)
-            .await?;
-        let known = Known {
-            index: Arc::new(index),
-            maker: Maker::Own,
-        };
-        self.keep_index(&known).await?;
-        shown.finished();
-        Ok(known.index)
-    }
-
-    async fn pull_one(
-        &self,
-        reference: &str,
-        layer: &Layer,
-        handle: &Arc<Handle>,
-        import: &Arc<Import>,
-        pace: Pace,
-    ) -> Result<LayerIndex, NodeError> {
-        // Once beside the fetch; should that have brought wrong bytes, once more from what was
-        // verified.
-        let mut again = false;
-        loop {
-            let (send, pieces) = mpsc::channel(PIECES_AHEAD);
-            let (this, import, engine) = (layer.clone(), Arc::clone(import), self.engine.clone());
-            let (done, unpacked) = tokio::sync::oneshot::channel();
-            // A thread of its own: it ends with its priority.
-            let thread = std::thread::Builder::new().name("hearth-unpack".into());
-            let unpacking = thread.spawn(move || {
-                pace.set();
-                let mut came = |digests: &[Digest]| {
-                    digests
-                        .iter()
-                        .for_each(|&d| engine.came(&ObjectId::Sha256(d)));
-                };
-                // Nobody waits any more where the pull was given up.
-                let _ = done.send(unpack(&this, &import, pieces, &mut came));
-            });
-            unpacking.map_err(|error| StoreError::io("a thread to unpack a layer", &error))?;
-            let feeding = async move {
-                let mut at = 0;
-                loop {
-                    let piece = handle.follow(at).await?;
-                    at += piece.len() as u64;
-                    // Whoever does not take it has failed, and says why.
-                    if piece.is_empty() || send.send(piece).await.is_err() {
-                        return Ok::<_, FetchError>(());
-                    }
-                }
-            };
-            let fetched = tokio::try_join!(handle.ensure(Class::Warm), feeding);
-            let unpacked = unpacked.await;
-            fetched.map_err(fetch_failed(reference))?;
-            let unpacked = unpacked.unwrap_or_else(|_| {
-                Err(UnpackError::Image(ImageError::invalid(
-                    "unpacking it broke off",
-                )))
-            });
-            match unpacked {
-                Ok(index) => return Ok(index),
-                Err(UnpackError::Store(error)) => return Err(error.into()),
-                Err(UnpackError::Image(error)) if again => {
-                    return Err(NodeError::Image {
-                        reference: reference.to_owned(),
-                        source: error,
-                    });
-                }
-                Err(UnpackError::Image(error)) => {
-                    tracing::info!(%error, "unpacking once more, from the verified layer");
-                    again = true;
-                }
-            }
-        }
     }
 
     /// Room for layers and what they unpack to. That is not known before: three times as much is

@@ -1,0 +1,166 @@
+//! Layers from their registry to files and indexes in the store.
+
+use std::sync::Arc;
+
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use tokio::sync::mpsc;
+
+use super::{Known, Maker, blob_of, fetch_failed};
+use crate::{
+    digest::{Digest, ObjectId},
+    fetch::{Class, FetchError, Handle},
+    image::{ImageError, LayerIndex},
+    node::{
+        Node, NodeError, Progress,
+        unpack::{UnpackError, unpack},
+    },
+    source::{Layer, Source},
+    store::{Import, StoreError},
+    tree::{Artifact, Tree},
+};
+
+/// Layers that are unpacked at the same time: decoding is what takes long, and each has several
+/// threads.
+const LAYERS_AT_ONCE: usize = 2;
+/// Pieces of a layer between fetching and unpacking, of up to a chunk each.
+const PIECES_AHEAD: usize = 4;
+
+/// How hard layers are unpacked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::node) enum Pace {
+    Full,
+    /// Somebody reads the image meanwhile, and has the processors first.
+    Behind,
+}
+
+impl Pace {
+    /// Sets the priority of this thread, and of those that it starts.
+    fn set(self) {
+        if self == Self::Behind {
+            // SAFETY: a system call that takes numbers; 0 is the calling thread (setpriority(2), NOTES).
+            // It cannot fail for a lower priority, and nothing depends on it.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+        }
+    }
+}
+
+impl Node {
+    /// Fetches and unpacks layers; their files and indexes are in the store on return, and kept
+    /// by `import`.
+    pub(super) async fn pull(
+        &self,
+        reference: &str,
+        layers: &[&Layer],
+        origin: &Arc<dyn Source>,
+        import: &Arc<Import>,
+        progress: &Progress,
+        pace: Pace,
+    ) -> Result<Vec<Arc<LayerIndex>>, NodeError> {
+        let blobs = Artifact {
+            reference: reference.to_owned(),
+            revision: String::new(),
+            tree: Tree::empty(),
+            objects: layers.iter().map(|layer| blob_of(layer)).collect(),
+        };
+        let names = layers.iter().map(|layer| layer.blob.to_string()).collect();
+        progress.begin_named(&Arc::new(blobs), names, self.store());
+        let mut pulls = Vec::with_capacity(layers.len());
+        for (at, layer) in layers.iter().enumerate() {
+            pulls.push(self.pull_shown(reference, at, layer, (origin, import), progress, pace));
+        }
+        stream::iter(pulls)
+            .buffered(LAYERS_AT_ONCE)
+            .try_collect()
+            .await
+    }
+
+    async fn pull_shown(
+        &self,
+        reference: &str,
+        at: usize,
+        layer: &Layer,
+        (origin, import): (&Arc<dyn Source>, &Arc<Import>),
+        progress: &Progress,
+        pace: Pace,
+    ) -> Result<Arc<LayerIndex>, NodeError> {
+        let handle = self
+            .engine
+            .open(&blob_of(layer), origin)
+            .map_err(fetch_failed(reference))?;
+        let shown = progress.watch(at, &handle);
+        let index = self
+            .pull_one(reference, layer, &handle, import, pace)
+            .await?;
+        let known = Known {
+            index: Arc::new(index),
+            maker: Maker::Own,
+        };
+        self.keep_index(&known).await?;
+        shown.finished();
+        Ok(known.index)
+    }
+
+    async fn pull_one(
+        &self,
+        reference: &str,
+        layer: &Layer,
+        handle: &Arc<Handle>,
+        import: &Arc<Import>,
+        pace: Pace,
+    ) -> Result<LayerIndex, NodeError> {
+        // Once beside the fetch; should that have brought wrong bytes, once more from what was
+        // verified.
+        let mut again = false;
+        loop {
+            let (send, pieces) = mpsc::channel(PIECES_AHEAD);
+            let (this, import, engine) = (layer.clone(), Arc::clone(import), self.engine.clone());
+            let (done, unpacked) = tokio::sync::oneshot::channel();
+            // A thread of its own: it ends with its priority.
+            let thread = std::thread::Builder::new().name("hearth-unpack".into());
+            let unpacking = thread.spawn(move || {
+                pace.set();
+                let mut came = |digests: &[Digest]| {
+                    digests
+                        .iter()
+                        .for_each(|&d| engine.came(&ObjectId::Sha256(d)));
+                };
+                // Nobody waits any more where the pull was given up.
+                let _ = done.send(unpack(&this, &import, pieces, &mut came));
+            });
+            unpacking.map_err(|error| StoreError::io("a thread to unpack a layer", &error))?;
+            let feeding = async move {
+                let mut at = 0;
+                loop {
+                    let piece = handle.follow(at).await?;
+                    at += piece.len() as u64;
+                    // Whoever does not take it has failed, and says why.
+                    if piece.is_empty() || send.send(piece).await.is_err() {
+                        return Ok::<_, FetchError>(());
+                    }
+                }
+            };
+            let fetched = tokio::try_join!(handle.ensure(Class::Warm), feeding);
+            let unpacked = unpacked.await;
+            fetched.map_err(fetch_failed(reference))?;
+            let unpacked = unpacked.unwrap_or_else(|_| {
+                Err(UnpackError::Image(ImageError::invalid(
+                    "unpacking it broke off",
+                )))
+            });
+            match unpacked {
+                Ok(index) => return Ok(index),
+                Err(UnpackError::Store(error)) => return Err(error.into()),
+                Err(UnpackError::Image(error)) if again => {
+                    return Err(NodeError::Image {
+                        reference: reference.to_owned(),
+                        source: error,
+                    });
+                }
+                Err(UnpackError::Image(error)) => {
+                    tracing::info!(%error, "unpacking once more, from the verified layer");
+                    again = true;
+                }
+            }
+        }
+    }
+}

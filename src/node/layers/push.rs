@@ -1,0 +1,102 @@
+//! Indexes from the store to the registry.
+
+use super::{Maker, Pace, indexes};
+use crate::{
+    digest::Digest,
+    node::{Node, NodeError, Progress},
+    reference::Reference,
+    source::{AttachedBlob, Attachment, Layer, SourceError, SourceErrorKind},
+};
+
+/// What was pushed beside an image.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct PushedIndexes {
+    /// The digest of the manifest that refers to the image.
+    pub manifest: String,
+    pub layers: usize,
+    /// Bytes of all indexes.
+    pub bytes: u64,
+    /// Bytes of all layers, as they lie in the registry.
+    pub image_bytes: u64,
+}
+
+impl Node {
+    /// Pushes the indexes of an image's layers beside it. Layers of which this node has made none
+    /// are pulled and unpacked for it.
+    ///
+    /// # Errors
+    /// What the source or the store says; a reference that is no image.
+    pub async fn push_indexes(
+        &self,
+        reference: &Reference,
+        progress: &Progress,
+    ) -> Result<PushedIndexes, NodeError> {
+        let failed = |source| NodeError::Resolve {
+            reference: reference.to_string(),
+            source,
+        };
+        let resolved = self.resolve_showing(reference, progress).await?;
+        let Some(layers) = &resolved.layers else {
+            let why = "it does not lie in layers: nothing to index";
+            return Err(failed(SourceError::new(
+                SourceErrorKind::Invalid,
+                reference.to_string(),
+                why,
+            )));
+        };
+        let unmade: Vec<&Layer> = (layers.layers.iter().zip(&layers.known))
+            .filter(|(_, known)| known.maker != Maker::Own)
+            .map(|(layer, _)| layer)
+            .collect();
+        if !unmade.is_empty() {
+            let import = self.begin_import().await?;
+            self.pull(
+                &reference.to_string(),
+                &unmade,
+                &layers.origin,
+                &import,
+                progress,
+                Pace::Full,
+            )
+            .await?;
+        }
+        let mut report = PushedIndexes {
+            manifest: String::new(),
+            layers: layers.layers.len(),
+            bytes: 0,
+            image_bytes: layers.layers.iter().map(|layer| layer.size).sum(),
+        };
+        let mut blobs = Vec::with_capacity(layers.layers.len());
+        for layer in &layers.layers {
+            let Some(known) = self.index_of(layer).await? else {
+                return Err(NodeError::Unknown(format!(
+                    "the index of layer {}",
+                    layer.blob
+                )));
+            };
+            let bytes = known.index.encode().map_err(|source| NodeError::Image {
+                reference: reference.to_string(),
+                source,
+            })?;
+            report.bytes += bytes.len() as u64;
+            blobs.push(AttachedBlob {
+                media_type: indexes::INDEX_MEDIA_TYPE.to_owned(),
+                annotations: [(indexes::LAYER_ANNOTATION.to_owned(), layer.blob.to_string())]
+                    .into(),
+                bytes: bytes.into(),
+            });
+        }
+        let subject: Digest = match resolved.artifact.revision.parse() {
+            Ok(subject) => subject,
+            Err(_) => return Err(NodeError::Unknown(format!("the manifest of {reference}"))),
+        };
+        let what = Attachment {
+            kind: indexes::ARTIFACT_TYPE.to_owned(),
+            blobs,
+            annotations: Default::default(),
+        };
+        let pushed = layers.origin.attach(&subject, what).await.map_err(failed)?;
+        report.manifest = pushed.to_string();
+        Ok(report)
+    }
+}
