@@ -162,14 +162,15 @@ impl Queue {
         self.connections.lock().back_off();
     }
 
-    /// Brings all chunks of an object.
+    /// Brings all chunks of an object, as long as it is of this generation.
     pub(super) async fn bring_all(
         &self,
         handle: &Arc<Handle>,
         partial: &Arc<Partial>,
+        generation: u32,
         class: Class,
     ) -> Result<(), FetchError> {
-        if handle.all_present(partial) {
+        if handle.all_present(partial) || partial.generation() != generation {
             return Ok(());
         }
         let job = Arc::new(Job {
@@ -191,7 +192,10 @@ impl Queue {
         loop {
             let look_again = handle.changed_within(LOOK_AGAIN * 5);
             // Or complete by another way, in another process.
-            if handle.all_present(partial) || matches!(partial.completed(), Ok(Some(_))) {
+            if handle.all_present(partial)
+                || partial.generation() != generation
+                || matches!(partial.completed(), Ok(Some(_)))
+            {
                 return Ok(());
             }
             if let Some(error) = job.failed.get() {

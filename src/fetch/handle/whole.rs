@@ -51,10 +51,16 @@ impl Handle {
             State::Partial(partial) => partial,
         };
         loop {
+            // Before the look at the hold-off: content that is found wrong after it is another
+            // generation, which this turn does not fetch.
+            let generation = partial.generation();
             self.held_off()?;
             let engine = self.engine()?;
             self.reserve(&partial).await?;
-            engine.queue.bring_all(self, &partial, class).await?;
+            engine
+                .queue
+                .bring_all(self, &partial, generation, class)
+                .await?;
             match self.finish(&partial).await {
                 Ok(Some(complete)) => return Ok(complete),
                 // Somebody else has found it wrong, or its pages were lost.
