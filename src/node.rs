@@ -351,13 +351,7 @@ impl Node {
                 location.is_some_and(|location| location.path.contains('#'))
             });
         match layered {
-            true => match self.recorded_layers(artifact, source).await? {
-                None if self.has_all(artifact).await? => {
-                    let (artifact, source) = (Arc::clone(artifact), Arc::clone(source));
-                    Ok(Some(Resolved::plain(artifact, source, false)))
-                }
-                found => Ok(found),
-            },
+            true => self.recorded_layers(artifact, source).await,
             false => {
                 let (artifact, source) = (Arc::clone(artifact), Arc::clone(source));
                 Ok(Some(Resolved::plain(artifact, source, false)))

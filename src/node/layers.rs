@@ -93,7 +93,9 @@ impl Node {
             let Some(progress) = pull else {
                 return Ok(None);
             };
-            let layers: Vec<&Layer> = missing.iter().map(|&at| &layered.layers[at]).collect();
+            let layers: Vec<(&Layer, Option<&Known>)> = (missing.iter())
+                .map(|&at| (&layered.layers[at], known[at].as_ref()))
+                .collect();
             let room = self.admit_layers(&layered.reference, &layers).await?;
             let store = Arc::clone(self.store());
             let within = blocking(move || Ok(Arc::new(store.import_within(&room)?))).await?;
@@ -119,7 +121,7 @@ impl Node {
             pulled_by = Some(within);
         }
         let known: Vec<Known> = known.into_iter().flatten().collect();
-        let artifact = self
+        let mut artifact = self
             .merged(&layered.reference, &layered.manifest, &known)
             .await?;
         let matcher = reference
@@ -133,16 +135,18 @@ impl Node {
                     error.to_string(),
                 ),
             })?;
-        let artifact = part_of(artifact, &layered.root, &layered.layers, &|path| {
-            matcher.matches(path)
-        })
-        .map_err(|source| NodeError::Image {
-            reference: layered.reference.clone(),
-            source,
-        })?;
+        let is_whole = is_whole_image(reference, &layered);
+        if !is_whole {
+            let wanted = |path: &str| matcher.matches(path);
+            let part = part_of(&artifact, &layered.root, &layered.layers, &wanted);
+            artifact = part.map_err(|source| NodeError::Image {
+                reference: layered.reference.clone(),
+                source,
+            })?;
+        }
         if self.store().writable() {
             self.record(&artifact).await?;
-            if is_whole_image(reference, &layered) {
+            if is_whole {
                 self.keep_documents(&layered.manifest, &layered.config, origin)
                     .await?;
                 self.record_image(&layered, &known).await?;
@@ -166,14 +170,9 @@ impl Node {
             let Some((image, count)) = store.image_by_chain(&id)? else {
                 return Ok(None);
             };
-            let artifact = store.artifact(&image.reference)?;
-            Ok(Some((
-                image,
-                count,
-                artifact.map(|(_, artifact)| Arc::new(artifact)),
-            )))
+            Ok(Some((image, count)))
         });
-        let Some((mut image, count, artifact)) = found.await? else {
+        let Some((mut image, count)) = found.await? else {
             return Ok(None);
         };
         let Ok(reference) = image.reference.parse::<Reference>() else {
@@ -186,25 +185,18 @@ impl Node {
                 reference: image.reference.clone(),
                 source,
             })?;
-        let all = count == image.layers.len();
         image.layers.truncate(count);
         let Some((layers, known)) = self.recorded_indexes(&image).await? else {
             return Ok(None);
         };
-        let artifact = match artifact
-            .filter(|artifact| all && artifact.revision == image.manifest.to_string())
-        {
-            Some(artifact) => artifact,
-            None => {
-                self.merged(&image.reference, &image.manifest, &known)
-                    .await?
-            }
-        };
+        let artifact = self
+            .merged(&image.reference, &image.manifest, &known)
+            .await?;
         Ok(Some(self.lazy(artifact, layers, known, &origin)))
     }
 
-    /// The recorded artifact of an image with what is needed to read it; `None` where that is not
-    /// all here.
+    /// The recorded artifact with what is needed to read it; `None` where that is not all here, or
+    /// where the artifact is not what the indexes say: an index that was believed has been replaced.
     pub(super) async fn recorded_layers(
         &self,
         artifact: &Arc<Artifact>,
@@ -212,10 +204,21 @@ impl Node {
     ) -> Result<Option<Resolved>, NodeError> {
         let (store, reference) = (Arc::clone(self.store()), artifact.reference.clone());
         let Some(image) = blocking(move || store.image(&reference)).await? else {
+            // A model, or a part of an image: nothing can be read but what is here.
+            let whole = self.has_all(artifact).await?;
+            let plain = || Resolved::plain(Arc::clone(artifact), Arc::clone(origin), false);
+            return Ok(whole.then(plain));
+        };
+        let Some((layers, known)) = self.recorded_indexes(&image).await? else {
             return Ok(None);
         };
-        let found = self.recorded_indexes(&image).await?;
-        Ok(found.map(|(layers, known)| self.lazy(Arc::clone(artifact), layers, known, origin)))
+        let merged = self
+            .merged(&image.reference, &image.manifest, &known)
+            .await?;
+        if merged != *artifact {
+            return Ok(None);
+        }
+        Ok(Some(self.lazy(merged, layers, known, origin)))
     }
 
     /// The layers of a recorded image and their indexes; `None` where one is missing.
@@ -288,7 +291,7 @@ impl Node {
         progress: &Progress,
         pace: Pace,
     ) -> Result<(), NodeError> {
-        let mut wanted: Vec<(&Layer, &Known)> = Vec::new();
+        let mut wanted: Vec<(&Layer, Option<&Known>)> = Vec::new();
         for (layer, known) in layers.layers.iter().zip(&layers.known) {
             if layer.as_file.is_some() {
                 continue;
@@ -296,27 +299,15 @@ impl Node {
             let (store, index) = (Arc::clone(self.store()), Arc::clone(&known.index));
             let missing = blocking(move || much_is_missing(&store, &index)).await?;
             if missing || !self.is_trusted(layer, known).await? {
-                wanted.push((layer, known));
+                wanted.push((layer, Some(known)));
             }
         }
         if wanted.is_empty() {
             return Ok(());
         }
         let import = self.begin_import().await?;
-        let only: Vec<&Layer> = wanted.iter().map(|(layer, _)| *layer).collect();
-        let pulled = self
-            .pull(reference, &only, &layers.origin, &import, progress, pace)
+        self.pull(reference, &wanted, &layers.origin, &import, progress, pace)
             .await?;
-        for ((layer, known), index) in wanted.into_iter().zip(pulled) {
-            if known.maker == Maker::Found && !known.index.agrees_with(&index) {
-                let why = "the index that was found for it describes something else; \
-                           it was replaced: resolve the image again";
-                return Err(NodeError::Image {
-                    reference: reference.to_owned(),
-                    source: ImageError::corrupt(why).in_layer(layer.blob),
-                });
-            }
-        }
         Ok(())
     }
 
@@ -365,11 +356,11 @@ impl Node {
     async fn admit_layers(
         &self,
         reference: &str,
-        layers: &[&Layer],
+        layers: &[(&Layer, Option<&Known>)],
     ) -> Result<Reservation, NodeError> {
         let bytes = layers
             .iter()
-            .fold(0u64, |sum, layer| sum.saturating_add(layer.size));
+            .fold(0u64, |sum, (layer, _)| sum.saturating_add(layer.size));
         let (store, reference) = (Arc::clone(self.store()), reference.to_owned());
         let admitted = blocking(move || store.admit_bytes(&reference, bytes.saturating_mul(3)));
         Ok(admitted.await?)
@@ -439,7 +430,7 @@ impl Node {
 /// The part of an image that a reference means: below a directory, and only what is wanted there.
 /// Layers that are files as they are lose the mark of what is decoded.
 fn part_of(
-    artifact: Arc<Artifact>,
+    artifact: &Artifact,
     root: &str,
     layers: &[Layer],
     wanted: &dyn Fn(&str) -> bool,

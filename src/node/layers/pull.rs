@@ -11,7 +11,7 @@ use crate::{
     fetch::{Class, FetchError, Handle},
     image::{ImageError, LayerIndex},
     node::{
-        Node, NodeError, Progress,
+        Node, NodeError, Progress, blocking,
         unpack::{UnpackError, unpack},
     },
     source::{Layer, Source},
@@ -50,7 +50,7 @@ impl Node {
     pub(super) async fn pull(
         &self,
         reference: &str,
-        layers: &[&Layer],
+        layers: &[(&Layer, Option<&Known>)],
         origin: &Arc<dyn Source>,
         import: &Arc<Import>,
         progress: &Progress,
@@ -60,12 +60,15 @@ impl Node {
             reference: reference.to_owned(),
             revision: String::new(),
             tree: Tree::empty(),
-            objects: layers.iter().map(|layer| blob_of(layer)).collect(),
+            objects: layers.iter().map(|(layer, _)| blob_of(layer)).collect(),
         };
-        let names = layers.iter().map(|layer| layer.blob.to_string()).collect();
+        let names = layers
+            .iter()
+            .map(|(layer, _)| layer.blob.to_string())
+            .collect();
         progress.begin_named(&Arc::new(blobs), names, self.store());
         let mut pulls = Vec::with_capacity(layers.len());
-        for (at, layer) in layers.iter().enumerate() {
+        for (at, &layer) in layers.iter().enumerate() {
             pulls.push(self.pull_shown(reference, at, layer, (origin, import), progress, pace));
         }
         stream::iter(pulls)
@@ -78,7 +81,7 @@ impl Node {
         &self,
         reference: &str,
         at: usize,
-        layer: &Layer,
+        (layer, believed): (&Layer, Option<&Known>),
         (origin, import): (&Arc<dyn Source>, &Arc<Import>),
         progress: &Progress,
         pace: Pace,
@@ -95,7 +98,25 @@ impl Node {
             index: Arc::new(index),
             maker: Maker::Own,
         };
-        self.keep_index(&known).await?;
+        match believed {
+            // What is recorded reads the layer at the places of its own table.
+            Some(believed) if believed.maker == Maker::Table => {}
+            Some(believed)
+                if believed.maker == Maker::Found && !believed.index.agrees_with(&known.index) =>
+            {
+                // First, so that nothing built on it is left when the true index is there.
+                let (store, name) = (Arc::clone(self.store()), reference.to_owned());
+                blocking(move || store.forget_resolution(&name)).await?;
+                self.keep_index(&known).await?;
+                let why = "the index that was found for it describes something else; \
+                           it was replaced: resolve the image again";
+                return Err(NodeError::Image {
+                    reference: reference.to_owned(),
+                    source: ImageError::corrupt(why).in_layer(layer.blob),
+                });
+            }
+            _ => self.keep_index(&known).await?,
+        }
         shown.finished();
         Ok(known.index)
     }

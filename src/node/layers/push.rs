@@ -1,6 +1,6 @@
 //! Indexes from the store to the registry.
 
-use super::{Maker, Pace, indexes};
+use super::{Known, Maker, Pace, indexes};
 use crate::{
     digest::Digest,
     node::{Node, NodeError, Progress},
@@ -44,9 +44,10 @@ impl Node {
                 why,
             )));
         };
-        let unmade: Vec<&Layer> = (layers.layers.iter().zip(&layers.known))
-            .filter(|(_, known)| known.maker != Maker::Own)
-            .map(|(layer, _)| layer)
+        // A layer that carries its own table needs no index.
+        let unmade: Vec<(&Layer, Option<&Known>)> = (layers.layers.iter().zip(&layers.known))
+            .filter(|(_, known)| known.maker == Maker::Found)
+            .map(|(layer, known)| (layer, Some(known)))
             .collect();
         if !unmade.is_empty() {
             let import = self.begin_import().await?;
@@ -74,6 +75,10 @@ impl Node {
                     layer.blob
                 )));
             };
+            if known.maker != Maker::Own {
+                report.layers -= 1;
+                continue;
+            }
             let bytes = known.index.encode().map_err(|source| NodeError::Image {
                 reference: reference.to_string(),
                 source,

@@ -216,7 +216,7 @@ fn plan(
                 name.map(|name| format!("{name}{suffix}"))
             }
         };
-        let Some(path) = path else {
+        let Some(path) = path.filter(|path| !plain(path).is_empty()) else {
             let error = match known {
                 Known::Other => part.error(what, "has an unsupported media type and no title"),
                 Known::Descriptor(_) => part.error(what, "has no name"),
@@ -576,6 +576,20 @@ mod tests {
                 }
                 Ok(None) => prop_assert!(descriptors.iter().all(|d| known(&d.media_type) == Known::Other)),
                 Err(error) => prop_assert!(error.to_string().contains("layer "), "{}", error),
+            }
+        }
+
+        #[test]
+        fn a_name_is_never_empty(name in "[./]{0,3}") {
+            let layer = OciDescriptor {
+                media_type: "application/vnd.ollama.image.json".to_owned(),
+                digest: Digest::of(b"x").to_string(),
+                size: 1,
+                ..OciDescriptor::default()
+            };
+            if let Ok(Some(parts)) = plan("oci://r.io/m:1", &[layer], &[Some(name)]) {
+                let named = matches!(&parts[0].content, Content::File { path, .. } if !path.is_empty());
+                prop_assert!(named);
             }
         }
 
