@@ -136,6 +136,9 @@ mod seconds {
     }
 }
 
+/// Told what is read: the object, and which bytes of it. It must not block.
+pub type OnRead = Arc<dyn Fn(&ObjectId, std::ops::Range<u64>) + Send + Sync>;
+
 /// The engine; one per process. Cheap to clone.
 #[derive(Clone)]
 pub struct Engine {
@@ -229,6 +232,11 @@ impl Engine {
         {
             tracing::debug!(%error, "could not look at what came");
         }
+    }
+
+    /// Waits until nobody has waited for bytes for as long as `quiet`, at most until `deadline`.
+    pub async fn quiet(&self, quiet: Duration, deadline: std::time::Instant) {
+        self.inner.gate.quiet(quiet, deadline).await;
     }
 
     /// Its settings.

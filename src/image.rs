@@ -15,6 +15,7 @@ mod hashing;
 mod index;
 mod inflate;
 mod merge;
+pub mod profile;
 #[cfg(test)]
 mod samples;
 mod seek;
@@ -27,7 +28,7 @@ pub use decode::{Decoded, Decoder};
 pub use error::{ImageError, ImageErrorKind};
 pub use index::MAX_SPAN;
 pub use merge::merge;
-pub use span::{LayerSource, OnSpan};
+pub use span::LayerSource;
 pub use unpack::{Limits, Sink, Unpacker};
 
 use crate::{

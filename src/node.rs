@@ -18,7 +18,7 @@ use futures_util::{StreamExt as _, stream};
 
 use self::layers::{Layers, Pace};
 pub use self::{
-    layers::PushedIndexes,
+    layers::{PushedIndexes, Start},
     progress::{FileProgress, Progress, Snapshot},
     status::{ArtifactStatus, FileStatus},
 };

@@ -20,7 +20,7 @@ use crate::{
     fs::{Fetched, View, hub},
     metrics,
     mount::Mount,
-    node::{Node, NodeError, Progress, Resolved},
+    node::{Node, NodeError, Progress, Resolved, Start},
     reference::{Locator, Reference},
     store::{Hold, Reservation, StoreErrorKind},
 };
@@ -278,6 +278,7 @@ pub(super) struct Mounted {
     mount: Arc<Mount>,
     status: Status,
     fill: Option<tokio::task::JoinHandle<()>>,
+    _start: Option<Start>,
     _hold: Hold,
     _room: Option<Reservation>,
 }
@@ -325,12 +326,11 @@ impl Mounted {
             true => admit(node, &resolved, &error).await?,
             false => None,
         };
+        let start = node.start(&resolved).await?;
         let contents = |artifact| {
-            Arc::new(Fetched::new(
-                node.engine().clone(),
-                Arc::clone(&resolved.source),
-                artifact,
-            ))
+            let source = Arc::clone(&resolved.source);
+            let fetched = Fetched::new(node.engine().clone(), source, artifact);
+            Arc::new(fetched.on_read(start.as_ref().and_then(Start::on_read)))
         };
         let view = match &reference.locator {
             Locator::Hub(repo) if options.hub_layout => {
@@ -370,6 +370,7 @@ impl Mounted {
             mount,
             status,
             fill,
+            _start: start,
             _hold: hold,
             _room: room,
         })

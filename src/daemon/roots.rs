@@ -25,7 +25,7 @@ use crate::{
     fs::{Fetched, View},
     image::erofs,
     mount::{self, Mount, native},
-    node::{Node, NodeError, Progress, Resolved},
+    node::{Node, NodeError, Progress, Resolved, Start},
     reference::Reference,
     snapshotter::{Hints, Root, Roots, RootsError, RootsErrorKind, Usage},
     store::{Hold, StoreErrorKind},
@@ -52,6 +52,7 @@ struct Chain {
 struct Lazy {
     mount: Arc<Mount>,
     fill: tokio::task::JoinHandle<()>,
+    _start: Option<Start>,
     _hold: Hold,
 }
 
@@ -145,11 +146,13 @@ impl ImageRoots {
         let hold = self.node.hold(&name).await.map_err(|e| of_node(&e))?;
         let dir = self.dir(id, "lazy");
         let failed = |why: String| RootsError::new(RootsErrorKind::Failed, why);
+        let start = self.node.start(&resolved).await.map_err(|e| of_node(&e))?;
         let contents = Fetched::new(
             self.node.engine().clone(),
             Arc::clone(&resolved.source),
             Arc::clone(&resolved.artifact),
-        );
+        )
+        .on_read(start.as_ref().and_then(Start::on_read));
         let view = View::new(Arc::clone(&resolved.artifact), Arc::new(contents))
             .map_err(|e| failed(e.to_string()))?;
         let (config, runtime) = (self.config.clone(), tokio::runtime::Handle::current());
@@ -183,6 +186,7 @@ impl ImageRoots {
         Ok(Lazy {
             mount: Arc::new(mount),
             fill,
+            _start: start,
             _hold: hold,
         })
     }

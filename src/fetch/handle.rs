@@ -92,6 +92,8 @@ enum State {
     Partial(Arc<Partial>),
     /// At most one chunk: fetched whole, stored in batches.
     Small,
+    /// As small, verified, on its way into the store.
+    Held(Bytes),
     /// The store could not make a place for it: every read goes to the origin.
     Streamed,
 }
@@ -184,10 +186,15 @@ impl Handle {
     /// Bytes that are here, verified or not.
     pub fn present_bytes(&self) -> u64 {
         match &*self.state.read() {
-            State::Complete(_) => self.size(),
+            State::Complete(_) | State::Held(_) => self.size(),
             State::Partial(partial) => partial.present_bytes(),
             State::Small | State::Streamed => 0,
         }
+    }
+
+    /// Whether all is here and verified, be it that the store is still to have it.
+    pub fn is_verified(&self) -> bool {
+        matches!(&*self.state.read(), State::Complete(_) | State::Held(_))
     }
 
     /// The complete file, once all is here and verified.
@@ -248,6 +255,13 @@ impl Handle {
                 self.note(&bytes, &partial);
                 Ok(true)
             }
+            State::Held(data) => match data.get(offset as usize..offset as usize + buf.len()) {
+                Some(part) => {
+                    buf.copy_from_slice(part);
+                    Ok(true)
+                }
+                None => Ok(false),
+            },
             State::Small | State::Streamed => Ok(false),
         }
     }
@@ -273,6 +287,7 @@ impl Handle {
                 let data = self.small(Class::Demand).await?;
                 return Ok(data.slice(offset as usize..offset as usize + len));
             }
+            State::Held(data) => return Ok(data.slice(offset as usize..offset as usize + len)),
             State::Streamed => return self.read_through(offset..offset + len as u64).await,
             State::Partial(partial) => partial,
         };

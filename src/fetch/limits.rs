@@ -17,6 +17,8 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 pub(super) struct DemandGate {
     active: AtomicUsize,
     idle: Notify,
+    /// When the last demand was over.
+    last: Mutex<Option<Instant>>,
 }
 
 impl DemandGate {
@@ -29,6 +31,23 @@ impl DemandGate {
     /// Whether demand is under way.
     pub(super) fn busy(&self) -> bool {
         self.active.load(Ordering::Acquire) > 0
+    }
+
+    /// Waits until there was no demand for `quiet`, at most until `deadline`.
+    pub(super) async fn quiet(&self, quiet: Duration, deadline: Instant) {
+        loop {
+            let now = Instant::now();
+            let since = self.last.lock().map(|last| now - last);
+            let left = match since {
+                _ if self.busy() => quiet,
+                Some(since) if since < quiet => quiet - since,
+                _ => return,
+            };
+            if now >= deadline {
+                return;
+            }
+            tokio::time::sleep(left.min(deadline - now)).await;
+        }
     }
 
     /// Waits until no demand is under way, but not for ever.
@@ -52,6 +71,7 @@ pub(super) struct DemandGuard(std::sync::Arc<DemandGate>);
 impl Drop for DemandGuard {
     fn drop(&mut self) {
         if self.0.active.fetch_sub(1, Ordering::AcqRel) == 1 {
+            *self.0.last.lock() = Some(Instant::now());
             self.0.idle.notify_waiters();
         }
     }
@@ -106,6 +126,21 @@ mod tests {
         }
         assert!(start.elapsed() >= Duration::from_millis(350));
         Bandwidth::new(None).spend(usize::MAX).await;
+    }
+
+    #[tokio::test]
+    async fn quiet_is_waited_for_but_not_for_ever() {
+        let gate = Arc::new(DemandGate::default());
+        let soon = || Instant::now() + Duration::from_millis(80);
+        let (quiet, started) = (Duration::from_millis(20), Instant::now());
+        gate.quiet(quiet, soon()).await;
+        drop(gate.enter());
+        gate.quiet(quiet, soon()).await;
+        assert!(started.elapsed() >= quiet);
+        let _demand = gate.enter();
+        let until = soon();
+        gate.quiet(quiet, until).await;
+        assert!(Instant::now() >= until);
     }
 
     #[tokio::test]

@@ -1,9 +1,12 @@
 //! Small objects are made durable in batches: one sync for all that are ready.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    time::{Instant, timeout_at},
+};
 
 use crate::{
     digest::ObjectId,
@@ -13,6 +16,17 @@ use crate::{
 
 /// Objects in a batch.
 const BATCH: usize = 256;
+/// How long a batch for which nobody waits is added to: a sync disturbs whoever uses the disk.
+const LINGER: Duration = Duration::from_millis(250);
+/// Bytes that may be served before they are stored.
+const HELD: usize = 32 << 20;
+
+/// Whether somebody waits for an object to be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Urgency {
+    Waiting,
+    Patient,
+}
 
 /// The error is absent where the engine is gone.
 type Answer = Result<Arc<Complete>, Option<Arc<StoreError>>>;
@@ -20,6 +34,7 @@ type Answer = Result<Arc<Complete>, Option<Arc<StoreError>>>;
 struct Put {
     id: ObjectId,
     data: Bytes,
+    urgency: Urgency,
     answer: oneshot::Sender<Answer>,
 }
 
@@ -27,6 +42,8 @@ struct Put {
 #[derive(Clone)]
 pub(super) struct SmallObjects {
     queue: mpsc::Sender<Put>,
+    /// Bytes that may still be held in memory.
+    room: Arc<Semaphore>,
 }
 
 impl SmallObjects {
@@ -36,10 +53,17 @@ impl SmallObjects {
         runtime.spawn(async move {
             while let Some(first) = waiting.recv().await {
                 let mut batch = vec![first];
-                while batch.len() < BATCH
-                    && let Ok(next) = waiting.try_recv()
-                {
-                    batch.push(next);
+                let until = Instant::now() + LINGER;
+                while batch.len() < BATCH {
+                    let next = match waiting.try_recv() {
+                        Ok(next) => Some(next),
+                        Err(_) if batch.iter().any(|put| put.urgency == Urgency::Waiting) => None,
+                        Err(_) => timeout_at(until, waiting.recv()).await.ok().flatten(),
+                    };
+                    match next {
+                        Some(next) => batch.push(next),
+                        None => break,
+                    }
                 }
                 let store = Arc::clone(&store);
                 let stored = blocking.spawn_blocking(move || put(&store, batch));
@@ -48,14 +72,29 @@ impl SmallObjects {
                 }
             }
         });
-        Self { queue }
+        Self {
+            queue,
+            room: Arc::new(Semaphore::new(HELD)),
+        }
+    }
+
+    /// Room to hold `len` bytes in memory until they are stored; `None` where much is held already.
+    pub(super) fn room(&self, len: usize) -> Option<OwnedSemaphorePermit> {
+        // An object of no bytes takes memory, too.
+        let len = u32::try_from(len.max(512)).ok()?;
+        Arc::clone(&self.room).try_acquire_many_owned(len).ok()
     }
 
     /// Stores one object; it is durable on return.
-    pub(super) async fn put(&self, id: ObjectId, data: Bytes) -> Answer {
+    pub(super) async fn put(&self, id: ObjectId, data: Bytes, urgency: Urgency) -> Answer {
         let (answer, stored) = oneshot::channel();
         self.queue
-            .send(Put { id, data, answer })
+            .send(Put {
+                id,
+                data,
+                urgency,
+                answer,
+            })
             .await
             .map_err(|_| None)?;
         stored.await.map_err(|_| None)?

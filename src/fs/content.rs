@@ -6,7 +6,8 @@ use bytes::Bytes;
 
 use super::FsError;
 use crate::{
-    fetch::{Class, Engine, FetchError, Handle},
+    chunk::CHUNK_SIZE,
+    fetch::{Engine, FetchError, Handle, OnRead},
     source::Source,
     store::Complete,
     tree::Artifact,
@@ -56,7 +57,8 @@ pub trait Body: Send + Sync {
     /// Bytes that could not be had.
     async fn read(self: Arc<Self>, offset: u64, len: usize) -> Result<Bytes, FsError>;
 
-    /// Fetches all of it, verified where it is stored in a file of its own.
+    /// Fetches all of it, verified where it is stored in a file of its own; a small one may still be
+    /// on its way there.
     ///
     /// # Errors
     /// Bytes that could not be had or kept.
@@ -78,6 +80,7 @@ pub struct Fetched {
     engine: Engine,
     source: Arc<dyn Source>,
     artifact: Arc<Artifact>,
+    on_read: Option<OnRead>,
 }
 
 impl Fetched {
@@ -87,7 +90,16 @@ impl Fetched {
             engine,
             source,
             artifact,
+            on_read: None,
         }
+    }
+
+    /// Tells `hook` of what is read while it is not complete. A small file counts as read when it is
+    /// opened.
+    #[must_use]
+    pub fn on_read(mut self, hook: Option<OnRead>) -> Self {
+        self.on_read = hook;
+        self
     }
 }
 
@@ -99,7 +111,16 @@ impl Contents for Fetched {
         let handle: Arc<Handle> = self.engine.open(&objects[stored as usize], &self.source)?;
         handle.expect_reads();
         if stored == object {
-            return Ok(handle);
+            return Ok(match &self.on_read {
+                Some(on_read) => {
+                    if handle.size() <= CHUNK_SIZE {
+                        on_read(handle.id(), 0..handle.size());
+                    }
+                    let on_read = Arc::clone(on_read);
+                    Arc::new(Told { handle, on_read })
+                }
+                None => handle,
+            });
         }
         let end = offset + objects[object as usize].size;
         handle.expect_file(offset..end);
@@ -168,6 +189,44 @@ impl Body for Part {
     }
 }
 
+/// A file whose reads are told.
+struct Told {
+    handle: Arc<Handle>,
+    on_read: OnRead,
+}
+
+#[async_trait::async_trait]
+impl Body for Told {
+    fn size(&self) -> u64 {
+        self.handle.size()
+    }
+
+    fn complete(&self) -> Option<Arc<dyn Whole>> {
+        Body::complete(&*self.handle)
+    }
+
+    fn within(&self) -> Option<Arc<dyn Body>> {
+        Some(self.handle.clone())
+    }
+
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool, FsError> {
+        (self.on_read)(self.handle.id(), offset..offset + buf.len() as u64);
+        Body::try_read(&*self.handle, offset, buf)
+    }
+
+    async fn read(self: Arc<Self>, offset: u64, len: usize) -> Result<Bytes, FsError> {
+        Body::read(self.handle.clone(), offset, len).await
+    }
+
+    async fn whole(self: Arc<Self>) -> Result<(), FsError> {
+        self.handle.clone().whole().await
+    }
+
+    fn on_wrong(&self, call: Box<dyn Fn() + Send + Sync>) {
+        Body::on_wrong(&*self.handle, call);
+    }
+}
+
 #[async_trait::async_trait]
 impl Body for Handle {
     fn size(&self) -> u64 {
@@ -186,8 +245,12 @@ impl Body for Handle {
         Ok(Handle::read(&self, offset, len).await?)
     }
 
+    fn is_verified(&self) -> bool {
+        Handle::is_verified(self)
+    }
+
     async fn whole(self: Arc<Self>) -> Result<(), FsError> {
-        self.ensure(Class::Demand).await?;
+        self.bring().await?;
         Ok(())
     }
 

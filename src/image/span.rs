@@ -39,15 +39,11 @@ const BATCH: u64 = 8 << 20;
 /// What holes are read from.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
-/// Told of every span that a read needs, and of which layer, in the order of need.
-pub type OnSpan = Arc<dyn Fn(&Digest, usize) + Send + Sync>;
-
 /// A source of ranges of decoded layers, over a source of their blobs; everything else it leaves
 /// to that one.
 pub struct LayerSource {
     shared: Arc<Shared>,
     layers: RwLock<HashMap<Digest, Arc<Layer>>>,
-    on_span: Option<OnSpan>,
 }
 
 struct Shared {
@@ -61,8 +57,6 @@ struct Layer {
     index: Arc<LayerIndex>,
     /// Tells the spans of this index from those of an earlier one of the same layer.
     number: u64,
-    /// Where files that are stored in one piece begin and end, and their entries; sorted.
-    files: Vec<(u64, u64, usize)>,
 }
 
 /// Part of a read.
@@ -94,15 +88,7 @@ impl LayerSource {
                 decoders: Arc::new(Semaphore::new(processors)),
             }),
             layers: RwLock::default(),
-            on_span: None,
         }
-    }
-
-    /// Tells `hook` what is read: an access profile. It must not block.
-    #[must_use]
-    pub fn on_span(mut self, hook: OnSpan) -> Self {
-        self.on_span = Some(hook);
-        self
     }
 
     /// Makes the locations of `index` readable, instead of those of another index of the layer.
@@ -116,18 +102,8 @@ impl LayerSource {
             let why = "parts of it are too large to be decoded by themselves";
             return Err(ImageError::unsupported(why).in_layer(index.blob));
         }
-        let mut files: Vec<_> = (index.entries.iter().enumerate())
-            .filter_map(|(at, entry)| match &entry.kind {
-                EntryKind::File(content) if content.pieces.is_empty() && content.size > 0 => {
-                    Some((content.offset, content.offset + content.size, at))
-                }
-                _ => None,
-            })
-            .collect();
-        files.sort_unstable();
         let layer = Layer {
             number: self.shared.cache.number(),
-            files,
             index,
         };
         let blob = layer.index.blob;
@@ -139,43 +115,6 @@ impl LayerSource {
     pub fn index(&self, blob: &Digest) -> Option<Arc<LayerIndex>> {
         let layers = self.layers.read();
         layers.get(blob).map(|layer| Arc::clone(&layer.index))
-    }
-
-    /// The entries of files that lie wholly in a span and in one piece: with that span in hand they
-    /// cost nothing.
-    pub fn files_in(&self, blob: &Digest, span: usize) -> Vec<usize> {
-        let Some(layer) = self.layers.read().get(blob).cloned() else {
-            return Vec::new();
-        };
-        if span >= layer.index.spans.len() {
-            return Vec::new();
-        }
-        let bytes = layer.index.span_bytes(span);
-        let first = layer.files.partition_point(|file| file.0 < bytes.start);
-        let files = layer.files[first..].iter();
-        files
-            .take_while(|file| file.0 < bytes.end)
-            .filter(|file| file.1 <= bytes.end)
-            .map(|file| file.2)
-            .collect()
-    }
-
-    /// A decoded span, from the cache or fetched.
-    ///
-    /// # Errors
-    /// As [`Source::read`].
-    pub async fn span(&self, blob: &Digest, span: usize) -> Result<Bytes, SourceError> {
-        let layer = self.layers.read().get(blob).cloned();
-        let layer = layer.filter(|layer| span < layer.index.spans.len());
-        let layer = layer.ok_or_else(|| {
-            let why = "no index with such a span was added";
-            SourceError::new(SourceErrorKind::Invalid, format!("layer {blob}"), why)
-        })?;
-        let mut flights = self.shared.start(&layer, span..span + 1);
-        match flights.pop_front() {
-            Some(flight) => flight.land().await,
-            None => Ok(Bytes::new()),
-        }
     }
 
     /// The layer of a location, and the parts of a range there.
@@ -273,7 +212,6 @@ impl Source for LayerSource {
         let reader = Reader {
             shared: Arc::clone(&self.shared),
             layer,
-            on_span: self.on_span.clone(),
             parts,
             ahead: VecDeque::new(),
             current: None,
@@ -290,7 +228,6 @@ impl Source for LayerSource {
 struct Reader {
     shared: Arc<Shared>,
     layer: Arc<Layer>,
-    on_span: Option<OnSpan>,
     /// What is left of it.
     parts: VecDeque<Part>,
     /// Spans that were asked for, in order.
@@ -338,9 +275,6 @@ impl Reader {
             return Ok((bytes, span.clone()));
         }
         self.current = None;
-        if let Some(on_span) = &self.on_span {
-            on_span(&self.layer.index.blob, at);
-        }
         self.ask(at);
         let flight = self.ahead.pop_front().filter(|(ahead, _)| *ahead == at);
         let Some((_, flight)) = flight else {

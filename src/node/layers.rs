@@ -14,17 +14,18 @@
 
 mod blobs;
 mod indexes;
+mod profile;
 mod pull;
 mod push;
 
 use std::{collections::HashSet, sync::Arc};
 
-pub use self::push::PushedIndexes;
 use self::{
     blobs::Blobs,
     indexes::{Known, Maker},
 };
 pub(super) use self::{blobs::blob_of, pull::Pace};
+pub use self::{profile::Start, push::PushedIndexes};
 use super::{Node, NodeError, Progress, Resolved, blocking, joined};
 use crate::{
     digest::Digest,

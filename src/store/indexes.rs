@@ -1,4 +1,5 @@
-//! Indexes of layers: opaque bytes, named by the digest of the layer as it lies in the registry.
+//! Indexes of layers: opaque bytes, named by the digest of the layer as it lies in the registry. The
+//! access profile of an image is one more, named by the digest of its manifest.
 //!
 //! An index stands behind a header of its own: magic, SHA-256 over name and bytes. One that does
 //! not fit it counts as absent. It lives as long as an artifact whose objects are made from its

@@ -50,10 +50,47 @@ impl Handle {
                         return Ok(data.into());
                     }
                 }
+                State::Held(whole) => return Ok(whole.slice(offset as usize..end as usize)),
                 State::Small | State::Streamed => {}
             }
             changed.await;
         }
+    }
+
+    /// Brings bytes that are likely to be read soon, after what is being waited for. On return they
+    /// are here, or on their way by somebody else's doing. All of a small object is brought.
+    ///
+    /// # Errors
+    /// As [`Handle::read`].
+    pub async fn prefetch(self: &Arc<Self>, bytes: Range<u64>) -> Result<(), FetchError> {
+        self.expect_reads();
+        let state = self.state.read().clone();
+        let partial = match state {
+            State::Small => return self.small(Class::Readahead).await.map(drop),
+            State::Partial(partial) => partial,
+            State::Complete(_) | State::Held(_) | State::Streamed => return Ok(()),
+        };
+        let engine = self.engine()?;
+        let wanted = chunk::covering(&(bytes.start..bytes.end.min(self.size())));
+        let mut from = wanted.start;
+        while let Some(missing) = (from..wanted.end).find(|&c| !partial.present(c)) {
+            let lease = partial.claim(missing..wanted.end);
+            let Some(lease) = lease.map_err(|e| FetchError::store(self, &e))? else {
+                return Ok(());
+            };
+            from = lease.chunks().end;
+            let flight = self.launch(&engine, lease, Class::Readahead);
+            while !flight.is_done() {
+                let changed = self.changed_within(FOLLOW);
+                if !flight.is_done() {
+                    changed.await;
+                }
+            }
+            if let Some(error) = flight.failure() {
+                return Err(error.clone());
+            }
+        }
+        Ok(())
     }
 
     /// Notes a read of what is present or on its way, and reads ahead of streams.

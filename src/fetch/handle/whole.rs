@@ -12,8 +12,9 @@ use futures_util::StreamExt as _;
 use super::{Handle, NOTHING_SERVED, State, Wrong, cannot_keep};
 use crate::{
     fetch::{
-        Class, FetchError, FetchErrorKind,
+        Class, FetchError, FetchErrorKind, Inner,
         retry::Retry,
+        small::Urgency,
         verify::{Verdict, judge_bytes},
     },
     metrics,
@@ -24,6 +25,8 @@ use crate::{
 /// How long content that was wrong twice is not fetched again; doubles each time.
 const HOLD_OFF: Duration = Duration::from_secs(1);
 const LONGEST_HOLD_OFF: Duration = Duration::from_secs(300);
+/// How often one who waits for the store looks again, should nothing wake him.
+const KEPT: Duration = Duration::from_millis(500);
 
 impl Handle {
     /// The whole object, complete and verified.
@@ -34,8 +37,9 @@ impl Handle {
         let state = self.state.read().clone();
         let partial = match state {
             State::Complete(complete) => return Ok(complete),
-            State::Small => {
+            State::Small | State::Held(_) => {
                 self.small(class).await?;
+                self.kept().await;
                 return self.complete().ok_or_else(|| {
                     FetchError::new(
                         self,
@@ -72,6 +76,30 @@ impl Handle {
                 }
                 Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// All of it, for a reader: as [`Handle::ensure`], but a small object may still be on its way
+    /// into the store.
+    ///
+    /// # Errors
+    /// As [`Handle::ensure`].
+    pub async fn bring(self: &Arc<Self>) -> Result<(), FetchError> {
+        let is_small = matches!(&*self.state.read(), State::Small | State::Held(_));
+        match is_small {
+            true => self.small(Class::Demand).await.map(drop),
+            false => self.ensure(Class::Demand).await.map(drop),
+        }
+    }
+
+    /// Waits while it is on its way into the store.
+    async fn kept(&self) {
+        loop {
+            let changed = self.changed_within(KEPT);
+            if !matches!(&*self.state.read(), State::Held(_)) {
+                return;
+            }
+            changed.await;
         }
     }
 
@@ -175,10 +203,13 @@ impl Handle {
         Ok(data.into())
     }
 
-    /// The whole content of a small object; stored, verified and complete on return, unless the
-    /// disk is full.
+    /// The whole content of a small object, verified. On return it is complete, unless the disk is
+    /// full; or, where somebody waits for the bytes, on its way into the store.
     pub(super) async fn small(self: &Arc<Self>, class: Class) -> Result<Bytes, FetchError> {
         let _one = self.finishing.lock().await;
+        if let State::Held(data) = &*self.state.read() {
+            return Ok(data.clone());
+        }
         if self.look()?.is_some() {
             return self.read_complete(0, self.size() as usize);
         }
@@ -199,19 +230,62 @@ impl Handle {
             match judge_bytes(&self.object, &data) {
                 Verdict::Bad { expected, found } => wrong = Some(self.poison(&expected, &found)),
                 Verdict::Good(..) => {
-                    match engine.small.put(self.object.id, data.clone()).await {
-                        Ok(complete) => *self.state.write() = State::Complete(complete),
-                        Err(Some(e)) if cannot_keep(e.kind()) && !self.strict() => {
-                            tracing::debug!(object = %self.id(), "served without being stored");
+                    // Who reads it need not wait for the disk; nor does memory fill up with what
+                    // that is too slow for.
+                    let room = match class {
+                        Class::Demand | Class::Readahead => engine.small.room(data.len()),
+                        Class::Warm => None,
+                    };
+                    let Some(room) = room else {
+                        self.store_small(&engine, &data, Urgency::Waiting).await?;
+                        return Ok(data);
+                    };
+                    *self.state.write() = State::Held(data.clone());
+                    let (handle, held) = (Arc::clone(self), data.clone());
+                    engine.clone().runtime.spawn(async move {
+                        let stored = handle.store_small(&engine, &held, Urgency::Patient);
+                        if let Err(error) = stored.await {
+                            tracing::warn!(object = %handle.id(), %error, "served, but not stored");
                         }
-                        Err(Some(e)) => return Err(FetchError::store(self, &e)),
-                        Err(None) => return Err(FetchError::cancelled(self)),
-                    }
+                        drop(room);
+                    });
                     return Ok(data);
                 }
             }
         }
         Err(wrong.unwrap_or_else(|| FetchError::cancelled(self)))
+    }
+
+    /// Stores a verified small object; where that cannot keep it, it stays one to be fetched.
+    async fn store_small(
+        &self,
+        engine: &Inner,
+        data: &Bytes,
+        urgency: Urgency,
+    ) -> Result<(), FetchError> {
+        let stored = engine
+            .small
+            .put(self.object.id, data.clone(), urgency)
+            .await;
+        {
+            let mut state = self.state.write();
+            match &stored {
+                Ok(complete) => *state = State::Complete(Arc::clone(complete)),
+                Err(_) if matches!(*state, State::Held(_)) => *state = State::Small,
+                // It has come with something else meanwhile.
+                Err(_) => {}
+            }
+        }
+        self.wake();
+        match stored {
+            Ok(_) => Ok(()),
+            Err(Some(e)) if cannot_keep(e.kind()) && !self.strict() => {
+                tracing::debug!(object = %self.id(), "served without being stored");
+                Ok(())
+            }
+            Err(Some(e)) => Err(FetchError::store(self, &e)),
+            Err(None) => Err(FetchError::cancelled(self)),
+        }
     }
 
     /// Verifies an object whose chunks are all present and makes it complete.

@@ -179,7 +179,8 @@ impl Node {
                 }
             }
         }
-        Ok(())
+        self.keep_found_profile(&layered.manifest, &beside, origin)
+            .await
     }
 
     fn believes_none(&self) -> bool {

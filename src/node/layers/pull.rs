@@ -1,6 +1,9 @@
 //! Layers from their registry to files and indexes in the store.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::mpsc;
@@ -22,6 +25,11 @@ use crate::{
 /// Layers that are unpacked at the same time: decoding is what takes long, and each has several
 /// threads.
 const LAYERS_AT_ONCE: usize = 2;
+/// How long whoever reads an image after it was mounted has the machine first: that is when a
+/// container starts, and every file is read for the first time.
+const STARTING: Duration = Duration::from_secs(20);
+/// No reads for so long leave time for unpacking meanwhile.
+const QUIET: Duration = Duration::from_millis(200);
 /// Pieces of a layer between fetching and unpacking, of up to a chunk each.
 const PIECES_AHEAD: usize = 4;
 
@@ -132,6 +140,7 @@ impl Node {
         // Once beside the fetch; should that have brought wrong bytes, once more from what was
         // verified.
         let mut again = false;
+        let started = Instant::now();
         loop {
             let (send, pieces) = mpsc::channel(PIECES_AHEAD);
             let (this, import, engine) = (layer.clone(), Arc::clone(import), self.engine.clone());
@@ -149,9 +158,13 @@ impl Node {
                 let _ = done.send(unpack(&this, &import, pieces, &mut came));
             });
             unpacking.map_err(|error| StoreError::io("a thread to unpack a layer", &error))?;
+            let waits_until = started + STARTING;
             let feeding = async move {
                 let mut at = 0;
                 loop {
+                    if pace == Pace::Behind && Instant::now() < waits_until {
+                        self.engine.quiet(QUIET, waits_until).await;
+                    }
                     let piece = handle.follow(at).await?;
                     at += piece.len() as u64;
                     // Whoever does not take it has failed, and says why.

@@ -1,6 +1,6 @@
-//! Indexes from the store to the registry.
+//! Indexes, and what a start reads, from the store to the registry.
 
-use super::{Known, Maker, Pace, indexes};
+use super::{Known, Maker, Pace, indexes, profile::PROFILE_MEDIA_TYPE};
 use crate::{
     digest::Digest,
     node::{Node, NodeError, Progress},
@@ -18,10 +18,13 @@ pub struct PushedIndexes {
     pub bytes: u64,
     /// Bytes of all layers, as they lie in the registry.
     pub image_bytes: u64,
+    /// Reads in the access profile that went with them; 0 where no start was recorded here.
+    pub profiled_reads: usize,
 }
 
 impl Node {
-    /// Pushes the indexes of an image's layers beside it. Layers of which this node has made none
+    /// Pushes the indexes of an image's layers beside it, and its access profile where a start was
+    /// recorded. Layers of which this node has made none
     /// are pulled and unpacked for it.
     ///
     /// # Errors
@@ -66,6 +69,7 @@ impl Node {
             layers: layers.layers.len(),
             bytes: 0,
             image_bytes: layers.layers.iter().map(|layer| layer.size).sum(),
+            profiled_reads: 0,
         };
         let mut blobs = Vec::with_capacity(layers.layers.len());
         for layer in &layers.layers {
@@ -95,6 +99,18 @@ impl Node {
             Ok(subject) => subject,
             Err(_) => return Err(NodeError::Unknown(format!("the manifest of {reference}"))),
         };
+        if let Some(profile) = self.profile(&subject).await? {
+            let bytes = profile.encode().map_err(|source| NodeError::Image {
+                reference: reference.to_string(),
+                source,
+            })?;
+            report.profiled_reads = profile.reads.len();
+            blobs.push(AttachedBlob {
+                media_type: PROFILE_MEDIA_TYPE.to_owned(),
+                annotations: Default::default(),
+                bytes: bytes.into(),
+            });
+        }
         let what = Attachment {
             kind: indexes::ARTIFACT_TYPE.to_owned(),
             blobs,

@@ -232,3 +232,64 @@ fn the_mirror_serves_what_it_has_without_the_registry() {
     assert_eq!(get("/v2/../x/manifests/y"), "404");
     assert_eq!(get("/v2/app/blobs/sha256:00"), "400");
 }
+
+/// What a first start reads is recorded and pushed with the index; on the next node it comes without
+/// being asked for, and nothing else does.
+#[test]
+fn what_a_start_reads_is_foreseen_on_the_next_node() {
+    let source = tempfile::tempdir().unwrap();
+    let image = Image::make(source.path(), "profiled");
+    let registry = registry(&image);
+    let app = format!("oci://127.0.0.1:{}/app:1", registry.port);
+    let push = |store: &str| {
+        let store = source.path().join(store);
+        let pushed = run(&mut hearth(&store, &format!("index push {app} --json")));
+        serde_json::from_slice::<serde_json::Value>(&pushed).unwrap()
+    };
+    assert_eq!(push("maker")["profiled_reads"], 0);
+    let mount = |store: &str| {
+        let (store, dir) = (source.path().join(store), source.path().join("root"));
+        fs::create_dir_all(&dir).unwrap();
+        run(&mut hearth(
+            &store,
+            &format!("mount --no-fill {app} {}", dir.display()),
+        ));
+        (store, dir)
+    };
+    let status = |store: &Path, dir: &Path| {
+        let status = run(&mut hearth(
+            store,
+            &format!("status {} --json", dir.display()),
+        ));
+        serde_json::from_slice::<serde_json::Value>(&status).unwrap()
+    };
+    let umount = |store: &Path, dir: &Path| {
+        run(&mut hearth(store, &format!("umount {}", dir.display())));
+    };
+
+    let (store, dir) = mount("first");
+    let one = dir.join("data/one").display().to_string();
+    let salt = dir.join("data/salt").display().to_string();
+    let first = run(Command::new("timeout").args(["20", "cat", &salt, &one, &salt]));
+    umount(&store, &dir);
+    assert_eq!(push("first")["profiled_reads"], 2);
+
+    let (store, dir) = mount("second");
+    let read = || status(&store, &dir)["mount"]["opens"].as_u64().unwrap();
+    let before = read();
+    let started = std::time::Instant::now();
+    // Two files of the image, and no other.
+    let wanted = (first.len() - 2 * "profiled".len() + "profiled".len()) as u64;
+    while status(&store, &dir)["present_bytes"] != wanted {
+        assert!(started.elapsed().as_secs() < 20, "{}", status(&store, &dir));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    assert_eq!(read(), before, "nobody has opened anything");
+    let again = run(Command::new("timeout").args(["20", "cat", &salt, &one, &salt]));
+    assert!(first == again);
+    umount(&store, &dir);
+    // It is there as long as the image is.
+    run(&mut hearth(&store, "gc --target-bytes 0"));
+    let left = fs::read_dir(store.join("indexes")).unwrap().count();
+    assert_eq!(left, 0);
+}
