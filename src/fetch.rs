@@ -234,7 +234,13 @@ impl Engine {
         }
     }
 
-    /// Waits until nobody has waited for bytes for as long as `quiet`, at most until `deadline`.
+    /// Notes that somebody uses content, be it complete: background work that can wait does.
+    pub fn touch(&self) {
+        self.inner.gate.touch();
+    }
+
+    /// Waits until nobody has waited for bytes, or used content, for as long as `quiet`; at most
+    /// until `deadline`.
     pub async fn quiet(&self, quiet: Duration, deadline: std::time::Instant) {
         self.inner.gate.quiet(quiet, deadline).await;
     }

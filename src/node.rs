@@ -423,20 +423,27 @@ impl Node {
             blocking(move || store.pin(&name, &owner)).await?;
         }
         let before = progress.begin(artifact, self.store());
-        self.bring(resolved, progress, false).await?;
+        self.bring(resolved, progress, None).await?;
         Ok(before.saturating_sub(resolved.brought))
     }
 
     /// Fetches every object of an artifact that is being read, in the background. The caller holds
-    /// it. An origin that cannot be reached is tried again, at longer and longer intervals.
+    /// it. An origin that cannot be reached is tried again, at longer and longer intervals. Where it is
+    /// an image, a container is starting from it: that goes first.
     ///
     /// # Errors
-    /// The first error that waiting does not mend.
+    /// The first error that waiting does not mend; where not all of it fits.
     pub async fn fill(&self, resolved: &Resolved, progress: &Progress) -> Result<(), NodeError> {
+        let mut pace = Pace::Full;
+        if resolved.layers.is_some() {
+            pace = Pace::behind();
+            pace.wait(&self.engine).await;
+        }
+        let _room = self.admit(&resolved.artifact).await?;
         let mut pause = FIRST_FILL_PAUSE;
         loop {
             progress.begin(&resolved.artifact, self.store());
-            match self.bring(resolved, progress, true).await {
+            match self.bring(resolved, progress, Some(pace)).await {
                 Err(NodeError::Fetch { reference, source })
                     if source.kind() == FetchErrorKind::Unavailable =>
                 {
@@ -449,11 +456,12 @@ impl Node {
         }
     }
 
+    /// Brings all of it; `beside` readers, where there are some, at this pace.
     async fn bring(
         &self,
         resolved: &Resolved,
         progress: &Progress,
-        read_meanwhile: bool,
+        beside: Option<Pace>,
     ) -> Result<(), NodeError> {
         let artifact = &resolved.artifact;
         let failed = |source| NodeError::Fetch {
@@ -461,10 +469,7 @@ impl Node {
             source,
         };
         if let Some(layers) = &resolved.layers {
-            let pace = match read_meanwhile {
-                true => Pace::Behind,
-                false => Pace::Full,
-            };
+            let pace = beside.unwrap_or(Pace::Full);
             self.bring_layers(&artifact.reference, layers, progress, pace)
                 .await?;
             progress.begin(artifact, self.store());
@@ -474,7 +479,7 @@ impl Node {
             .map(|index| async move {
                 let object = &artifact.objects[index];
                 let handle = self.engine.open(object, &resolved.source)?;
-                if read_meanwhile {
+                if beside.is_some() {
                     handle.expect_reads();
                 }
                 let shown = progress.watch(index, &handle);

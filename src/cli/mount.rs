@@ -20,9 +20,9 @@ use crate::{
     fs::{Fetched, View, hub},
     metrics,
     mount::Mount,
-    node::{Node, NodeError, Progress, Resolved, Start},
+    node::{Node, Progress, Resolved, Start},
     reference::{Locator, Reference},
-    store::{Hold, Reservation, StoreErrorKind},
+    store::Hold,
 };
 
 /// Mount a reference, readable at once, while its content is still arriving
@@ -280,7 +280,6 @@ pub(super) struct Mounted {
     fill: Option<tokio::task::JoinHandle<()>>,
     _start: Option<Start>,
     _hold: Hold,
-    _room: Option<Reservation>,
 }
 
 /// Says how a mount does.
@@ -322,10 +321,6 @@ impl Mounted {
         let artifact = &resolved.artifact;
         let hold = node.hold(&artifact.reference).await?;
         let error = Arc::new(Mutex::new(None));
-        let room = match options.fill {
-            true => admit(node, &resolved, &error).await?,
-            false => None,
-        };
         let start = node.start(&resolved).await?;
         let contents = |artifact| {
             let source = Arc::clone(&resolved.source);
@@ -343,7 +338,7 @@ impl Mounted {
         };
         let runtime = tokio::runtime::Handle::current();
         let mount = Arc::new(Mount::new(Arc::new(view), dir, &config.mount, runtime)?);
-        let fill = room.is_some().then(|| {
+        let fill = options.fill.then(|| {
             let (node, resolved) = (node.clone(), resolved.clone());
             let error = Arc::clone(&error);
             tokio::spawn(async move {
@@ -353,7 +348,7 @@ impl Mounted {
                         return; // it is being unmounted
                     }
                     let text = format!("{:#}", anyhow::Error::from(failed));
-                    tracing::warn!(error = text, "the background fetch stopped");
+                    tracing::warn!(error = text, "only what is read is fetched");
                     *error.lock() = Some(text);
                 }
             })
@@ -372,7 +367,6 @@ impl Mounted {
             fill,
             _start: start,
             _hold: hold,
-            _room: room,
         })
     }
 
@@ -393,23 +387,6 @@ impl Mounted {
         })
         .await??;
         Ok(())
-    }
-}
-
-/// Room for all of it, or none where it does not fit: then it is served without being kept.
-async fn admit(
-    node: &Node,
-    resolved: &Resolved,
-    error: &Mutex<Option<String>>,
-) -> anyhow::Result<Option<Reservation>> {
-    match node.admit(&resolved.artifact).await {
-        Ok(room) => Ok(Some(room)),
-        Err(NodeError::Store(full)) if full.kind() == StoreErrorKind::NoSpace => {
-            tracing::warn!(error = %full, "only what is read is fetched");
-            *error.lock() = Some(full.to_string());
-            Ok(None)
-        }
-        Err(other) => Err(other.into()),
     }
 }
 

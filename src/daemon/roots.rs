@@ -170,17 +170,15 @@ impl ImageRoots {
         };
         let node = self.node.clone();
         let fill = tokio::spawn(async move {
-            match node.admit(&resolved.artifact).await {
-                Ok(_room) => {
-                    if let Err(error) = node.fill(&resolved, &Progress::default()).await
-                        && !error.is_cancelled()
-                    {
-                        tracing::warn!(image = name, error = %anyhow::Error::from(error), "the background fetch stopped");
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!(image = name, error = %anyhow::Error::from(error), "only what is read is fetched");
-                }
+            if let Err(error) = node.fill(&resolved, &Progress::default()).await
+                && !error.is_cancelled()
+            {
+                let error = anyhow::Error::from(error);
+                tracing::warn!(
+                    image = name,
+                    error = format!("{error:#}"),
+                    "only what is read is fetched"
+                );
             }
         });
         Ok(Lazy {

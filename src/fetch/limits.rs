@@ -17,7 +17,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 pub(super) struct DemandGate {
     active: AtomicUsize,
     idle: Notify,
-    /// When the last demand was over.
+    /// When the last demand was over, or something was used.
     last: Mutex<Option<Instant>>,
 }
 
@@ -28,24 +28,29 @@ impl DemandGate {
         DemandGuard(std::sync::Arc::clone(self))
     }
 
+    /// Notes that somebody uses what is here.
+    pub(super) fn touch(&self) {
+        *self.last.lock() = Some(Instant::now());
+    }
+
     /// Whether demand is under way.
     pub(super) fn busy(&self) -> bool {
         self.active.load(Ordering::Acquire) > 0
     }
 
-    /// Waits until there was no demand for `quiet`, at most until `deadline`.
+    /// Waits until there was no demand, and no use, for `quiet`; at most until `deadline`.
     pub(super) async fn quiet(&self, quiet: Duration, deadline: Instant) {
         loop {
             let now = Instant::now();
-            let since = self.last.lock().map(|last| now - last);
+            if now >= deadline {
+                return;
+            }
+            let since = self.last.lock().map(|last| now.duration_since(last));
             let left = match since {
                 _ if self.busy() => quiet,
                 Some(since) if since < quiet => quiet - since,
                 _ => return,
             };
-            if now >= deadline {
-                return;
-            }
             tokio::time::sleep(left.min(deadline - now)).await;
         }
     }
@@ -71,7 +76,7 @@ pub(super) struct DemandGuard(std::sync::Arc<DemandGate>);
 impl Drop for DemandGuard {
     fn drop(&mut self) {
         if self.0.active.fetch_sub(1, Ordering::AcqRel) == 1 {
-            *self.0.last.lock() = Some(Instant::now());
+            self.0.touch();
             self.0.idle.notify_waiters();
         }
     }

@@ -108,6 +108,7 @@ impl Contents for Fetched {
         let damaged = FsError::Damaged("a file names no object");
         let (stored, offset) = self.artifact.place(object).ok_or(damaged)?;
         let objects = &self.artifact.objects;
+        self.engine.touch();
         let handle: Arc<Handle> = self.engine.open(&objects[stored as usize], &self.source)?;
         handle.expect_reads();
         if stored == object {

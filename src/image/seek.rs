@@ -39,6 +39,17 @@ impl LayerIndex {
         span.blob_start - u64::from(span.bits > 0)..end
     }
 
+    /// The bytes of the layer, as it lies in the registry, that are needed to decode `bytes` of its
+    /// content; none where there is no such content.
+    pub fn blob_bytes(&self, bytes: &std::ops::Range<u64>) -> std::ops::Range<u64> {
+        if bytes.is_empty() || bytes.end > self.size || self.spans.is_empty() {
+            return 0..0;
+        }
+        let of = |offset: u64| self.spans.partition_point(|span| span.start <= offset) - 1;
+        let (first, last) = (of(bytes.start), of(bytes.end - 1));
+        self.span_blob_bytes(first).start..self.span_blob_bytes(last).end
+    }
+
     /// Decodes span `at` from its bytes ([`LayerIndex::span_blob_bytes`]) and verifies it.
     ///
     /// # Errors

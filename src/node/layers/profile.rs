@@ -4,6 +4,7 @@
 
 use std::{
     collections::HashMap,
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -14,14 +15,16 @@ use std::{
 use futures_util::{StreamExt as _, stream};
 use parking_lot::Mutex;
 
+use super::{Layers, blob_of};
 use crate::{
-    chunk,
+    chunk::{self, CHUNK_SIZE},
     digest::{Digest, ObjectId},
-    fetch::OnRead,
+    fetch::{FetchError, OnRead},
     image::profile::{AccessProfile, MAX_PROFILE, MAX_READS, ProfiledRead},
     node::{Node, NodeError, Resolved, blocking},
     source::{Layer, Source, SourceError, SourceErrorKind},
     store::{Store, StoreError},
+    tree::Object,
 };
 
 /// An access profile: as [`AccessProfile::encode`] makes it.
@@ -31,6 +34,13 @@ pub(super) const PROFILE_MEDIA_TYPE: &str = "application/vnd.hearth.access-profi
 const OVER: Duration = Duration::from_secs(5);
 /// And at the latest after so long.
 const LONGEST_START: Duration = Duration::from_secs(180);
+/// Decoded bytes of a layer that are brought together: so that each span is decoded once, and the
+/// registry is asked for more than a little.
+const NEAR: u64 = 8 << 20;
+/// Bytes of a layer between two that are needed which are rather fetched, too.
+const GAP: u64 = 256 << 10;
+/// Brought at the same time.
+const NEIGHBOURHOODS_AT_ONCE: usize = 3;
 
 /// What accompanies the first reads of an image: they are recorded, or foreseen. Dropped = over.
 pub struct Start {
@@ -72,7 +82,7 @@ struct Seen {
 }
 
 impl Recorder {
-    fn note(&self, id: &ObjectId, bytes: &std::ops::Range<u64>) {
+    fn note(&self, id: &ObjectId, bytes: &Range<u64>) {
         if self.over.load(Ordering::Relaxed) {
             return;
         }
@@ -156,15 +166,16 @@ impl Node {
     /// # Errors
     /// What the store says.
     pub async fn start(&self, resolved: &Resolved) -> Result<Option<Start>, NodeError> {
-        let (Some(_), Ok(manifest)) = (&resolved.layers, resolved.artifact.revision.parse()) else {
+        let (Some(layers), Ok(manifest)) = (&resolved.layers, resolved.artifact.revision.parse())
+        else {
             return Ok(None);
         };
         if self.has_all(&resolved.artifact).await? {
             return Ok(None);
         }
         if let Some(profile) = self.profile(&manifest).await? {
-            let (node, resolved) = (self.clone(), resolved.clone());
-            let task = tokio::spawn(async move { node.replay(&resolved, &profile).await });
+            let (node, resolved, layers) = (self.clone(), resolved.clone(), Arc::clone(layers));
+            let task = tokio::spawn(async move { node.replay(&resolved, &layers, &profile).await });
             return Ok(Some(Start {
                 recorder: None,
                 task,
@@ -216,37 +227,71 @@ impl Node {
     }
 
     /// Brings what a profile foresees. What fails is left to whoever reads it.
-    async fn replay(&self, resolved: &Resolved, profile: &AccessProfile) {
+    async fn replay(&self, resolved: &Resolved, layers: &Layers, profile: &AccessProfile) {
         let objects = &resolved.artifact.objects;
-        let places: HashMap<ObjectId, usize> = (objects.iter().enumerate())
-            .map(|(place, object)| (object.id, place))
-            .collect();
-        let at_once = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 16));
-        let mut wanted = Vec::with_capacity(profile.reads.len());
-        for read in &profile.reads {
-            let start = read.first.checked_mul(chunk::CHUNK_SIZE);
-            let end = read.first.checked_add(read.chunks);
-            let end = end.and_then(|end| end.checked_mul(chunk::CHUNK_SIZE));
-            if let Some(&place) = places.get(&ObjectId::Sha256(read.content))
-                && let (Some(start), Some(end)) = (start, end)
-            {
-                wanted.push((place, start..end));
-            }
-        }
-        drop(places);
-        stream::iter(wanted)
-            .map(|(place, bytes)| async move {
-                let brought = match self.engine.open(&objects[place], &resolved.source) {
-                    Ok(handle) => handle.prefetch(bytes).await,
-                    Err(error) => Err(error),
-                };
-                if let Err(error) = brought {
-                    tracing::debug!(%error, "not brought ahead of its reader");
+        stream::iter(neighbourhoods(objects, profile))
+            .map(|near| async move {
+                if let Err(error) = self.prefetch_blob(layers, objects, &near).await {
+                    tracing::debug!(%error, "the layer is not fetched ahead of its readers");
+                }
+                for (place, bytes) in near {
+                    let brought = match self.engine.open(&objects[place], &resolved.source) {
+                        Ok(handle) => handle.prefetch(bytes).await,
+                        Err(error) => Err(error),
+                    };
+                    if let Err(error) = brought {
+                        tracing::debug!(%error, "not brought ahead of its reader");
+                    }
                 }
             })
-            .buffered(at_once)
+            .buffered(NEIGHBOURHOODS_AT_ONCE)
             .for_each(|()| std::future::ready(()))
             .await;
+    }
+
+    /// Brings what reads near each other need of their layer, in few requests.
+    async fn prefetch_blob(
+        &self,
+        layers: &Layers,
+        objects: &[Object],
+        near: &[Wanted],
+    ) -> Result<(), FetchError> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        let mut of = None;
+        for (place, bytes) in near {
+            let Some(location) = objects[*place].recipe.location() else {
+                continue;
+            };
+            let blob = location.path.split_once('#').map(|(blob, _)| blob);
+            let found = of.take().or_else(|| {
+                let all = layers.layers.iter().zip(&layers.known);
+                let mut all = all.filter(|(layer, _)| layer.as_file.is_none());
+                all.find(|(layer, _)| Some(&*layer.blob.to_string()) == blob)
+            });
+            let Some((layer, known)) = found else {
+                return Ok(());
+            };
+            let end = bytes.end.min(objects[*place].size);
+            let decoded = location.offset + bytes.start.min(end)..location.offset + end;
+            of = Some((layer, known));
+            // What is in pieces has no place of its own.
+            if location.path.contains('@') || decoded.is_empty() {
+                continue;
+            }
+            let needed = known.index.blob_bytes(&decoded);
+            match runs.last_mut() {
+                Some(run) if needed.start <= run.end + GAP => run.end = run.end.max(needed.end),
+                _ => runs.push(needed),
+            }
+        }
+        let Some((layer, _)) = of else {
+            return Ok(());
+        };
+        let blob = self.engine.open(&blob_of(layer), &layers.origin)?;
+        for run in runs {
+            blob.prefetch(run).await?;
+        }
+        Ok(())
     }
 
     /// Takes the profile that was found beside an image, unless there is one.
@@ -288,4 +333,52 @@ async fn read_profile(found: &Layer, origin: &Arc<dyn Source>) -> Result<Vec<u8>
             error.to_string(),
         )),
     }
+}
+
+/// An object, and which bytes of it.
+type Wanted = (usize, Range<u64>);
+
+/// The reads of a profile, those near each other in a layer together, in the order of the first of
+/// each.
+fn neighbourhoods(objects: &[Object], profile: &AccessProfile) -> Vec<Vec<Wanted>> {
+    let places: HashMap<ObjectId, usize> = (objects.iter().enumerate())
+        .map(|(place, object)| (object.id, place))
+        .collect();
+    let mut numbers: HashMap<(&str, u64), usize> = HashMap::new();
+    let mut all: Vec<Vec<Wanted>> = Vec::new();
+    for read in &profile.reads {
+        let Some(&place) = places.get(&ObjectId::Sha256(read.content)) else {
+            continue;
+        };
+        let Some(location) = objects[place].recipe.location() else {
+            continue;
+        };
+        let chunks = chunk::count(objects[place].size).max(1);
+        let end = read.first.saturating_add(read.chunks).min(chunks);
+        for index in read.first..end {
+            let bytes = index * CHUNK_SIZE..(index + 1) * CHUNK_SIZE;
+            let key = (&*location.path, (location.offset + bytes.start) / NEAR);
+            let number = *numbers.entry(key).or_insert_with(|| {
+                all.push(Vec::new());
+                all.len() - 1
+            });
+            all[number].push((place, bytes));
+        }
+    }
+    let at = |(place, bytes): &Wanted| {
+        let location = objects[*place].recipe.location();
+        location.map_or(0, |location| location.offset) + bytes.start
+    };
+    for near in &mut all {
+        near.sort_by_key(at);
+        // Runs of one file in one go.
+        near.dedup_by(|next, before| {
+            let follows = next.0 == before.0 && next.1.start == before.1.end;
+            if follows {
+                before.1.end = next.1.end;
+            }
+            follows
+        });
+    }
+    all
 }

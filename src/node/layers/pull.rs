@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use super::{Known, Maker, blob_of, fetch_failed};
 use crate::{
     digest::{Digest, ObjectId},
-    fetch::{Class, FetchError, Handle},
+    fetch::{Class, Engine, FetchError, Handle},
     image::{ImageError, LayerIndex},
     node::{
         Node, NodeError, Progress, blocking,
@@ -27,9 +27,9 @@ use crate::{
 const LAYERS_AT_ONCE: usize = 2;
 /// How long whoever reads an image after it was mounted has the machine first: that is when a
 /// container starts, and every file is read for the first time.
-const STARTING: Duration = Duration::from_secs(20);
-/// No reads for so long leave time for unpacking meanwhile.
-const QUIET: Duration = Duration::from_millis(200);
+const STARTING: Duration = Duration::from_secs(30);
+/// No opens and reads for so long leave time for unpacking meanwhile.
+const QUIET: Duration = Duration::from_secs(3);
 /// Pieces of a layer between fetching and unpacking, of up to a chunk each.
 const PIECES_AHEAD: usize = 4;
 
@@ -37,14 +37,27 @@ const PIECES_AHEAD: usize = 4;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::node) enum Pace {
     Full,
-    /// Somebody reads the image meanwhile, and has the processors first.
-    Behind,
+    /// Somebody reads the image meanwhile, and has the processors first. Until the given time nothing
+    /// is done but while nobody reads.
+    Behind(Instant),
 }
 
 impl Pace {
+    /// The pace beside a container that starts now.
+    pub(in crate::node) fn behind() -> Self {
+        Self::Behind(Instant::now() + STARTING)
+    }
+
+    /// Waits while those who read have the machine for themselves.
+    pub(in crate::node) async fn wait(self, engine: &Engine) {
+        if let Self::Behind(until) = self {
+            engine.quiet(QUIET, until).await;
+        }
+    }
+
     /// Sets the priority of this thread, and of those that it starts.
     fn set(self) {
-        if self == Self::Behind {
+        if let Self::Behind(_) = self {
             // SAFETY: a system call that takes numbers; 0 is the calling thread (setpriority(2), NOTES).
             // It cannot fail for a lower priority, and nothing depends on it.
             unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
@@ -140,7 +153,7 @@ impl Node {
         // Once beside the fetch; should that have brought wrong bytes, once more from what was
         // verified.
         let mut again = false;
-        let started = Instant::now();
+        pace.wait(&self.engine).await;
         loop {
             let (send, pieces) = mpsc::channel(PIECES_AHEAD);
             let (this, import, engine) = (layer.clone(), Arc::clone(import), self.engine.clone());
@@ -158,13 +171,10 @@ impl Node {
                 let _ = done.send(unpack(&this, &import, pieces, &mut came));
             });
             unpacking.map_err(|error| StoreError::io("a thread to unpack a layer", &error))?;
-            let waits_until = started + STARTING;
             let feeding = async move {
                 let mut at = 0;
                 loop {
-                    if pace == Pace::Behind && Instant::now() < waits_until {
-                        self.engine.quiet(QUIET, waits_until).await;
-                    }
+                    pace.wait(&self.engine).await;
                     let piece = handle.follow(at).await?;
                     at += piece.len() as u64;
                     // Whoever does not take it has failed, and says why.
