@@ -412,7 +412,7 @@ impl Status {
             log: self.log.clone(),
             total_bytes: artifact.size(),
             present_bytes: artifact.stored().map(here).sum(),
-            complete: artifact.stored().all(is_complete),
+            complete: self.node.is_complete(artifact).unwrap_or(false),
             error: self.error.lock().clone(),
             mount: mount.map(|m| m.stats()).unwrap_or_default(),
             metrics: metrics::global()

@@ -24,7 +24,7 @@ use self::{
     blobs::Blobs,
     indexes::{Known, Maker},
 };
-pub(super) use self::{blobs::blob_of, pull::Pace};
+pub(super) use self::{blobs::blob_of, indexes::waits_for_a_check, pull::Pace};
 pub use self::{profile::Start, push::PushedIndexes};
 use super::{Node, NodeError, Progress, Resolved, blocking, joined};
 use crate::{

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::UNIX_EPOCH};
 
 use serde::Serialize;
 
-use super::{Node, NodeError};
+use super::{Node, NodeError, layers::waits_for_a_check};
 use crate::{
     digest::ObjectId,
     store::{Record, Store},
@@ -20,7 +20,7 @@ pub struct ArtifactStatus {
     pub files: usize,
     pub bytes: u64,
     pub present_bytes: u64,
-    /// Whether every object is complete and was verified.
+    /// Whether every object is complete and was verified; of an image, its tree too.
     pub complete: bool,
     /// Who pins it.
     pub pins: Vec<String>,
@@ -56,6 +56,19 @@ impl Node {
         }
         all.sort_by(|a, b| a.reference.cmp(&b.reference));
         Ok(all)
+    }
+
+    /// Whether every object of an artifact is complete and verified, and so is its tree. Blocking.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn is_complete(&self, artifact: &Artifact) -> Result<bool, NodeError> {
+        for object in artifact.stored() {
+            if self.store().complete(&object.id)?.is_none() {
+                return Ok(false);
+            }
+        }
+        Ok(!waits_for_a_check(self.store(), &artifact.reference)?)
     }
 
     /// One artifact and its files. Blocking.
@@ -116,6 +129,7 @@ fn artifact_status(
     }
     let seconds =
         |t: std::time::SystemTime| t.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    complete &= !waits_for_a_check(store, &record.reference)?;
     Ok(ArtifactStatus {
         reference: record.reference,
         digest: record.digest.to_string(),

@@ -10,7 +10,11 @@ use std::path::PathBuf;
 use sha2::{Digest as _, Sha256};
 
 use super::{Result, Store, StoreError, StoreErrorKind};
-use crate::{digest::Digest, disk::Span, tree::Object};
+use crate::{
+    digest::Digest,
+    disk::{Open, Span},
+    tree::Object,
+};
 
 /// Most bytes of an index.
 pub const MAX_INDEX: u64 = 256 << 20;
@@ -77,6 +81,23 @@ impl Store {
     /// What the disk says.
     pub fn has_index(&self, layer: &Digest) -> Result<bool> {
         Ok(self.disk.stat(&self.index_path(layer))?.is_some())
+    }
+
+    /// The first byte of the index of a layer, which says who made it; not checked.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn index_mark(&self, layer: &Digest) -> Result<Option<u8>> {
+        let mut mark = [0];
+        match self.disk.open(&self.index_path(layer), Open::Read) {
+            Ok(file) if file.stat()?.len > HEADER as u64 => {
+                file.read_at(&mut mark, HEADER as u64)?;
+                Ok(Some(mark[0]))
+            }
+            Ok(_) => Ok(None),
+            Err(error) if error.errno() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Removes the index of a layer; false where there was none.

@@ -10,7 +10,7 @@ use crate::{
     image::{LayerIndex, toc::TocLayer},
     node::{Node, NodeError, blocking, joined},
     source::{Layer, Layered, Source, SourceError, SourceErrorKind},
-    store::{Import, StoreErrorKind},
+    store::{Import, Store, StoreError, StoreErrorKind},
     tree::Location,
 };
 
@@ -40,6 +40,22 @@ pub(super) enum Maker {
     Table = b't' as isize,
     /// It was found beside the image: nobody here has checked it.
     Found = b'f' as isize,
+}
+
+/// Whether an image is known by an index that nobody here has checked yet.
+///
+/// # Errors
+/// What the store says.
+pub(in crate::node) fn waits_for_a_check(store: &Store, image: &str) -> Result<bool, StoreError> {
+    let Some(image) = store.image(image)? else {
+        return Ok(false);
+    };
+    for layer in &image.layers {
+        if store.index_mark(&layer.blob)? == Some(Maker::Found as u8) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 impl Node {
