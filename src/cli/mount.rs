@@ -346,14 +346,19 @@ impl Mounted {
         let fill = room.is_some().then(|| {
             let (node, resolved) = (node.clone(), resolved.clone());
             let error = Arc::clone(&error);
+            let mount = Arc::downgrade(&mount);
             tokio::spawn(async move {
                 tokio::time::sleep(HEAD_START).await;
                 if let Err(failed) = node.fill(&resolved, &progress).await {
                     if failed.is_cancelled() {
                         return; // it is being unmounted
                     }
+                    let refuted = failed.is_refuted();
                     let text = format!("{:#}", anyhow::Error::from(failed));
                     tracing::warn!(error = text, "the background fetch stopped");
+                    if let Some(mount) = mount.upgrade().filter(|_| refuted) {
+                        mount.refuse(text.clone());
+                    }
                     *error.lock() = Some(text);
                 }
             })

@@ -165,6 +165,8 @@ impl ImageRoots {
             Ok(mount) => mount.map_err(|e| failed(format!("{e:#}")))?,
             Err(error) => return Err(failed(error.to_string())),
         };
+        let mount = Arc::new(mount);
+        let served = Arc::downgrade(&mount);
         let node = self.node.clone();
         let fill = tokio::spawn(async move {
             match node.admit(&resolved.artifact).await {
@@ -172,7 +174,12 @@ impl ImageRoots {
                     if let Err(error) = node.fill(&resolved, &Progress::default()).await
                         && !error.is_cancelled()
                     {
-                        tracing::warn!(image = name, error = %anyhow::Error::from(error), "the background fetch stopped");
+                        let refuted = error.is_refuted();
+                        let text = format!("{:#}", anyhow::Error::from(error));
+                        tracing::warn!(image = name, error = text, "the background fetch stopped");
+                        if let Some(mount) = served.upgrade().filter(|_| refuted) {
+                            mount.refuse(text);
+                        }
                     }
                 }
                 Err(error) => {
@@ -181,7 +188,7 @@ impl ImageRoots {
             }
         });
         Ok(Lazy {
-            mount: Arc::new(mount),
+            mount,
             fill,
             _hold: hold,
         })
@@ -258,6 +265,13 @@ impl Roots for ImageRoots {
                     return Ok(root);
                 }
                 Err(error) => tracing::warn!(chain = %chain_id, %error, "served by FUSE"),
+            }
+        }
+        // One that was refused stays with the containers that have it.
+        if let Some(lazy) = chain.lazy.take_if(|lazy| lazy.mount.is_refused()) {
+            let detached = tokio::task::spawn_blocking(move || lazy.mount.unmount(true)).await;
+            if let Ok(Err(error)) = detached {
+                tracing::warn!(%error, "what was refused stays mounted");
             }
         }
         if let Some(lazy) = &chain.lazy {

@@ -2,6 +2,7 @@
 
 use std::{
     ops::Range,
+    os::unix::fs::FileExt as _,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -11,6 +12,7 @@ use futures_util::StreamExt as _;
 
 use super::{Handle, NOTHING_SERVED, State, Wrong, cannot_keep};
 use crate::{
+    chunk,
     fetch::{
         Class, FetchError, FetchErrorKind,
         retry::Retry,
@@ -94,6 +96,11 @@ impl Handle {
             State::Partial(partial) => {
                 partial.abandon().map_err(failed)?;
                 self.completed(&complete, &partial);
+                // Nobody has verified what was served, and now nobody will.
+                if !self.served_as_in(&complete, &partial) {
+                    tracing::warn!(object = %self.id(), path = %self.name, "what was read of it was wrong");
+                    self.call_wrong();
+                }
             }
             _ => {
                 *self.state.write() = State::Complete(Arc::clone(&complete));
@@ -101,6 +108,30 @@ impl Handle {
             }
         }
         Ok(Some(complete))
+    }
+
+    /// Whether all that readers can have been served of `partial` is what `complete` has. Where that
+    /// cannot be told it is not.
+    fn served_as_in(&self, complete: &Complete, partial: &Partial) -> bool {
+        if self.served.load(Ordering::Relaxed) == NOTHING_SERVED {
+            return true;
+        }
+        // Pieces of chunks that are not in the store may have been served, too.
+        if self.torn.load(Ordering::Relaxed) || !self.in_memory.lock().is_empty() {
+            return false;
+        }
+        let (mut here, mut there) = (Vec::new(), Vec::new());
+        (0..partial.chunks())
+            .filter(|&index| partial.present(index))
+            .all(|index| {
+                let bytes = chunk::bytes(index, self.size());
+                let len = (bytes.end - bytes.start) as usize;
+                here.resize(len, 0);
+                there.resize(len, 0);
+                partial.read_at(&mut here, bytes.start).is_ok()
+                    && complete.file().read_exact_at(&mut there, bytes.start).is_ok()
+                    && here == there
+            })
     }
 
     /// Receives `bytes` of the object into memory, with retries.
