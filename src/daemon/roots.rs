@@ -13,6 +13,7 @@
 use std::{
     collections::HashMap,
     fs,
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -117,7 +118,7 @@ impl ImageRoots {
             {
                 return Ok(found);
             }
-            fs::create_dir_all(&dir)?;
+            make_private(&dir)?;
             let digest = artifact.digest();
             let record = store.artifact(&artifact.reference)?;
             anyhow::ensure!(
@@ -158,7 +159,7 @@ impl ImageRoots {
             if dir.symlink_metadata().is_err() || mount::find(&dir)?.is_some() {
                 let _ = mount::unmount(&dir, true);
             }
-            fs::create_dir_all(&dir)?;
+            make_private(&dir)?;
             Ok(Mount::new(Arc::new(view), &dir, &config, runtime)?)
         });
         let mount = match mounting.await {
@@ -337,6 +338,14 @@ impl Roots for ImageRoots {
             })?;
         Ok(Usage { bytes, inodes })
     }
+}
+
+/// Makes a directory and what is missing above it, for nobody else to look into.
+fn make_private(dir: &Path) -> std::io::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
 }
 
 /// The owner of the pin of a claimed chain.

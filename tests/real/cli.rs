@@ -21,6 +21,7 @@ mod commands;
 mod consumers;
 mod demo;
 mod faults;
+mod forged;
 mod interrupted;
 mod models;
 mod mounts;

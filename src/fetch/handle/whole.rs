@@ -1,8 +1,9 @@
 //! Whole objects: small ones in memory, large ones chunk by chunk; verified, then complete.
 
 use std::{
+    fs::File,
     ops::Range,
-    os::unix::fs::FileExt as _,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -96,11 +97,6 @@ impl Handle {
             State::Partial(partial) => {
                 partial.abandon().map_err(failed)?;
                 self.completed(&complete, &partial);
-                // Nobody has verified what was served, and now nobody will.
-                if !self.served_as_in(&complete, &partial) {
-                    tracing::warn!(object = %self.id(), path = %self.name, "what was read of it was wrong");
-                    self.call_wrong();
-                }
             }
             _ => {
                 *self.state.write() = State::Complete(Arc::clone(&complete));
@@ -110,12 +106,22 @@ impl Handle {
         Ok(Some(complete))
     }
 
-    /// Whether all that readers can have been served of `partial` is what `complete` has. Where that
-    /// cannot be told it is not.
+    /// Whether all that readers can have been served is what `complete` has. Where that cannot be told
+    /// it is not.
     fn served_as_in(&self, complete: &Complete, partial: &Partial) -> bool {
-        if self.served.load(Ordering::Relaxed) == NOTHING_SERVED {
+        let served = self.served.load(Ordering::Relaxed);
+        if served == NOTHING_SERVED {
             return true;
         }
+        // Another process has found what was served wrong.
+        if served != u64::from(partial.generation()) {
+            return false;
+        }
+        let inode = |file: &File| file.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+        if inode(complete.file()).is_some_and(|one| inode(partial.file()) == Some(one)) {
+            return true;
+        }
+        // It came by another way: nobody has verified what was served, and now nobody will.
         // Pieces of chunks that are not in the store may have been served, too.
         if self.torn.load(Ordering::Relaxed) || !self.in_memory.lock().is_empty() {
             return false;
@@ -128,9 +134,8 @@ impl Handle {
                 let len = (bytes.end - bytes.start) as usize;
                 here.resize(len, 0);
                 there.resize(len, 0);
-                partial.read_at(&mut here, bytes.start).is_ok()
-                    && complete.file().read_exact_at(&mut there, bytes.start).is_ok()
-                    && here == there
+                let read = complete.file().read_exact_at(&mut there, bytes.start);
+                partial.read_at(&mut here, bytes.start).is_ok() && read.is_ok() && here == there
             })
     }
 
@@ -339,9 +344,8 @@ impl Handle {
         *self.state.write() = State::Complete(Arc::clone(complete));
         self.poisoned.store(false, Ordering::Relaxed);
         self.wake();
-        // What was served was of another generation: another process has found that wrong.
-        let served = self.served.load(Ordering::Relaxed);
-        if served != NOTHING_SERVED && served != u64::from(partial.generation()) {
+        if !self.served_as_in(complete, partial) {
+            tracing::warn!(object = %self.id(), path = %self.name, "what was read of it was wrong");
             self.call_wrong();
         }
     }

@@ -499,6 +499,13 @@ mod tests {
     }
 
     #[test]
+    fn the_corpus() {
+        crate::corpus::replay("tar", |input| {
+            let _ = walk(input, 1000);
+        });
+    }
+
+    #[test]
     fn members_are_found_by_a_few_reads() {
         let big = vec![7; 3 << 20];
         let tar = tar(&[
