@@ -3,14 +3,11 @@
 //! owner, and only the owner and root are answered.
 
 use std::{
-    fs::{DirBuilder, File, Permissions},
+    fs::{File, Permissions},
     io::Read as _,
     os::{
         fd::AsRawFd as _,
-        unix::{
-            fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
-            net::UnixStream,
-        },
+        unix::{fs::PermissionsExt as _, net::UnixStream},
     },
     path::{Path, PathBuf},
     time::Duration,
@@ -18,7 +15,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{digest::Digest, mount::Stats, snapshotter::is_trusted};
+use crate::{digest::Digest, mount::Stats, snapshotter::is_trusted, store::run_dir};
 
 /// Longest answer taken, in bytes.
 const MAX_ANSWER: u64 = 1 << 20;
@@ -63,18 +60,6 @@ pub(super) fn remove_empty_log(root: &Path, mountpoint: &Path) {
         // What cannot be removed does no harm.
         let _ = std::fs::remove_file(path);
     }
-}
-
-/// `<store>/run`, made where it is not there.
-pub(super) fn run_dir(root: &Path) -> std::io::Result<PathBuf> {
-    let dir = root.join("run");
-    DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-    let meta = dir.metadata()?;
-    // As an older version may have made it.
-    if meta.mode() & 0o077 != 0 && meta.uid() == nix::unistd::geteuid().as_raw() {
-        std::fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
-    }
-    Ok(dir)
 }
 
 /// A socket whose path may be longer than the 108 bytes that `sun_path` has room for: it is

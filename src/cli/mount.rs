@@ -112,7 +112,7 @@ fn start(context: &Context, args: &Args, dir: &Path) -> anyhow::Result<ExitCode>
     let writable = context.store()?.writable(); // fail here rather than there
     let log_path = control::log_path(&context.root, dir);
     let log: Stdio = match writable {
-        true => control::run_dir(&context.root)
+        true => crate::store::run_dir(&context.root)
             .and_then(|_| std::fs::File::create(&log_path))
             .with_context(|| format!("cannot write {}", log_path.display()))?
             .into(),

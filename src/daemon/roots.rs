@@ -13,7 +13,6 @@
 use std::{
     collections::HashMap,
     fs,
-    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -29,7 +28,7 @@ use crate::{
     node::{Node, NodeError, Progress, Resolved},
     reference::Reference,
     snapshotter::{Hints, Root, Roots, RootsError, RootsErrorKind, Usage},
-    store::{Hold, StoreErrorKind},
+    store::{self, Hold, StoreErrorKind},
     tree::{Inode, Kind},
 };
 
@@ -118,7 +117,8 @@ impl ImageRoots {
             {
                 return Ok(found);
             }
-            make_private(&dir)?;
+            store::run_dir(store.root())?;
+            fs::create_dir_all(&dir)?;
             let digest = artifact.digest();
             let record = store.artifact(&artifact.reference)?;
             anyhow::ensure!(
@@ -154,12 +154,14 @@ impl ImageRoots {
         let view = View::new(Arc::clone(&resolved.artifact), Arc::new(contents))
             .map_err(|e| failed(e.to_string()))?;
         let (config, runtime) = (self.config.clone(), tokio::runtime::Handle::current());
+        let store = Arc::clone(self.node.store());
         let mounting = tokio::task::spawn_blocking(move || -> anyhow::Result<Mount> {
             // Left by a process that was killed.
             if dir.symlink_metadata().is_err() || mount::find(&dir)?.is_some() {
                 let _ = mount::unmount(&dir, true);
             }
-            make_private(&dir)?;
+            store::run_dir(store.root())?;
+            fs::create_dir_all(&dir)?;
             Ok(Mount::new(Arc::new(view), &dir, &config, runtime)?)
         });
         let mount = match mounting.await {
@@ -338,14 +340,6 @@ impl Roots for ImageRoots {
             })?;
         Ok(Usage { bytes, inodes })
     }
-}
-
-/// Makes a directory and what is missing above it, for nobody else to look into.
-fn make_private(dir: &Path) -> std::io::Result<()> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
 }
 
 /// The owner of the pin of a claimed chain.

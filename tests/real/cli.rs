@@ -22,9 +22,11 @@ mod consumers;
 mod demo;
 mod faults;
 mod forged;
+mod hostile;
 mod interrupted;
 mod models;
 mod mounts;
+mod private;
 mod secrets;
 
 /// Longest time that anything but a server may take.

@@ -31,6 +31,11 @@ impl Registry {
         format!("127.0.0.1:{}", self.server.port)
     }
 
+    /// Where it keeps what it has.
+    pub(crate) fn files(&self) -> std::path::PathBuf {
+        self.server.dir.path().join("data/docker/registry/v2")
+    }
+
     /// `oci://host/repository:tag`.
     pub(crate) fn reference(&self, repository: &str, tag: &str) -> String {
         format!("oci://{}/{repository}:{tag}", self.host())

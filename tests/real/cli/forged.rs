@@ -384,24 +384,26 @@ fn what_wrong_spans_gave_is_dropped_by_the_kernel() {
     bed.ok(&format!("-v mount {reference} {dir}"));
     let status = bed.json(&format!("status {dir} --json"));
     let log = || fs::read_to_string(status["log"].as_str().unwrap()).unwrap();
+    // Before it is all here nobody can tell; then it fails, until the layer was unpacked.
     let script = r#"
-import hashlib, mmap, os, sys, time
-root = sys.argv[1]
-h = lambda data: hashlib.sha256(data).hexdigest()
-f = os.open(os.path.join(root, "a/large"), os.O_RDONLY)
-m = mmap.mmap(f, 0, prot=mmap.PROT_READ)
-first = h(os.pread(f, len(m), 0))
-print(first, h(m), flush=True)
+import hashlib, os, sys, time
+root, right = sys.argv[1:]
+path = os.path.join(root, "a/large")
+f = os.open(path, os.O_RDONLY)
+def look():
+    try: return hashlib.sha256(os.pread(f, 3 << 19, 0)).hexdigest()
+    except OSError: return "failed"
+print(look(), flush=True)
 deadline = time.time() + 60
-while time.time() < deadline and h(os.pread(f, len(m), 0)) == first: time.sleep(0.02)
-print(h(os.pread(f, len(m), 0)), h(m), h(open(os.path.join(root, "a/large"), "rb").read()))
+while look() != right and time.time() < deadline: time.sleep(0.02)
+print(look(), hashlib.sha256(open(path, "rb").read(3 << 19)).hexdigest())
 "#;
-    let out = Done::of(&mut python(script, &[&dir])).ok();
+    let right = fs::read(image.dir.path().join("a/large")).unwrap();
+    let right = Digest::of(&right[..3 << 19]).hex();
+    let out = Done::of(&mut python(script, &[&dir, &right])).ok();
     let shas: Vec<&str> = out.split_whitespace().collect();
-    let right = Digest::of(&fs::read(image.dir.path().join("a/large")).unwrap()).hex();
-    assert_eq!(shas[0], shas[1]);
-    assert!(shas[0] != right, "the forged spans were read: {out}");
-    assert_eq!(shas[2..], [&right; 3], "{out}\n{}", log());
+    assert_ne!(shas[0], right, "the forged spans were not read");
+    assert_eq!(shas[1..], [&right; 2], "{out}\n{}", log());
     bed.wait_complete(&dir);
     assert_same(&dir, image.dir.path());
     bed.ok(&format!("umount {dir}"));
