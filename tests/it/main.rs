@@ -3,6 +3,7 @@
 
 mod corpus;
 mod decode;
+mod digests;
 mod erofs;
 mod fetch;
 mod fs;
