@@ -13,7 +13,10 @@ pub mod content;
 pub mod hub;
 mod upper;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, OnceLock},
+};
 
 use self::upper::Upper;
 pub use self::{
@@ -155,6 +158,8 @@ pub struct View {
     upper: Option<Upper>,
     /// Tree directory (inode number) -> upper directory that adds names to it.
     shadows: HashMap<u64, u64>,
+    /// Why nothing of the tree is shown any more.
+    refused: OnceLock<String>,
 }
 
 impl View {
@@ -222,6 +227,7 @@ impl View {
             blocks,
             upper: None,
             shadows: HashMap::new(),
+            refused: OnceLock::new(),
         };
         if !shadows.is_empty() {
             let upper = Upper::new(limits);
@@ -247,6 +253,27 @@ impl View {
     /// The artifact.
     pub fn artifact(&self) -> &Arc<Artifact> {
         &self.artifact
+    }
+
+    /// The artifact turned out not to be what it was said to be: from now on whatever is asked of its
+    /// tree fails, and says `why`.
+    pub fn refuse(&self, why: String) {
+        // Whoever refused it first has said why.
+        let _ = self.refused.set(why);
+    }
+
+    /// Whether the tree may still be shown.
+    ///
+    /// # Errors
+    /// [`FsError::Content`], Corrupt, once it was refused.
+    pub fn check(&self) -> Result<(), FsError> {
+        match self.refused.get() {
+            None => Ok(()),
+            Some(why) => Err(FsError::Content {
+                kind: FetchErrorKind::Corrupt,
+                message: why.clone(),
+            }),
+        }
     }
 
     /// Whether anything may be written.
@@ -527,6 +554,7 @@ impl View {
     }
 
     fn inode(&self, ino: u64) -> Result<(u32, &crate::tree::Inode), FsError> {
+        self.check()?;
         let number = ino
             .checked_sub(1)
             .and_then(|n| u32::try_from(n).ok())

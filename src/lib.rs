@@ -7,6 +7,9 @@
 pub mod chunk;
 pub mod cli;
 pub mod config;
+#[cfg(test)]
+#[path = "../tests/it/corpus/replay.rs"]
+mod corpus;
 pub mod daemon;
 pub mod digest;
 pub mod disk;

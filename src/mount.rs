@@ -243,6 +243,17 @@ impl Mount {
         self.server.stats()
     }
 
+    /// What is mounted turned out not to be what it was said to be: whatever is asked of it fails
+    /// from now on, and the kernel drops what it holds of it.
+    pub fn refuse(&self, why: String) {
+        self.server.refuse(why);
+    }
+
+    /// Whether [`Mount::refuse`] was called.
+    pub fn is_refused(&self) -> bool {
+        self.server.view.check().is_err()
+    }
+
     /// Returns once it is unmounted, by anybody.
     pub async fn ended(&self) {
         // An error means the sender is gone, which is an end too.

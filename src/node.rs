@@ -61,7 +61,8 @@ pub enum NodeError {
     Store(#[from] StoreError),
     #[error("{0} is not in the store")]
     Unknown(String),
-    /// The registry said of a layer what its verified bytes do not.
+    /// The registry said of a layer what its verified bytes do not: what was read meanwhile may have
+    /// been wrong.
     #[error("{reference}: the content of {layer} is not what was said of it: {why}")]
     Misled {
         reference: String,
@@ -74,6 +75,15 @@ impl NodeError {
     /// Whether nothing failed, but the process is ending.
     pub fn is_cancelled(&self) -> bool {
         matches!(self, Self::Fetch { source, .. } if source.kind() == FetchErrorKind::Cancelled)
+    }
+
+    /// Whether what was served of it, while it was believed, may have been wrong.
+    pub fn is_refuted(&self) -> bool {
+        match self {
+            Self::Misled { .. } => true,
+            Self::Image { source, .. } => source.kind() == ImageErrorKind::Corrupt,
+            _ => false,
+        }
     }
 
     /// What to try, for a person.
@@ -380,6 +390,13 @@ impl Node {
                     if source.kind() == FetchErrorKind::Changed && !tried_again =>
                 {
                     tracing::warn!(%reference, "changed at the origin: resolving again");
+                    tried_again = true;
+                }
+                // All of its layers are here, with true indexes.
+                Err(error @ NodeError::Misled { .. })
+                    if resolved.layers.is_some() && !tried_again =>
+                {
+                    tracing::warn!(%error, "resolving again");
                     tried_again = true;
                 }
                 Err(error) => return Err(error),

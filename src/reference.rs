@@ -11,6 +11,8 @@ mod parse;
 
 use std::fmt;
 
+use zeroize::Zeroizing;
+
 pub use self::{
     filter::Matcher,
     oci::{OciRef, Platform},
@@ -98,9 +100,9 @@ pub struct Filter {
     pub exclude: Vec<String>,
 }
 
-/// A value that is never shown.
+/// A value that is never shown, and overwritten in memory when it is not needed any more.
 #[derive(Clone)]
-pub struct Secret(String);
+pub struct Secret(Zeroizing<String>);
 
 impl Locator {
     /// What kind of place it is, in a word.
@@ -148,7 +150,7 @@ impl Reference {
 impl Secret {
     /// Wraps `text`.
     pub fn new(text: impl Into<String>) -> Self {
-        Self(text.into())
+        Self(Zeroizing::new(text.into()))
     }
 
     /// The text, for use in a request.

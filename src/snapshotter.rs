@@ -46,7 +46,7 @@ pub use self::{
     mounts::{Mount, check_overlay},
     roots::{Hints, NoRoots, Root, Roots, RootsError, RootsErrorKind, Usage},
     service::serve,
-    socket::{Listener, ServeError},
+    socket::{Listener, ServeError, is_trusted},
 };
 use self::{
     filter::Filters,

@@ -69,6 +69,7 @@ pub use verify::{Damage, VerifyProgress, VerifyReport, VerifyScope};
 
 use std::{
     collections::HashMap,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Weak, atomic::AtomicU64},
 };
@@ -214,4 +215,21 @@ impl Store {
             StoreError::new(StoreErrorKind::Io, message)
         })
     }
+}
+
+/// `<root>/run`, made where it is not there: sockets and logs of mount processes, and native roots,
+/// whose programs are nothing for other users of this machine. Private to its owner, also where an
+/// older version made it otherwise.
+///
+/// # Errors
+/// What the disk says.
+pub fn run_dir(root: &Path) -> std::io::Result<PathBuf> {
+    let dir = root.join("run");
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true).mode(0o700).create(&dir)?;
+    let meta = dir.metadata()?;
+    if meta.mode() & 0o077 != 0 && meta.uid() == nix::unistd::geteuid().as_raw() {
+        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o700))?;
+    }
+    Ok(dir)
 }

@@ -1,12 +1,13 @@
 //! How commands ask a mount process about itself: a unix socket in `<store>/run`, named after the
-//! mount point. Whoever connects is sent one JSON document. The directory is private to its owner.
+//! mount point. Whoever connects is sent one JSON document. Directory and socket are private to their
+//! owner, and only the owner and root are answered.
 
 use std::{
-    fs::{DirBuilder, File},
+    fs::{File, Permissions},
     io::Read as _,
     os::{
         fd::AsRawFd as _,
-        unix::{fs::DirBuilderExt as _, net::UnixStream},
+        unix::{fs::PermissionsExt as _, net::UnixStream},
     },
     path::{Path, PathBuf},
     time::Duration,
@@ -14,7 +15,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{digest::Digest, mount::Stats};
+use crate::{digest::Digest, mount::Stats, snapshotter::is_trusted, store::run_dir};
 
 /// Longest answer taken, in bytes.
 const MAX_ANSWER: u64 = 1 << 20;
@@ -61,13 +62,6 @@ pub(super) fn remove_empty_log(root: &Path, mountpoint: &Path) {
     }
 }
 
-/// `<store>/run`, made where it is not there.
-pub(super) fn run_dir(root: &Path) -> std::io::Result<PathBuf> {
-    let dir = root.join("run");
-    DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-    Ok(dir)
-}
-
 /// A socket whose path may be longer than the 108 bytes that `sun_path` has room for: it is
 /// reached through the open directory.
 struct SocketPath {
@@ -110,8 +104,12 @@ impl ControlServer {
         // One that is left from a process that was killed.
         let _ = std::fs::remove_file(&socket.path);
         let listener = tokio::net::UnixListener::bind(&socket.path)?;
+        std::fs::set_permissions(&socket.path, Permissions::from_mode(0o600))?;
         let task = tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
+                if !is_trusted(&stream) {
+                    continue;
+                }
                 let Ok(text) = serde_json::to_vec(&status()) else {
                     continue;
                 };

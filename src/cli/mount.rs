@@ -112,7 +112,7 @@ fn start(context: &Context, args: &Args, dir: &Path) -> anyhow::Result<ExitCode>
     let writable = context.store()?.writable(); // fail here rather than there
     let log_path = control::log_path(&context.root, dir);
     let log: Stdio = match writable {
-        true => control::run_dir(&context.root)
+        true => crate::store::run_dir(&context.root)
             .and_then(|_| std::fs::File::create(&log_path))
             .with_context(|| format!("cannot write {}", log_path.display()))?
             .into(),
@@ -341,14 +341,19 @@ impl Mounted {
         let fill = options.fill.then(|| {
             let (node, resolved) = (node.clone(), resolved.clone());
             let error = Arc::clone(&error);
+            let mount = Arc::downgrade(&mount);
             tokio::spawn(async move {
                 tokio::time::sleep(HEAD_START).await;
                 if let Err(failed) = node.fill(&resolved, &progress).await {
                     if failed.is_cancelled() {
                         return; // it is being unmounted
                     }
+                    let refuted = failed.is_refuted();
                     let text = format!("{:#}", anyhow::Error::from(failed));
                     tracing::warn!(error = text, "only what is read is fetched");
+                    if let Some(mount) = mount.upgrade().filter(|_| refuted) {
+                        mount.refuse(text.clone());
+                    }
                     *error.lock() = Some(text);
                 }
             })

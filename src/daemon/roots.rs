@@ -28,7 +28,7 @@ use crate::{
     node::{Node, NodeError, Progress, Resolved, Start},
     reference::Reference,
     snapshotter::{Hints, Root, Roots, RootsError, RootsErrorKind, Usage},
-    store::{Hold, StoreErrorKind},
+    store::{self, Hold, StoreErrorKind},
     tree::{Inode, Kind},
 };
 
@@ -118,6 +118,7 @@ impl ImageRoots {
             {
                 return Ok(found);
             }
+            store::run_dir(store.root())?;
             fs::create_dir_all(&dir)?;
             let digest = artifact.digest();
             let record = store.artifact(&artifact.reference)?;
@@ -156,11 +157,13 @@ impl ImageRoots {
         let view = View::new(Arc::clone(&resolved.artifact), Arc::new(contents))
             .map_err(|e| failed(e.to_string()))?;
         let (config, runtime) = (self.config.clone(), tokio::runtime::Handle::current());
+        let store = Arc::clone(self.node.store());
         let mounting = tokio::task::spawn_blocking(move || -> anyhow::Result<Mount> {
             // Left by a process that was killed.
             if dir.symlink_metadata().is_err() || mount::find(&dir)?.is_some() {
                 let _ = mount::unmount(&dir, true);
             }
+            store::run_dir(store.root())?;
             fs::create_dir_all(&dir)?;
             Ok(Mount::new(Arc::new(view), &dir, &config, runtime)?)
         });
@@ -168,21 +171,23 @@ impl ImageRoots {
             Ok(mount) => mount.map_err(|e| failed(format!("{e:#}")))?,
             Err(error) => return Err(failed(error.to_string())),
         };
+        let mount = Arc::new(mount);
+        let served = Arc::downgrade(&mount);
         let node = self.node.clone();
         let fill = tokio::spawn(async move {
             if let Err(error) = node.fill(&resolved, &Progress::default()).await
                 && !error.is_cancelled()
             {
-                let error = anyhow::Error::from(error);
-                tracing::warn!(
-                    image = name,
-                    error = format!("{error:#}"),
-                    "only what is read is fetched"
-                );
+                let refuted = error.is_refuted();
+                let text = format!("{:#}", anyhow::Error::from(error));
+                tracing::warn!(image = name, error = text, "only what is read is fetched");
+                if let Some(mount) = served.upgrade().filter(|_| refuted) {
+                    mount.refuse(text);
+                }
             }
         });
         Ok(Lazy {
-            mount: Arc::new(mount),
+            mount,
             fill,
             _start: start,
             _hold: hold,
@@ -260,6 +265,13 @@ impl Roots for ImageRoots {
                     return Ok(root);
                 }
                 Err(error) => tracing::warn!(chain = %chain_id, %error, "served by FUSE"),
+            }
+        }
+        // One that was refused stays with the containers that have it.
+        if let Some(lazy) = chain.lazy.take_if(|lazy| lazy.mount.is_refused()) {
+            let detached = tokio::task::spawn_blocking(move || lazy.mount.unmount(true)).await;
+            if let Ok(Err(error)) = detached {
+                tracing::warn!(%error, "what was refused stays mounted");
             }
         }
         if let Some(lazy) = &chain.lazy {

@@ -73,6 +73,8 @@ pub struct Handle {
     read: AtomicBool,
     /// Content was wrong once: from now on nothing unverified is served.
     poisoned: AtomicBool,
+    /// A chunk broke off of which readers may have been served a part.
+    torn: AtomicBool,
     full_since: Mutex<Option<Instant>>,
     since_checkpoint: AtomicU64,
     /// Single flight of small objects and of the final check.
@@ -162,6 +164,7 @@ impl Handle {
             served: AtomicU64::new(NOTHING_SERVED),
             read: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
+            torn: AtomicBool::new(false),
             full_since: Mutex::default(),
             since_checkpoint: AtomicU64::new(0),
             finishing: tokio::sync::Mutex::default(),
@@ -299,6 +302,8 @@ impl Handle {
         let mut data = vec![0; len];
         let result = self.fill(&partial, &bytes, &mut data).await;
         match result {
+            // Became complete meanwhile, perhaps with other bytes than those that were arriving.
+            Ok(()) if self.complete().is_some() => self.read_complete(offset, len),
             Ok(()) => Ok(data.into()),
             Err(error) if error.kind() == FetchErrorKind::NoSpace => {
                 *self.full_since.lock() = Some(Instant::now());
@@ -409,6 +414,7 @@ impl Handle {
     pub(super) fn landed(&self, flight: &Arc<Flight>) {
         self.flights.lock().retain(|f| !Arc::ptr_eq(f, flight));
         if flight.failure().is_some() {
+            self.torn.store(true, Ordering::Relaxed);
             // What had begun to arrive and was not committed will arrive in another buffer.
             self.in_memory
                 .lock()

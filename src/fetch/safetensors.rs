@@ -112,6 +112,17 @@ mod tests {
     }
 
     #[test]
+    fn the_corpus() {
+        crate::corpus::replay("corpus/safetensors", |input| {
+            if let Some(tensors) = parse(input) {
+                for at in [0, 1, input.len() as u64] {
+                    let _ = tensors.end_of_start_in(&(at..at + 100));
+                }
+            }
+        });
+    }
+
+    #[test]
     fn hints_from_a_real_header() {
         let header = br#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[4],"data_offsets":[16,32]},"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#;
         let mut file = (header.len() as u64).to_le_bytes().to_vec();

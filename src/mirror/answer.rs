@@ -297,6 +297,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_corpus() {
+        crate::corpus::replay("corpus/mirror", |input| {
+            for line in String::from_utf8_lossy(input).lines() {
+                let (path, query) = line.split_once('?').unwrap_or((line, ""));
+                parse(path);
+                namespace(Some(query));
+                if let Ok(Some(range)) = parse_range(line, 1000) {
+                    assert!(range.start < range.end && range.end <= 1000, "{line}");
+                }
+            }
+        });
+    }
+
+    #[test]
     fn paths() {
         let manifest = |name, reference| Some(Asked::Manifest { name, reference });
         let blob = |name, digest| Some(Asked::Blob { name, digest });

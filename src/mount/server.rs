@@ -117,6 +117,21 @@ impl Server {
         }
     }
 
+    /// Nothing of the view is shown any more, and the kernel drops what it holds. What is open by
+    /// passthrough, or mapped so, is beyond reach until it is closed. Returns at once.
+    pub(super) fn refuse(self: &Arc<Self>, why: String) {
+        self.view.refuse(why);
+        let server = self.clone();
+        let thread = std::thread::Builder::new().name("hearth-stale".into());
+        let started = thread.spawn(move || {
+            let inodes = server.view.artifact().tree.inodes().len() as u64;
+            (1..=inodes).for_each(|ino| server.invalidate(ino));
+        });
+        if let Err(error) = started {
+            tracing::error!(%error, "the kernel keeps what was refused: no thread");
+        }
+    }
+
     pub(super) fn answer_open(self: &Arc<Self>, ino: u64, body: Arc<dyn Body>, reply: ReplyOpen) {
         let register = |file: &File| {
             if !self.passthrough.load(Relaxed) {
@@ -168,6 +183,7 @@ impl Server {
     }
 
     pub(super) fn body(&self, ino: u64) -> Result<Arc<dyn Body>, FsError> {
+        self.view.check()?;
         if let Some(body) = self.opens.body(ino) {
             return Ok(body);
         }
@@ -189,7 +205,8 @@ impl Server {
         reply: ReplyData,
     ) {
         self.counters.waited_reads.add(1);
-        match body.read(at.0, at.1).await {
+        let read = body.read(at.0, at.1).await;
+        match self.view.check().and(read) {
             // Fewer bytes would be shown to the reader as zeros.
             Ok(bytes) if bytes.len() == at.1 => self.answer_read(&bytes, reply),
             Ok(_) => reply.error(self.errno("read", ino, &FsError::Damaged("a read was short"))),

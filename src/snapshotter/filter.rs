@@ -237,6 +237,17 @@ mod tests {
     }
 
     #[test]
+    fn the_corpus() {
+        let record = Record::new(1, "name", "", Kind::View);
+        crate::corpus::replay("corpus/filter", |input| {
+            let text = String::from_utf8_lossy(input).into_owned();
+            if let Ok(filters) = Filters::parse(&[text]) {
+                filters.matches(&record);
+            }
+        });
+    }
+
+    #[test]
     fn selectors_are_understood_as_containerd_does() {
         for yes in [
             &[] as &[&str],

@@ -3,6 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use futures_util::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Code, Request, Response, Status};
 
@@ -10,6 +11,7 @@ use super::{
     Kind, Listener, Mount, Result, ServeError, SnapshotError, SnapshotErrorKind, Snapshotter,
     filter::Filters,
     records::{Record, Time},
+    socket::is_trusted,
 };
 use crate::r#gen::containerd::{
     services::snapshots::v1::{self as api, snapshots_server},
@@ -36,9 +38,11 @@ pub async fn serve(
         let _ = stopped.send(());
     };
     let (incoming, socket) = listener.into_parts();
+    let trusted = UnixListenerStream::new(incoming)
+        .filter(|stream| std::future::ready(stream.as_ref().map_or(true, is_trusted)));
     let serving = tonic::transport::Server::builder()
         .add_service(snapshots_server::SnapshotsServer::new(Service(snapshotter)))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(incoming), stop);
+        .serve_with_incoming_shutdown(trusted, stop);
     let late = async {
         match drained.await {
             Ok(()) => tokio::time::sleep(DRAIN).await,

@@ -123,6 +123,22 @@ impl Drop for Socket {
     }
 }
 
+/// Whether who connected is root or runs as this process does. The mode of the socket says the same;
+/// this holds as well where somebody has changed it.
+pub fn is_trusted(stream: &tokio::net::UnixStream) -> bool {
+    match stream.peer_cred() {
+        Ok(peer) if peer.uid() == 0 || peer.uid() == nix::unistd::geteuid().as_raw() => true,
+        Ok(peer) => {
+            tracing::warn!(uid = peer.uid(), pid = ?peer.pid(), "a connection was refused");
+            false
+        }
+        Err(error) => {
+            tracing::warn!(%error, "a connection was refused");
+            false
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -475,6 +475,25 @@ mod tests {
     }
 
     #[test]
+    fn the_corpus() {
+        let reference: Reference = "hf://o/n".parse().unwrap();
+        let Locator::Hub(repo) = &reference.locator else {
+            unreachable!()
+        };
+        let source = HubSource::new(repo, &Config::default()).unwrap();
+        crate::corpus::replay("corpus/hub", |input| {
+            let _ = serde_json::from_slice::<Revision>(input);
+            let mut listing = Listing::new(&reference, "r".into()).unwrap();
+            for entry in serde_json::from_slice::<Vec<Entry>>(input)
+                .into_iter()
+                .flatten()
+            {
+                let _ = source.add("hf://o/n", "c", &entry.path, &entry, &mut listing);
+            }
+        });
+    }
+
+    #[test]
     fn answers_are_checked_against_the_pin() {
         let sha1 = "a".repeat(40);
         let sha256 = "b".repeat(64);

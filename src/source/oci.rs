@@ -382,6 +382,18 @@ impl Source for OciSource {
             Some(artifact) => Ok(artifact),
             None => {
                 let found = &manifest.image;
+                let mut layers = found.layers.iter().enumerate();
+                if manifest::is_image_config(&found.config.media_type)
+                    && let Some((number, layer)) =
+                        layers.find(|(_, layer)| !manifest::is_image_layer(&layer.media_type))
+                {
+                    return Err(fail(format!(
+                        "layer {} ({}) has the unsupported media type {:?}",
+                        number + 1,
+                        short(&layer.digest),
+                        short(&layer.media_type)
+                    )));
+                }
                 let kind = found
                     .artifact_type
                     .as_ref()

@@ -13,37 +13,10 @@ use std::{
 
 use hearth::{
     digest::Digest,
-    image::{EntryKind, ImageError, LayerEntry, Limits, Sink, Unpacker},
+    image::{EntryKind, ImageError, LayerEntry, Limits, Unpacker},
 };
 
-/// Digests of whole files.
-#[derive(Default)]
-struct Digests {
-    file: Vec<u8>,
-    done: Vec<Digest>,
-}
-
-impl Sink for Digests {
-    type Error = ImageError;
-    fn begin(&mut self, _: u64) -> Result<(), ImageError> {
-        Ok(())
-    }
-    fn data(&mut self, data: &[u8]) -> Result<(), ImageError> {
-        self.file.extend_from_slice(data);
-        Ok(())
-    }
-    fn hole(&mut self, len: u64) -> Result<(), ImageError> {
-        self.file.resize(self.file.len() + len as usize, 0);
-        Ok(())
-    }
-    fn end(&mut self) -> Result<(), ImageError> {
-        self.done.push(Digest::of(&std::mem::take(&mut self.file)));
-        Ok(())
-    }
-    fn digests(&mut self) -> Result<Vec<Digest>, ImageError> {
-        Ok(std::mem::take(&mut self.done))
-    }
-}
+use crate::digests::Digests;
 
 /// A small generator, so that a failure can be repeated.
 struct Random(u64);

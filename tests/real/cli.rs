@@ -21,9 +21,12 @@ mod commands;
 mod consumers;
 mod demo;
 mod faults;
+mod forged;
+mod hostile;
 mod interrupted;
 mod models;
 mod mounts;
+mod private;
 mod secrets;
 
 /// Longest time that anything but a server may take.

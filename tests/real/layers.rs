@@ -7,20 +7,20 @@ use std::{
     os::unix::{
         ffi::{OsStrExt, OsStringExt},
         fs::{FileTypeExt, MetadataExt},
-        process::CommandExt,
     },
     path::{Path, PathBuf},
-    process::{Child, Command, Output, Stdio},
+    process::{Child, Command, Output},
     thread,
     time::{Duration, Instant},
 };
 
 use hearth::{
     digest::Digest,
-    image::{Compression, ImageError, LayerIndex, Limits, Sink, Unpacker, merge},
+    image::{Compression, ImageError, LayerIndex, Limits, Unpacker, merge},
     tree::{Kind, Meta, Object, Tree},
 };
-use sha2::{Digest as _, Sha256};
+
+use crate::digests::Digests;
 
 /// Everything that can be seen of one path.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,38 +55,9 @@ fn link(walk: &mut Walk) {
 
 // ---- ours
 
-#[derive(Default)]
-struct Hashes {
-    hasher: Sha256,
-    done: Vec<Digest>,
-}
-
-impl Sink for Hashes {
-    type Error = ImageError;
-    fn begin(&mut self, _: u64) -> Result<(), ImageError> {
-        Ok(())
-    }
-    fn data(&mut self, data: &[u8]) -> Result<(), ImageError> {
-        self.hasher.update(data);
-        Ok(())
-    }
-    fn hole(&mut self, len: u64) -> Result<(), ImageError> {
-        self.hasher.update(vec![0; len as usize]);
-        Ok(())
-    }
-    fn end(&mut self) -> Result<(), ImageError> {
-        let digest = self.hasher.finalize_reset();
-        self.done.push(Digest::from_bytes(digest.into()));
-        Ok(())
-    }
-    fn digests(&mut self) -> Result<Vec<Digest>, ImageError> {
-        Ok(std::mem::take(&mut self.done))
-    }
-}
-
 fn index(tar: &[u8]) -> LayerIndex {
     let blob = Digest::of(tar);
-    let mut sink = Hashes::default();
+    let mut sink = Digests::default();
     let mut unpacker = Unpacker::new(blob, Limits::default());
     for piece in tar.chunks(100_003) {
         unpacker.feed(piece, &mut sink).unwrap();
@@ -179,20 +150,8 @@ impl Containerd {
         command
             .arg("-c")
             .arg(dir.path().join("config.toml"))
-            .current_dir(dir.path())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log);
-        // SAFETY: prctl is async-signal-safe, and the closure touches no memory of the parent.
-        unsafe {
-            command.pre_exec(|| {
-                nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-                Ok(())
-            });
-        }
-        let child = command
-            .spawn()
-            .unwrap_or_else(|e| panic!("containerd: {e}; run tests/run"));
+            .current_dir(dir.path());
+        let child = crate::servers::spawn(&mut command, log);
         let containerd = Self {
             child,
             dir,

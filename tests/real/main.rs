@@ -4,6 +4,8 @@
 mod cli;
 mod compressors;
 mod containerd;
+#[path = "../it/digests.rs"]
+mod digests;
 mod http;
 mod hub;
 mod layers;

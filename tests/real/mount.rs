@@ -616,3 +616,39 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
         std::thread::sleep(Duration::from_millis(5));
     }
 }
+
+/// A mount whose content comes from a scripted source, through an engine.
+struct Served {
+    source: Arc<Scripted>,
+    engine: Engine,
+    fixture: Fixture,
+    /// The engine lives on it.
+    runtime: tokio::runtime::Runtime,
+    _home: tempfile::TempDir,
+}
+
+impl Served {
+    fn new(source: Arc<Scripted>, artifact: Artifact) -> Self {
+        let artifact = Arc::new(artifact);
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let home = tempfile::tempdir().unwrap();
+        let config = store::Config {
+            min_free: store::ByteSize(0),
+            ..Default::default()
+        };
+        let store = Store::open(home.path(), &config).unwrap();
+        let engine = {
+            let _inside = runtime.enter();
+            Engine::new(store, hearth::fetch::Config::default())
+        };
+        let contents = Fetched::new(engine.clone(), source.source(), artifact.clone());
+        let view = View::new(artifact, Arc::new(contents)).unwrap();
+        Self {
+            source,
+            engine,
+            fixture: Fixture::mount(view, Vec::new(), &Config::default()),
+            runtime,
+            _home: home,
+        }
+    }
+}

@@ -13,6 +13,8 @@ use crate::{registry::docker_registry, servers::Server};
 
 pub(crate) const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
+pub(crate) const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+
 /// A registry that is empty at first.
 pub(crate) struct Registry {
     server: Server,
@@ -27,6 +29,11 @@ impl Registry {
     /// `127.0.0.1:port`.
     pub(crate) fn host(&self) -> String {
         format!("127.0.0.1:{}", self.server.port)
+    }
+
+    /// Where it keeps what it has.
+    pub(crate) fn files(&self) -> std::path::PathBuf {
+        self.server.dir.path().join("data/docker/registry/v2")
     }
 
     /// `oci://host/repository:tag`.
@@ -46,6 +53,19 @@ impl Registry {
         let url = format!("{}&digest={digest}", location.trim());
         curl(&["-X", "PUT", "-T", "-", &url], content);
         json!({"mediaType": media_type, "digest": digest, "size": content.len()})
+    }
+
+    /// What is at `path` of a repository: `manifests/…`, `blobs/…`.
+    pub(crate) fn get(&self, repository: &str, path: &str) -> Vec<u8> {
+        let url = format!("{}/v2/{repository}/{path}", self.server.url());
+        let accept = [MANIFEST, INDEX].map(|kind| format!("Accept: {kind}"));
+        let output = Command::new("curl")
+            .args(["-sS", "--fail", "--noproxy", "*", "-m", "60"])
+            .args(["-H", &accept[0], "-H", &accept[1], &url])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{url}: {output:?}");
+        output.stdout
     }
 
     /// Pushes a manifest under a tag; its digest.

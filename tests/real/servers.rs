@@ -45,21 +45,7 @@ impl Server {
         let dir = tempfile::tempdir().unwrap();
         let port = free_port();
         let log = File::create(dir.path().join("log")).unwrap();
-        let mut command = command(port, dir.path());
-        command
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log);
-        // SAFETY: prctl is async-signal-safe, and the closure touches no memory of the parent.
-        unsafe {
-            command.pre_exec(|| {
-                nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-                Ok(())
-            });
-        }
-        let child = command
-            .spawn()
-            .unwrap_or_else(|e| panic!("{name}: {:?}: {e}; run tests/run", command.get_program()));
+        let child = spawn(&mut command(port, dir.path()), log);
         let mut server = Self { child, port, dir };
         let begun = Instant::now();
         loop {
@@ -92,6 +78,23 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Starts what writes into `log` and ends with the thread that starts it.
+pub(crate) fn spawn(command: &mut Command, log: File) -> Child {
+    command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log);
+    // SAFETY: prctl is async-signal-safe, and the closure touches no memory of the parent.
+    unsafe {
+        command.pre_exec(|| {
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+            Ok(())
+        });
+    }
+    let child = command.spawn();
+    child.unwrap_or_else(|e| panic!("{command:?}: {e}; run tests/run"))
 }
 
 /// Where the servers are installed.

@@ -1,7 +1,9 @@
 //! Whole objects: small ones in memory, large ones chunk by chunk; verified, then complete.
 
 use std::{
+    fs::File,
     ops::Range,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -11,6 +13,7 @@ use futures_util::StreamExt as _;
 
 use super::{Handle, NOTHING_SERVED, State, Wrong, cannot_keep};
 use crate::{
+    chunk,
     fetch::{
         Class, FetchError, FetchErrorKind, Inner,
         retry::Retry,
@@ -129,6 +132,39 @@ impl Handle {
             }
         }
         Ok(Some(complete))
+    }
+
+    /// Whether all that readers can have been served is what `complete` has. Where that cannot be told
+    /// it is not.
+    fn served_as_in(&self, complete: &Complete, partial: &Partial) -> bool {
+        let served = self.served.load(Ordering::Relaxed);
+        if served == NOTHING_SERVED {
+            return true;
+        }
+        // Another process has found what was served wrong.
+        if served != u64::from(partial.generation()) {
+            return false;
+        }
+        let inode = |file: &File| file.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+        if inode(complete.file()).is_some_and(|one| inode(partial.file()) == Some(one)) {
+            return true;
+        }
+        // It came by another way: nobody has verified what was served, and now nobody will.
+        // Pieces of chunks that are not in the store may have been served, too.
+        if self.torn.load(Ordering::Relaxed) || !self.in_memory.lock().is_empty() {
+            return false;
+        }
+        let (mut here, mut there) = (Vec::new(), Vec::new());
+        (0..partial.chunks())
+            .filter(|&index| partial.present(index))
+            .all(|index| {
+                let bytes = chunk::bytes(index, self.size());
+                let len = (bytes.end - bytes.start) as usize;
+                here.resize(len, 0);
+                there.resize(len, 0);
+                let read = complete.file().read_exact_at(&mut there, bytes.start);
+                partial.read_at(&mut here, bytes.start).is_ok() && read.is_ok() && here == there
+            })
     }
 
     /// Receives `bytes` of the object into memory, with retries.
@@ -382,9 +418,8 @@ impl Handle {
         *self.state.write() = State::Complete(Arc::clone(complete));
         self.poisoned.store(false, Ordering::Relaxed);
         self.wake();
-        // What was served was of another generation: another process has found that wrong.
-        let served = self.served.load(Ordering::Relaxed);
-        if served != NOTHING_SERVED && served != u64::from(partial.generation()) {
+        if !self.served_as_in(complete, partial) {
+            tracing::warn!(object = %self.id(), path = %self.name, "what was read of it was wrong");
             self.call_wrong();
         }
     }

@@ -506,6 +506,32 @@ proptest! {
 }
 
 #[test]
+fn the_corpus() {
+    let annotations = BTreeMap::new();
+    let layer = TocLayer {
+        blob: Digest::of(b"blob"),
+        size: 100_000,
+        diff_id: Digest::of(b"diff"),
+        annotations: &annotations,
+    };
+    let check = |toc: Result<Toc, ImageError>| {
+        if let Ok(toc) = toc {
+            assert_eq!(
+                LayerIndex::decode(&toc.index.encode().unwrap()),
+                Ok(toc.index)
+            );
+        }
+    };
+    crate::corpus::replay("corpus/toc", |input| {
+        check(parse_chunked(&zstd::encode_all(input, 1).unwrap()));
+        check(parse_chunked(input));
+        check(layer.build(Compression::Gzip, 90_000, input));
+        let _ = stargz_text(input);
+        let _ = stargz_offset(input, 100_000);
+    });
+}
+
+#[test]
 fn footers() {
     let layer = layer(Compression::Gzip);
     let size = layer.blob.len() as u64;

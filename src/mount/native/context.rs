@@ -42,7 +42,9 @@ impl Context {
         self.flag(c"ro")?;
         self.config(libc::FSCONFIG_CMD_CREATE, None, None)?;
         let fd = self.0.as_raw_fd();
-        let (flags, attributes) = (libc::FSMOUNT_CLOEXEC, libc::MOUNT_ATTR_RDONLY);
+        // A container's overlay has flags of its own: this is for whoever comes by here.
+        let attributes = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+        let flags = libc::FSMOUNT_CLOEXEC;
         // SAFETY: takes numbers only; gives an fd that nobody else has.
         let fd = unsafe { libc::syscall(libc::SYS_fsmount, fd, flags, attributes) };
         owned(fd).map(Detached)

@@ -7,7 +7,7 @@ use futures_util::StreamExt as _;
 use crate::{
     digest::Digest,
     fetch::VerifyPolicy,
-    image::{LayerIndex, toc::TocLayer},
+    image::{ImageError, LayerIndex, toc::TocLayer},
     node::{Node, NodeError, blocking, joined},
     source::{Layer, Layered, Source, SourceError, SourceErrorKind},
     store::{Import, Store, StoreError, StoreErrorKind},
@@ -191,7 +191,8 @@ impl Node {
                 }
                 Ok(None) => {}
                 Err(error) => {
-                    tracing::warn!(layer = %layer.blob, %error, "an index cannot be used")
+                    let image = &layered.reference;
+                    tracing::warn!(image, layer = %layer.blob, %error, "an index cannot be used");
                 }
             }
         }
@@ -236,8 +237,16 @@ async fn read_index(
         .map_err(|error| invalid(error.to_string()))
 }
 
-fn usable(encoded: &[u8], layer: &Layer) -> Result<LayerIndex, crate::image::ImageError> {
+fn usable(encoded: &[u8], layer: &Layer) -> Result<LayerIndex, ImageError> {
     let index = LayerIndex::decode(encoded)?;
     index.belongs_to(&layer.blob, layer.size)?;
-    Ok(index)
+    // Chain ids are made of it: a wrong one would stand in for the layers of another image.
+    match layer.diff_id {
+        Some(diff_id) if diff_id != index.diff_id => {
+            let found = index.diff_id;
+            let why = format!("its index is of {found}, the image's configuration says {diff_id}");
+            Err(ImageError::corrupt(why).in_layer(layer.blob))
+        }
+        _ => Ok(index),
+    }
 }

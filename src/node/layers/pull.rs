@@ -65,6 +65,13 @@ impl Pace {
     }
 }
 
+/// A layer that was unpacked.
+struct Pulled {
+    index: Arc<LayerIndex>,
+    /// Whether an index was believed that says something else.
+    was_misled: bool,
+}
+
 impl Node {
     /// Fetches and unpacks layers; their files and indexes are in the store on return, and kept
     /// by `import`.
@@ -92,10 +99,21 @@ impl Node {
         for (at, &layer) in layers.iter().enumerate() {
             pulls.push(self.pull_shown(reference, at, layer, (origin, import), progress, pace));
         }
-        stream::iter(pulls)
+        let pulled: Vec<Pulled> = stream::iter(pulls)
             .buffered(LAYERS_AT_ONCE)
             .try_collect()
-            .await
+            .await?;
+        // Only now: each layer has its true index, and who asks again is not told of the next one.
+        if let Some(wrong) = pulled.iter().find(|pulled| pulled.was_misled) {
+            return Err(NodeError::Misled {
+                reference: reference.to_owned(),
+                layer: wrong.index.blob.to_string(),
+                why: "the index that was found beside the image describes something else; the \
+                      true one has taken its place"
+                    .into(),
+            });
+        }
+        Ok(pulled.into_iter().map(|pulled| pulled.index).collect())
     }
 
     async fn pull_shown(
@@ -106,7 +124,7 @@ impl Node {
         (origin, import): (&Arc<dyn Source>, &Arc<Import>),
         progress: &Progress,
         pace: Pace,
-    ) -> Result<Arc<LayerIndex>, NodeError> {
+    ) -> Result<Pulled, NodeError> {
         let handle = self
             .engine
             .open(&blob_of(layer), origin)
@@ -119,6 +137,7 @@ impl Node {
             index: Arc::new(index),
             maker: Maker::Own,
         };
+        let mut was_misled = false;
         match believed {
             // What is recorded reads the layer at the places of its own table.
             Some(believed) if believed.maker == Maker::Table => {}
@@ -129,17 +148,15 @@ impl Node {
                 let (store, name) = (Arc::clone(self.store()), reference.to_owned());
                 blocking(move || store.forget_resolution(&name)).await?;
                 self.keep_index(&known).await?;
-                let why = "the index that was found for it describes something else; \
-                           it was replaced: resolve the image again";
-                return Err(NodeError::Image {
-                    reference: reference.to_owned(),
-                    source: ImageError::corrupt(why).in_layer(layer.blob),
-                });
+                was_misled = true;
             }
             _ => self.keep_index(&known).await?,
         }
         shown.finished();
-        Ok(known.index)
+        Ok(Pulled {
+            index: known.index,
+            was_misled,
+        })
     }
 
     async fn pull_one(

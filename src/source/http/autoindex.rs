@@ -243,6 +243,20 @@ mod tests {
     }
 
     #[test]
+    fn the_corpus() {
+        crate::corpus::replay("corpus/listing", |input| {
+            for children in [parse_html(&base(), input), parse_json(input)] {
+                assert!(
+                    children
+                        .into_iter()
+                        .flatten()
+                        .all(|child| is_name(&child.name))
+                );
+            }
+        });
+    }
+
+    #[test]
     fn nginx() {
         let page = "<html>\r\n<head><title>Index of /models/m/</title></head>\r\n<body>\r\n\
             <h1>Index of /models/m/</h1><hr><pre><a href=\"../\">../</a>\r\n\

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use url::Url;
+use zeroize::Zeroizing;
 
 use crate::{
     reference::Secret,
@@ -65,6 +66,7 @@ impl Settings {
 /// A file that `config` names and that cannot be read.
 pub(super) fn token(config: &Config, env: Env<'_>) -> Result<Option<Secret>, SourceError> {
     let clean = |text: String| {
+        let text = Zeroizing::new(text);
         let text: String = text.chars().filter(|c| !matches!(c, '\r' | '\n')).collect();
         let text = text.trim();
         (!text.is_empty()).then(|| Secret::new(text))

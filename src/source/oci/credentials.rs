@@ -17,6 +17,8 @@ use std::{
     sync::Arc,
 };
 
+use zeroize::Zeroizing;
+
 use self::{
     docker::{Choice, choices},
     provider::Providers,
@@ -200,14 +202,14 @@ fn from_file(file: &Path, place: &Place) -> Result<Option<(Credential, String)>,
 }
 
 /// The bytes of a file; `None` where there is none.
-fn read(file: &Path) -> Result<Option<Vec<u8>>, String> {
+fn read(file: &Path) -> Result<Option<Zeroizing<Vec<u8>>>, String> {
     let name = file.display();
     let open = match std::fs::File::open(file) {
         Ok(open) => open,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(format!("{name} cannot be read ({error})")),
     };
-    let mut bytes = Vec::new();
+    let mut bytes = Zeroizing::new(Vec::with_capacity(64 << 10));
     open.take(MAX_FILE + 1)
         .read_to_end(&mut bytes)
         .map_err(|error| format!("{name} cannot be read ({error})"))?;

@@ -343,6 +343,13 @@ mod tests {
     }
 
     #[test]
+    fn the_corpus() {
+        crate::corpus::replay("corpus/hosts", |input| {
+            let _ = parsed(&String::from_utf8_lossy(input), "r.io");
+        });
+    }
+
+    #[test]
     fn mirrors_keep_their_order_and_the_registry_comes_last() {
         let text = r#"
             server = "https://registry-1.docker.io"

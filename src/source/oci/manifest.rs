@@ -371,6 +371,13 @@ mod tests {
     }
 
     #[test]
+    fn the_corpus() {
+        crate::corpus::replay("corpus/manifest", |input| {
+            through(input, input);
+        });
+    }
+
+    #[test]
     fn an_image_of_docker_is_one_too() {
         let (manifest, config) = document(3);
         let found = through(

@@ -11,17 +11,8 @@ const FILES: [(&str, u64, u64); 4] = [
     ("empty", 24 * MIB, 0),
 ];
 
-struct Cut {
-    source: Arc<Scripted>,
-    engine: Engine,
-    fixture: Fixture,
-    /// The engine lives on it.
-    _runtime: tokio::runtime::Runtime,
-    _home: tempfile::TempDir,
-}
-
 /// A mount of [`FILES`], cut from the content of `source`.
-fn cut(source: Scripted) -> Cut {
+fn cut(source: Scripted) -> Served {
     let source = Arc::new(source);
     let mut tree = TreeBuilder::new(Meta::dir(0));
     let mut objects = vec![source.object()];
@@ -36,33 +27,13 @@ fn cut(source: Scripted) -> Cut {
             recipe: Recipe::Slice { object: 0, offset },
         });
     }
-    let artifact = Arc::new(Artifact {
+    let artifact = Artifact {
         reference: "oci://127.0.0.1:1/m:1".into(),
         revision: String::new(),
         tree: tree.build(),
         objects,
-    });
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let home = tempfile::tempdir().unwrap();
-    let config = store::Config {
-        min_free: store::ByteSize(0),
-        ..Default::default()
     };
-    let store = Store::open(home.path(), &config).unwrap();
-    let engine = {
-        let _inside = runtime.enter();
-        Engine::new(store, hearth::fetch::Config::default())
-    };
-    let contents = Fetched::new(engine.clone(), source.source(), artifact.clone());
-    let view = View::new(artifact, Arc::new(contents)).unwrap();
-    let fixture = Fixture::mount(view, Vec::new(), &Config::default());
-    Cut {
-        source,
-        engine,
-        fixture,
-        _runtime: runtime,
-        _home: home,
-    }
+    Served::new(source, artifact)
 }
 
 fn part(source: &Scripted, (_, offset, size): (&str, u64, u64)) -> Bytes {

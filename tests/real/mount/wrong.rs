@@ -118,31 +118,19 @@ fn what_an_origin_sent_wrong_is_repaired_in_open_files() {
     let object = source.object();
     let mut tree = TreeBuilder::new(Meta::dir(0));
     tree.add_file(b"big", 0, Meta::file(0)).unwrap();
-    let artifact = Arc::new(Artifact {
+    let artifact = Artifact {
         reference: "hf://org/name@main".into(),
         revision: "5".repeat(40),
         tree: tree.build(),
         objects: vec![object.clone()],
-    });
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let home = tempfile::tempdir().unwrap();
-    let config = store::Config {
-        min_free: store::ByteSize(0),
-        ..Default::default()
     };
-    let store = Store::open(home.path(), &config).unwrap();
-    let engine = {
-        let _inside = runtime.enter();
-        Engine::new(store, hearth::fetch::Config::default())
-    };
-    let contents = Fetched::new(engine.clone(), source.source(), artifact.clone());
-    let view = View::new(artifact, Arc::new(contents)).unwrap();
-    let fixture = Fixture::mount(view, Vec::new(), &Config::default());
+    let served = Served::new(source, artifact);
+    let (source, engine, fixture) = (&served.source, &served.engine, &served.fixture);
     let told = tempfile::NamedTempFile::new().unwrap();
     let reader = fixture.start(&read_twice(told.path()));
     wait_until("the first read", || !told.path().exists());
     let handle = engine.open(&object, &source.source()).unwrap();
-    runtime.block_on(handle.ensure(Class::Warm)).unwrap();
+    served.runtime.block_on(handle.ensure(Class::Warm)).unwrap();
     fixture.wait_invalidated(1);
     std::fs::write(told.path(), "").unwrap();
     let out = reader.finish();
@@ -151,5 +139,5 @@ fn what_an_origin_sent_wrong_is_repaired_in_open_files() {
     assert!(!lines.0.starts_with(&right), "{out}");
     assert_eq!(lines.1, format!("{right} {right} {right}"));
     assert_eq!(fixture.get().stats().errors, 0);
-    fixture.end();
+    served.fixture.end();
 }

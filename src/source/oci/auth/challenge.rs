@@ -129,6 +129,13 @@ mod tests {
     }
 
     #[test]
+    fn the_corpus() {
+        crate::corpus::replay("corpus/challenge", |input| {
+            schemes(&String::from_utf8_lossy(input));
+        });
+    }
+
+    #[test]
     fn challenges_as_registries_send_them() {
         assert_eq!(
             of(&[

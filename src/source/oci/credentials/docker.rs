@@ -5,6 +5,7 @@ use std::{collections::HashMap, path::Path, time::Duration};
 
 use base64::Engine as _;
 use serde::Deserialize;
+use zeroize::Zeroizing;
 
 use super::{Credential, Place, exec};
 use crate::{reference::Secret, source::listing::short};
@@ -24,11 +25,11 @@ struct File {
 #[derive(Deserialize, Default)]
 #[serde(default)]
 struct Entry {
-    auth: Option<String>,
-    username: Option<String>,
-    password: Option<String>,
-    identitytoken: Option<String>,
-    registrytoken: Option<String>,
+    auth: Option<Zeroizing<String>>,
+    username: Option<Zeroizing<String>>,
+    password: Option<Zeroizing<String>>,
+    identitytoken: Option<Zeroizing<String>>,
+    registrytoken: Option<Zeroizing<String>>,
 }
 
 /// What a helper answers.
@@ -36,7 +37,7 @@ struct Entry {
 #[serde(rename_all = "PascalCase")]
 struct Answer {
     username: String,
-    secret: String,
+    secret: Zeroizing<String>,
 }
 
 /// One way to credentials.
@@ -132,18 +133,19 @@ fn normal(key: &str) -> String {
 
 impl Entry {
     fn credential(&self) -> Result<Option<Credential>, String> {
-        let given = |field: &Option<String>| field.clone().filter(|value| !value.is_empty());
+        let given =
+            |field: &Option<Zeroizing<String>>| field.clone().filter(|value| !value.is_empty());
         if let Some(token) = given(&self.registrytoken) {
-            return Ok(Some(Credential::Token(Secret::new(token))));
+            return Ok(Some(Credential::Token(Secret::new(token.as_str()))));
         }
         if let Some(token) = given(&self.identitytoken) {
-            return Ok(Some(Credential::Identity(Secret::new(token))));
+            return Ok(Some(Credential::Identity(Secret::new(token.as_str()))));
         }
         if let Some(auth) = given(&self.auth) {
             let wrong = || "has an auth that is not base64 of user:password".to_owned();
             let engine = base64::engine::general_purpose::STANDARD;
-            let text = engine.decode(auth.trim()).map_err(|_| wrong())?;
-            let text = String::from_utf8(text).map_err(|_| wrong())?;
+            let text = Zeroizing::new(engine.decode(auth.trim()).map_err(|_| wrong())?);
+            let text = std::str::from_utf8(&text).map_err(|_| wrong())?;
             let (user, password) = text.split_once(':').ok_or_else(wrong)?;
             return Ok(Some(Credential::Password {
                 user: Secret::new(user),
@@ -151,8 +153,8 @@ impl Entry {
             }));
         }
         Ok(given(&self.username).map(|user| Credential::Password {
-            user: Secret::new(user),
-            password: Secret::new(self.password.clone().unwrap_or_default()),
+            user: Secret::new(user.as_str()),
+            password: Secret::new(self.password.as_ref().map_or("", |p| p.as_str())),
         }))
     }
 }
@@ -189,7 +191,7 @@ pub(super) fn ask(helper: &str, server: &str) -> Result<Option<Credential>, Stri
     }
     let answer: Answer = serde_json::from_slice(&output.stdout)
         .map_err(|_| format!("{program} did not answer with credentials"))?;
-    let secret = Secret::new(answer.secret);
+    let secret = Secret::new(answer.secret.as_str());
     Ok(Some(match answer.username.as_str() {
         "<token>" => Credential::Identity(secret),
         user => Credential::Password {
@@ -224,6 +226,13 @@ mod tests {
             Choice::Helper { helper, server } => format!("{helper}@{server}"),
         });
         shown.collect()
+    }
+
+    #[test]
+    fn the_corpus() {
+        crate::corpus::replay("corpus/docker-config", |input| {
+            let _ = choices(input, &place("r.io", "a/b"));
+        });
     }
 
     #[test]

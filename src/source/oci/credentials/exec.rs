@@ -13,6 +13,7 @@ use nix::{
     sys::signal::{Signal, killpg},
     unistd::Pid,
 };
+use zeroize::Zeroizing;
 
 /// Largest answer, in bytes.
 const MAX_OUTPUT: u64 = 1 << 20;
@@ -24,7 +25,7 @@ const TICK: Duration = Duration::from_millis(5);
 /// What a helper answered. Not `Debug`: holds secrets.
 pub(super) struct Output {
     pub(super) success: bool,
-    pub(super) stdout: Vec<u8>,
+    pub(super) stdout: Zeroizing<Vec<u8>>,
 }
 
 /// A helper that is killed, with all it has started, unless it has ended.
@@ -86,7 +87,8 @@ pub(super) fn run(
     let (sender, receiver) = mpsc::sync_channel(1);
     if let Some(stdout) = stdout {
         std::thread::spawn(move || {
-            let mut bytes = Vec::new();
+            // Not grown bit by bit: what is left behind then is not overwritten.
+            let mut bytes = Zeroizing::new(Vec::with_capacity(64 << 10));
             let read = stdout.take(MAX_OUTPUT + 1).read_to_end(&mut bytes);
             let _ = sender.send(read.map(|_| bytes));
         });
@@ -132,7 +134,7 @@ mod tests {
     #[test]
     fn question_and_answer() {
         let output = sh("read q; echo $GREETING $q; exit 3", 10_000).unwrap();
-        assert_eq!(output.stdout, b"hello question\n");
+        assert_eq!(*output.stdout, b"hello question\n");
         assert!(!output.success);
         assert!(sh("exec true", 10_000).unwrap().success);
     }

@@ -10,6 +10,7 @@ use std::{
 use globset::GlobBuilder;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
 use super::{Credential, Place, exec, read};
 use crate::{
@@ -94,7 +95,7 @@ struct Login {
     #[serde(default)]
     username: String,
     #[serde(default)]
-    password: String,
+    password: Zeroizing<String>,
 }
 
 impl Providers {
@@ -223,7 +224,7 @@ impl Providers {
             .map(|(glob, login)| {
                 let credential = Credential::Password {
                     user: Secret::new(login.username),
-                    password: Secret::new(login.password),
+                    password: Secret::new(login.password.as_str()),
                 };
                 (glob, credential)
             })
@@ -373,6 +374,26 @@ providers:
             }
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn the_corpus() {
+        crate::corpus::replay("corpus/provider", |input| {
+            if let Ok(config) = parse(input) {
+                for provider in config.providers {
+                    for glob in provider.match_images {
+                        matches_image(&glob, "r.io/a/b");
+                    }
+                    provider.default_cache_duration.as_deref().map(duration);
+                }
+            }
+            if let Ok(answer) = serde_json::from_slice::<Response>(input) {
+                answer.cache_duration.as_deref().map(duration);
+                for glob in answer.auth.unwrap_or_default().keys() {
+                    matches_image(glob, "r.io/a/b");
+                }
+            }
+        });
     }
 
     #[test]

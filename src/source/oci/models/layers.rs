@@ -449,6 +449,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_corpus() {
+        crate::corpus::replay("corpus/manifest", |input| {
+            if let Ok(manifest) =
+                serde_json::from_slice::<oci_distribution::manifest::OciImageManifest>(input)
+            {
+                let names = vec![None; manifest.layers.len()];
+                let _ = plan("oci://r.io/m:1", &manifest.layers, &names);
+            }
+        });
+    }
+
+    #[test]
     fn media_types_say_what_layers_are() {
         use Compression::{Gzip, None, Zstd};
         for base in ["weight", "weight.config", "doc", "code", "dataset"] {
