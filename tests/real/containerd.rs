@@ -13,6 +13,8 @@ mod cri;
 mod image;
 #[path = "containerd/kubelet.rs"]
 mod kubelet;
+#[path = "containerd/large.rs"]
+mod large;
 #[path = "containerd/ordinary.rs"]
 mod ordinary;
 #[path = "containerd/served.rs"]
