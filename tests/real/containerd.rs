@@ -17,5 +17,7 @@ mod kubelet;
 mod large;
 #[path = "containerd/ordinary.rs"]
 mod ordinary;
+#[path = "containerd/pinned.rs"]
+mod pinned;
 #[path = "containerd/served.rs"]
 mod served;
