@@ -47,7 +47,7 @@ pub(super) struct Args {
     #[arg(long)]
     sync: bool,
     /// containerd's own socket: what is pinned here is labelled there (io.cri-containerd.pinned), so
-    /// that the kubelet does not collect it. containerd before 1.6.22 does not know that label
+    /// that the kubelet does not collect it. The containerd 1.6.20 of Debian 12 does not know the label
     #[arg(long, value_name = "PATH")]
     containerd: Option<PathBuf>,
 }

@@ -6,8 +6,9 @@
 //! with the pin, and what somebody else has pinned stays theirs. A pull sets the labels of an image
 //! anew, and pins come and go in other processes: so this looks again and again.
 //!
-//! containerd 1.6.20 keeps the label and does not know it; later ones do (`pkg/cri/labels`; from
-//! 1.6.22, and for images that are there already from November 2023 on).
+//! containerd 1.6.20 (Debian 12) keeps the label and does not know it. Later ones do: its pull request
+//! 8720 brought it to 1.6 in June 2023, 9382 in November for images that are there already; tested
+//! with 1.7.24.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -80,7 +81,7 @@ async fn apply(address: &Path, names: &BTreeSet<String>) -> Result<(), Status> {
         };
         // A label without value is removed.
         image.labels = HashMap::from([PINNED, OURS].map(|(key, _)| (key.into(), value.into())));
-        tracing::info!(image = image.name, pinned = !value.is_empty(), "labelled");
+        let name = image.name.clone();
         let paths = [PINNED, OURS].map(|(key, _)| format!("labels.{key}"));
         let changed = images.update(request(UpdateImageRequest {
             image: Some(image),
@@ -91,7 +92,10 @@ async fn apply(address: &Path, names: &BTreeSet<String>) -> Result<(), Status> {
         match changed.await {
             // It was removed meanwhile.
             Err(status) if status.code() == tonic::Code::NotFound => {}
-            changed => drop(changed?),
+            changed => {
+                changed?;
+                tracing::info!(image = name, pinned = !value.is_empty(), "labelled");
+            }
         }
     }
     Ok(())
