@@ -5,4 +5,4 @@
 
 mod roots;
 
-pub use roots::ImageRoots;
+pub use roots::{ImageRoots, pinned_images};

@@ -13,6 +13,11 @@ pub mod containerd {
     pub mod types;
     /// `containerd.services`.
     pub mod services {
+        /// `containerd.services.images`.
+        pub mod images {
+            /// `containerd.services.images.v1`.
+            pub mod v1;
+        }
         /// `containerd.services.snapshots`.
         pub mod snapshots {
             /// `containerd.services.snapshots.v1`.

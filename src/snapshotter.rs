@@ -10,6 +10,7 @@
 //!
 //! `service` speaks gRPC, `socket` listens, `records` is what is on the disk, `held` counts who
 //! needs which tree, `mounts`, `filter` and `usage` do what containerd's packages of that name do.
+//! `pinned` is the other way round: it tells containerd which images are to stay.
 //! Called by `daemon` and `cli`.
 //!
 //! Names are not split by namespace: containerd makes them unique (`namespace/n/key`) and its
@@ -25,6 +26,7 @@ mod error;
 mod filter;
 mod held;
 mod mounts;
+mod pinned;
 mod records;
 mod roots;
 mod service;
@@ -44,6 +46,7 @@ use serde::{Deserialize, Serialize};
 pub use self::{
     error::{SnapshotError, SnapshotErrorKind},
     mounts::{Mount, check_overlay},
+    pinned::keep_pinned,
     roots::{Hints, NoRoots, Root, Roots, RootsError, RootsErrorKind, Usage},
     service::serve,
     socket::{Listener, ServeError, is_trusted},

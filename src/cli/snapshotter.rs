@@ -2,7 +2,7 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use super::{Context, output};
 use crate::{
-    daemon::ImageRoots,
+    daemon::{self, ImageRoots},
     snapshotter::{self, Listener, Settings, Snapshotter},
 };
 
@@ -46,6 +46,10 @@ pub(super) struct Args {
     /// cannot leave a layer incomplete
     #[arg(long)]
     sync: bool,
+    /// containerd's own socket: what is pinned here is labelled there (io.cri-containerd.pinned), so
+    /// that the kubelet does not collect it. The containerd 1.6.20 of Debian 12 does not know the label
+    #[arg(long, value_name = "PATH")]
+    containerd: Option<PathBuf>,
 }
 
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
@@ -59,6 +63,7 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         let root = settings.root.clone();
         let node = context.node()?;
         let mount = context.config.mount.clone();
+        let store = Arc::clone(node.store());
         // It mounts something to see whether that works.
         let roots = tokio::task::spawn_blocking(move || ImageRoots::new(node, mount)).await?;
         let snapshotter = Snapshotter::open(settings, Arc::new(roots))?;
@@ -69,6 +74,15 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
             listener.path().display(),
             root.display()
         ));
+        // Ends with the runtime.
+        if let Some(containerd) = args.containerd {
+            let pinned = async move || {
+                let store = Arc::clone(&store);
+                let found = tokio::task::spawn_blocking(move || daemon::pinned_images(&store));
+                anyhow::Ok(found.await??)
+            };
+            tokio::spawn(snapshotter::keep_pinned(containerd, pinned));
+        }
         let mut stopped = None;
         let stop = async { stopped = Some(super::interrupted().await) };
         snapshotter::serve(snapshotter, listener, stop).await?;

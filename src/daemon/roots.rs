@@ -11,7 +11,7 @@
 //! A claimed image is pinned until containerd has removed its snapshots: the claim was for good.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -26,9 +26,9 @@ use crate::{
     image::erofs,
     mount::{self, Mount, native},
     node::{Node, NodeError, Progress, Resolved, Start},
-    reference::Reference,
+    reference::{Locator, Reference},
     snapshotter::{Hints, Root, Roots, RootsError, RootsErrorKind, Usage},
-    store::{self, Hold, StoreErrorKind},
+    store::{self, Hold, Store, StoreError, StoreErrorKind},
     tree::{Inode, Kind},
 };
 
@@ -210,6 +210,39 @@ impl ImageRoots {
     }
 }
 
+/// The images that somebody has pinned, as containerd calls them; a claim is no wish to keep them.
+///
+/// # Errors
+/// What the disk says.
+pub fn pinned_images(store: &Store) -> Result<BTreeSet<String>, StoreError> {
+    let records = store.records()?.into_iter();
+    let pinned = records.filter(|r| r.pins.iter().any(|pin| !pin.starts_with(CLAIMED)));
+    Ok(pinned
+        .filter_map(|record| image_name(&record.reference))
+        .collect())
+}
+
+/// `registry/repository:tag`, or with the digest in place of the tag.
+fn image_name(reference: &str) -> Option<String> {
+    let Ok(Reference {
+        locator: Locator::Oci(oci),
+        ..
+    }) = reference.parse()
+    else {
+        return None;
+    };
+    // A directory of an image is no image.
+    if !oci.path.is_empty() {
+        return None;
+    }
+    let separator = if oci.digest.is_some() { '@' } else { ':' };
+    let (registry, repository) = (&oci.registry, &oci.repository);
+    Some(format!(
+        "{registry}/{repository}{separator}{}",
+        oci.wanted()
+    ))
+}
+
 #[async_trait]
 impl Roots for ImageRoots {
     async fn knows(&self, chain_id: &Digest, hints: &Hints) -> Result<bool, RootsError> {
@@ -317,7 +350,7 @@ impl Roots for ImageRoots {
                     store.unpin(&record.reference, &owner)?;
                 }
             }
-            Ok::<_, crate::store::StoreError>(())
+            Ok::<_, StoreError>(())
         });
         if let Ok(Err(error)) = unpinned.await {
             tracing::warn!(chain = %chain_id, %error, "an image stays pinned");
@@ -339,9 +372,12 @@ impl Roots for ImageRoots {
     }
 }
 
+/// How the owners of the pins of claimed chains begin.
+const CLAIMED: &str = "containerd-";
+
 /// The owner of the pin of a claimed chain.
 fn owner(chain: &Digest) -> String {
-    format!("containerd-{}", &chain.hex()[..32])
+    format!("{CLAIMED}{}", &chain.hex()[..32])
 }
 
 fn owner_of(inodes: &[Inode]) -> (u32, u32) {
@@ -367,4 +403,29 @@ fn of_node(error: &NodeError) -> RootsError {
         next = cause.source();
     }
     RootsError::new(kind, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_have_the_names_that_containerd_gives_them() {
+        let digest = Digest::of(b"manifest");
+        for (reference, name) in [
+            ("oci://127.0.0.1:5000/app:1", "127.0.0.1:5000/app:1"),
+            ("oci://docker.io/nginx", "docker.io/library/nginx:latest"),
+            (
+                "oci://r.example/a/b:1?platform=linux/arm64",
+                "r.example/a/b:1",
+            ),
+        ] {
+            let canonical = reference.parse::<Reference>().unwrap().to_string();
+            assert_eq!(image_name(&canonical).as_deref(), Some(name));
+        }
+        let pinned = format!("oci://r.example/a:1@{digest}");
+        let name = format!("r.example/a@{digest}");
+        assert_eq!(image_name(&pinned), Some(name));
+        assert_eq!(image_name("https://r.example/a:1"), None);
+    }
 }

@@ -13,7 +13,11 @@ mod cri;
 mod image;
 #[path = "containerd/kubelet.rs"]
 mod kubelet;
+#[path = "containerd/large.rs"]
+mod large;
 #[path = "containerd/ordinary.rs"]
 mod ordinary;
+#[path = "containerd/pinned.rs"]
+mod pinned;
 #[path = "containerd/served.rs"]
 mod served;

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     ffi::{CString, OsStr},
     fs,
+    io::Read as _,
     os::unix::{
         ffi::{OsStrExt, OsStringExt},
         fs::{FileTypeExt, MetadataExt},
@@ -20,13 +21,15 @@ use hearth::{
     tree::{Kind, Meta, Object, Tree},
 };
 
+use sha2::{Digest as _, Sha256};
+
 use crate::digests::Digests;
 
 /// Everything that can be seen of one path.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Seen {
+pub(crate) struct Seen {
     /// The kind, with what belongs to it: content, target, device.
-    what: String,
+    pub(crate) what: String,
     mode: u32,
     uid: u32,
     gid: u32,
@@ -36,7 +39,7 @@ struct Seen {
     links: Vec<String>,
 }
 
-type Walk = BTreeMap<String, (Seen, u64)>;
+pub(crate) type Walk = BTreeMap<String, (Seen, u64)>;
 
 fn show(path: &[u8]) -> String {
     path.escape_ascii().to_string()
@@ -266,7 +269,8 @@ fn write_layout(at: &Path, images: &[Vec<Vec<u8>>]) {
     fs::write(at.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
 }
 
-fn walk_files(root: &Path) -> Walk {
+/// What a file system shows below `root`.
+pub(crate) fn walk_files(root: &Path) -> Walk {
     let mut walk = Walk::new();
     let mut stack = vec![root.to_owned()];
     while let Some(path) = stack.pop() {
@@ -284,9 +288,9 @@ fn walk_files(root: &Path) -> Walk {
             stack.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
             "dir".to_owned()
         } else if kind.is_file() {
-            let content = fs::read(&path).unwrap();
-            assert_eq!(content.len() as u64, meta.size());
-            format!("file of {} {}", content.len(), Digest::of(&content))
+            let (size, digest) = read(&path);
+            assert_eq!(size, meta.size());
+            format!("file of {size} {digest}")
         } else if kind.is_symlink() {
             let target = fs::read_link(&path).unwrap().into_os_string().into_vec();
             format!("symlink to {}", show(&target))
@@ -316,6 +320,19 @@ fn walk_files(root: &Path) -> Walk {
     }
     link(&mut walk);
     walk
+}
+
+fn read(path: &Path) -> (u64, Digest) {
+    let (mut hasher, mut buffer, mut size) = (Sha256::new(), vec![0; 1 << 20], 0);
+    let mut file = fs::File::open(path).unwrap();
+    loop {
+        let count = file.read(&mut buffer).unwrap();
+        if count == 0 {
+            return (size, Digest::from_bytes(hasher.finalize().into()));
+        }
+        hasher.update(&buffer[..count]);
+        size += count as u64;
+    }
 }
 
 fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
@@ -355,7 +372,11 @@ fn script(dir: &Path) {
 }
 
 /// What is not the same, unless it is the time of a path that `untimed` says.
-fn differences(ours: &Walk, theirs: &Walk, untimed: impl Fn(&str, &Seen) -> bool) -> Vec<String> {
+pub(crate) fn differences(
+    ours: &Walk,
+    theirs: &Walk,
+    untimed: impl Fn(&str, &Seen) -> bool,
+) -> Vec<String> {
     let mut wrong = Vec::new();
     let more = theirs.keys().filter(|path| !ours.contains_key(*path));
     for path in ours.keys().chain(more) {

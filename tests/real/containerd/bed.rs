@@ -1,6 +1,7 @@
 //! A containerd with all its files in one directory, and a snapshotter for it.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
@@ -11,7 +12,7 @@ use std::{
 use tempfile::TempDir;
 
 /// How long anything may take.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(150);
 
 /// How the CRI is configured; all else is as containerd has it.
 pub(crate) struct Cri<'a> {
@@ -81,12 +82,17 @@ impl Bed {
 
     /// `hearth snapshotter`, which knows no images yet.
     pub(crate) fn start_snapshotter(&mut self) {
+        self.start_snapshotter_with(&[]);
+    }
+
+    pub(crate) fn start_snapshotter_with(&mut self, arguments: &[&OsStr]) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hearth"));
         command
             .args(["-v", "snapshotter", "--address"])
             .arg(self.path("h.sock"))
             .arg("--root")
             .arg(self.path("hearth"))
+            .args(arguments)
             .env("HEARTH_STORE", self.path("store"))
             .env("HOME", self.dir.path())
             .env_remove("HEARTH_CONFIG")
@@ -111,7 +117,12 @@ impl Bed {
     }
 
     pub(crate) fn start_containerd(&mut self) {
-        let mut command = Command::new("containerd");
+        self.start_this_containerd(Path::new("containerd"));
+    }
+
+    /// Starts a program that is some version of containerd.
+    pub(crate) fn start_this_containerd(&mut self, program: &Path) {
+        let mut command = Command::new(program);
         command.arg("-c").arg(self.path("config.toml"));
         self.containerd = Some(self.spawn(command, "containerd.log"));
         self.wait_for("containerd", |bed| {
@@ -173,7 +184,8 @@ impl Bed {
 
     fn ctr_command(&self, line: &str) -> Command {
         let mut command = Command::new("timeout");
-        command.args(["-k", "5", "60", "ctr", "--address"]);
+        let limit = LIMIT.as_secs().to_string();
+        command.args(["-k", "5", &limit, "ctr", "--address"]);
         command.arg(self.path("c.sock"));
         // A no-break space stands for one within an argument.
         let words = line.split(' ').filter(|word| !word.is_empty());
@@ -194,6 +206,10 @@ impl Bed {
             self.logs()
         );
         out
+    }
+
+    pub(crate) fn ctr_succeeds(&self, line: &str) -> bool {
+        self.ctr_command(line).output().unwrap().status.success()
     }
 
     /// Runs `ctr`, which must fail; its message.

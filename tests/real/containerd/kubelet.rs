@@ -161,6 +161,16 @@ impl Kubelet {
         self.images.pull_image(request).await.unwrap();
     }
 
+    /// Tags of the images that the kubelet would not collect.
+    pub(super) async fn pinned(&mut self) -> Vec<String> {
+        let listed = self.images.list_images(cri::ListImagesRequest {}).await;
+        let images = listed.unwrap().into_inner().images.into_iter();
+        images
+            .filter(|i| i.pinned)
+            .flat_map(|i| i.repo_tags)
+            .collect()
+    }
+
     pub(super) async fn remove_image(&mut self, image: &str) {
         let request = cri::RemoveImageRequest {
             image: Some(spec(image)),
@@ -177,12 +187,17 @@ impl Kubelet {
     }
 
     pub(super) async fn run(&mut self, pod: &str, name: &str, image: &str) -> String {
+        self.start(pod, name, image, &["/bin/sleep", "1000"]).await
+    }
+
+    /// Starts a container; without a command, with what its image says.
+    async fn start(&mut self, pod: &str, name: &str, image: &str, command: &[&str]) -> String {
         let request = cri::CreateContainerRequest {
             pod_sandbox_id: pod.into(),
             config: Some(cri::ContainerConfig {
                 metadata: Some(cri::ContainerMetadata { name: name.into() }),
                 image: Some(spec(image)),
-                command: ["/bin/sleep", "1000"].map(str::to_owned).into(),
+                command: command.iter().map(|&word| word.to_owned()).collect(),
                 log_path: format!("{name}.log"),
             }),
             sandbox_config: Some(self.pod()),
@@ -194,6 +209,26 @@ impl Kubelet {
         };
         self.runtime.start_container(request).await.unwrap();
         container_id
+    }
+
+    /// Runs what the image says to its end, which must be a good one; what it printed.
+    pub(super) async fn run_to_end(&mut self, pod: &str, name: &str, image: &str) -> String {
+        let container_id = self.start(pod, name, image, &[]).await;
+        let status = loop {
+            let container_id = container_id.clone();
+            let request = cri::ContainerStatusRequest { container_id };
+            let answer = self.runtime.container_status(request).await.unwrap();
+            let status = answer.into_inner().status.unwrap();
+            if status.state() == cri::ContainerState::ContainerExited {
+                break status;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
+        // Each line: time, stream, whether the line is full.
+        let log = fs::read_to_string(format!("{}/{name}.log", self.logs)).unwrap();
+        assert_eq!(status.exit_code, 0, "{log}");
+        let printed = log.lines().filter_map(|line| line.split_once(" stdout F "));
+        printed.map(|(_, text)| format!("{text}\n")).collect()
     }
 
     pub(super) async fn exec(&mut self, container_id: &str, script: &str) -> String {

@@ -14,10 +14,10 @@ use super::{
 use crate::servers::Server;
 
 /// `hearth` with the store of a bed.
-fn hearth(store: &Path, line: &str) -> Command {
+pub(super) fn hearth(store: &Path, line: &str) -> Command {
     let mut command = Command::new("timeout");
     command
-        .args(["-k", "5", "60", env!("CARGO_BIN_EXE_hearth"), "--store"])
+        .args(["-k", "5", "150", env!("CARGO_BIN_EXE_hearth"), "--store"])
         .arg(store)
         .args(line.split(' '))
         .env_remove("HEARTH_CONFIG")
@@ -34,7 +34,7 @@ fn all_reads(registry: &Server, image: &Image) -> usize {
 }
 
 /// What is mounted below `dir`: (mount point, type).
-fn mounts(dir: &Path) -> Vec<(String, String)> {
+pub(super) fn mounts(dir: &Path) -> Vec<(String, String)> {
     let text = fs::read_to_string("/proc/self/mounts").unwrap();
     let fields = text.lines().map(|line| line.split(' ').collect::<Vec<_>>());
     fields
