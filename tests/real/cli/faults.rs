@@ -201,11 +201,11 @@ fn a_full_disk_refuses_to_warm_but_serves_by_streaming() {
     assert_eq!(web.sent(), 0, "refused before the first byte");
     let dir = bed.mount_dir("mnt");
     bed.ok(&format!("{flags} mount {model} {dir}"));
-    let status = bed.json(&format!("{flags} status {dir} --json"));
-    assert!(
-        status["error"].as_str().unwrap().contains("40.2 MiB"),
-        "{status}"
-    );
+    let error = || {
+        let status = bed.json(&format!("{flags} status {dir} --json"));
+        status["error"].as_str().unwrap_or_default().to_owned()
+    };
+    mounts::wait_until("refused", || error().contains("40.2 MiB"));
     assert_same(&dir, &web.path("m"));
     assert_same(&dir, &web.path("m"));
     bed.ok(&format!("{flags} umount {dir}"));

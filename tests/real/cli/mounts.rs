@@ -18,7 +18,7 @@ fn is_mounted(dir: &str) -> bool {
     list.iter().any(|m| m.mountpoint == Path::new(dir))
 }
 
-fn wait_until(what: &str, done: impl Fn() -> bool) {
+pub(super) fn wait_until(what: &str, done: impl Fn() -> bool) {
     let begun = Instant::now();
     while !done() {
         assert!(begun.elapsed() < Duration::from_secs(30), "not {what}");

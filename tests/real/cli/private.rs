@@ -12,7 +12,11 @@ s.settimeout(20)
 s.connect(sys.argv[1])
 try:
     s.sendall(bytes.fromhex(sys.argv[2]))
-    print(len(s.recv(1000)))
+    came = s.recv(1000)
+    # Who is asked nothing answers in as many pieces as it likes, and closes.
+    while not sys.argv[2] and (more := s.recv(1000)):
+        came += more
+    print(len(came))
 except (BrokenPipeError, ConnectionResetError):
     print(0)
 "#;
