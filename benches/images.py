@@ -8,7 +8,7 @@ containerd, runc, docker-registry, curl; for the link what `benches/run` install
 it installs (and converts the image, once: 10 minutes). Cases, in turns, each round beginning with another:
   containerd   empty containerd: `ctr images pull` (overlayfs), then `ctr run`; then once more, warm
   hearth-pull  empty store: `hearth warm`, which downloads, unpacks and verifies; then a start from a mount of it; once more
-  hearth-lazy  empty store, index beside the image (pushed first): `hearth mount`, an overlay on it, `ctr run --rootfs`;
+  hearth-lazy  empty store, index and access profile beside the image (pushed first): `hearth mount`, an overlay on it, `ctr run --rootfs`;
                once more when all is there. rss: the largest process of hearth, MiB; sent: MB of blobs, in all
   stargz       `ctr-remote images rpull` of the image in its own format, then `ctr run`; once more
   *-link       each of these over 1 Gbit/s with a round trip of 2 ms
@@ -57,6 +57,17 @@ def mounted(a, at, registry, row, *more):
 
 def wait_complete(a, at, dir):
     while not json.loads(sh(*a.run(at), "status", dir, "--json"))["complete"]: time.sleep(.2)
+
+def push_index(a, at, registry):
+    """As another node would: it pulls; then a first lazy start is recorded, and what that read is pushed, too."""
+    c, reference = Containerd(at / "cd"), f"oci://{registry.host}/{a.image}"
+    try:
+        sh(*a.run(at), "index", "push", reference)
+        shutil.rmtree(at / "store")
+        with mounted(a, at, registry, {}, "--no-fill") as dir: start(c, at, "recorded", dir, a.cmd)
+        sh(*a.run(at), "index", "push", reference)
+    finally: c.close()
+    shutil.rmtree(at)
 
 # ---- pull and start ------------------------------------------------------------------------------------------------
 
@@ -248,8 +259,7 @@ def main():
         near, link, registries = registry(a.data), None, {}
         if any(name.endswith("-link") for name in names): link = bed.enter_context(Link(1000, 2000))
         if not a.keep_index and any(name.startswith(("hearth-lazy", "one", "many", "full-hearth")) for name in names):
-            sh(*a.run(base / "index"), "index", "push", f"oci://{near.host}/{a.image}")
-            shutil.rmtree(base / "index")
+            push_index(a, base / "index", near)
         if any("stargz" in name for name in names): prepare_stargz(near, a.image, base)
         for name in names:
             own, far = key = ("stargz" in name, name.endswith("-link"))
