@@ -106,6 +106,8 @@ struct Below {
     line: Line,
     /// The directories, the topmost first.
     layers: Vec<PathBuf>,
+    /// Data-only layers below them.
+    contents: Vec<PathBuf>,
     /// The owner of the topmost one, where that is not to be looked at: it may be a mount of this
     /// very process.
     owner: Option<(u32, u32)>,
@@ -220,7 +222,7 @@ impl Snapshotter {
                 (None, Some(layer)) => Some(owner_of(layer)?),
                 (owner, _) => owner,
             };
-            let mounts = this.mounts_of(&record, &below.layers)?;
+            let mounts = this.mounts_of(&record, &below)?;
             this.records.make_dirs(id, kind, owner)?;
             if let Err(error) = this.records.write(&record) {
                 // It may be there nevertheless: when the last step of it failed.
@@ -315,7 +317,7 @@ impl Snapshotter {
             )));
         }
         let below = self.below_existing(&record).await?;
-        self.mounts_of(&record, &below.layers)
+        self.mounts_of(&record, &below)
     }
 
     /// Makes the active snapshot `key` the committed one `name`, with these labels only.
@@ -495,6 +497,7 @@ impl Snapshotter {
         let content = |id: &u64| self.records.content(*id);
         let mut below = Below {
             layers: line.own.iter().map(content).collect(),
+            contents: Vec::new(),
             owner: None,
             line,
         };
@@ -506,6 +509,7 @@ impl Snapshotter {
             let root = root.map_err(|e| roots_error(record, remote, chain, e))?;
             below.owner = below.layers.is_empty().then_some((root.uid, root.gid));
             below.layers.push(root.dir);
+            below.contents = root.contents;
         }
         Ok(below)
     }
@@ -527,12 +531,13 @@ impl Snapshotter {
         }
     }
 
-    fn mounts_of(&self, record: &Record, layers: &[PathBuf]) -> Result<Vec<Mount>> {
+    fn mounts_of(&self, record: &Record, below: &Below) -> Result<Vec<Mount>> {
         mounts::mounts(&mounts::Parts {
             kind: record.kind,
             content: &self.records.content(record.id),
             work: &self.records.work(record.id),
-            layers,
+            layers: &below.layers,
+            contents: &below.contents,
             has_index: self.has_index,
         })
     }

@@ -1,6 +1,7 @@
 //! The root trees of images, mounted for the snapshotter.
 //!
-//! A complete image is mounted natively where the machine can do that: then no process is behind it.
+//! A complete image is mounted natively where the machine can do that: then no process is behind it. What
+//! is mounted is only metadata, if a container's overlay can take that and the store's objects itself.
 //! Any other is a FUSE mount, readable at once, while the rest arrives in the background; a container
 //! that starts after that gets the native root. One chain id may so have two mounts at a time, in
 //! `<store>/run/roots/<chain>/{lazy,native}`; both go when nobody needs the chain any more.
@@ -24,7 +25,10 @@ use crate::{
     digest::Digest,
     fs::{Fetched, View},
     image::erofs,
-    mount::{self, Mount, native},
+    mount::{
+        self, Mount,
+        native::{self, Support},
+    },
     node::{Node, NodeError, Progress, Resolved, Start},
     reference::{Locator, Reference},
     snapshotter::{Hints, Root, Roots, RootsError, RootsErrorKind, Usage},
@@ -36,8 +40,8 @@ use crate::{
 pub struct ImageRoots {
     node: Node,
     config: mount::Config,
-    /// Why complete images are not mounted natively, where they are not.
-    not_native: Option<String>,
+    /// How complete images are mounted natively, or why they are not.
+    native: Result<Support, String>,
     chains: Mutex<HashMap<Digest, Arc<tokio::sync::Mutex<Chain>>>>,
 }
 
@@ -65,14 +69,14 @@ impl Drop for Lazy {
 impl ImageRoots {
     /// Roots of what `node` knows.
     pub fn new(node: Node, config: mount::Config) -> Self {
-        let not_native = native::available(node.store().root()).err();
-        if let Some(why) = &not_native {
+        let native = native::available(node.store().root());
+        if let Err(why) = &native {
             tracing::warn!(error = %why, "complete images are served by FUSE, too");
         }
         Self {
             node,
             config,
-            not_native: not_native.map(|why| why.to_string()),
+            native: native.map_err(|why| why.to_string()),
             chains: Mutex::default(),
         }
     }
@@ -104,19 +108,32 @@ impl ImageRoots {
         }
     }
 
-    /// Mounts a complete image so that it needs nobody.
-    async fn mount_native(&self, id: &Digest, resolved: &Resolved) -> Result<PathBuf, RootsError> {
+    /// Mounts a complete image so that it needs nobody; where, and where the contents of its files
+    /// are if not there.
+    async fn mount_native(
+        &self,
+        id: &Digest,
+        resolved: &Resolved,
+        support: Support,
+    ) -> Result<(PathBuf, Vec<PathBuf>), RootsError> {
         let dir = self.dir(id, "native");
         let store = Arc::clone(self.node.store());
         let artifact = Arc::clone(&resolved.artifact);
-        let mounted = tokio::task::spawn_blocking(move || -> anyhow::Result<PathBuf> {
+        let mounted = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
+            let objects = store.objects_dir();
+            let contents = |is_metadata| match is_metadata {
+                true => vec![objects.clone()],
+                false => Vec::new(),
+            };
+            // Made by an earlier process, perhaps otherwise than this one would.
             if let Some(found) = dir
                 .exists()
                 .then(|| native::find(&dir))
                 .transpose()?
                 .flatten()
             {
-                return Ok(found);
+                let contents = contents(native::is_metadata(&found)?);
+                return Ok((found, contents));
             }
             store::run_dir(store.root())?;
             fs::create_dir_all(&dir)?;
@@ -131,11 +148,15 @@ impl ImageRoots {
                     .map(drop)
                     .map_err(std::io::Error::other)
             })?;
-            Ok(native::mount(&image, &store.objects_dir(), &dir)?.keep())
+            let root = match support {
+                Support::Direct => native::mount_metadata(&image, &dir)?,
+                Support::Stacked => native::mount(&image, &objects, &dir)?,
+            };
+            Ok((root.keep(), contents(support == Support::Direct)))
         });
         let failed = |why: String| RootsError::new(RootsErrorKind::Failed, why);
         match mounted.await {
-            Ok(Ok(dir)) => Ok(dir),
+            Ok(Ok(mounted)) => Ok(mounted),
             Ok(Err(error)) => Err(failed(format!("{error:#}"))),
             Err(error) => Err(failed(error.to_string())),
         }
@@ -282,18 +303,24 @@ impl Roots for ImageRoots {
         let (uid, gid) = owner_of(resolved.artifact.tree.inodes());
         let found = |dir: &Path| Root {
             dir: dir.to_owned(),
+            contents: Vec::new(),
             uid,
             gid,
         };
-        if self.not_native.is_none() && self.is_complete(&resolved).await {
+        if let Ok(support) = self.native
+            && self.is_complete(&resolved).await
+        {
             let _hold = self
                 .node
                 .hold(&resolved.artifact.reference)
                 .await
                 .map_err(|e| of_node(&e))?;
-            match self.mount_native(chain_id, &resolved).await {
-                Ok(dir) => {
-                    let root = found(&dir);
+            match self.mount_native(chain_id, &resolved, support).await {
+                Ok((dir, contents)) => {
+                    let root = Root {
+                        contents,
+                        ..found(&dir)
+                    };
                     chain.native = Some(root.clone());
                     return Ok(root);
                 }

@@ -185,6 +185,14 @@ pub fn find(dir: &Path) -> Result<Option<PathBuf>, MountError> {
     Ok(found.filter(is_root).map(|info| info.mountpoint))
 }
 
+/// Whether what is mounted on `dir` is metadata only, by [`mount_metadata`].
+///
+/// # Errors
+/// The list of mounts cannot be read.
+pub fn is_metadata(dir: &Path) -> io::Result<bool> {
+    Ok(table::find(dir)?.is_some_and(|info| info.fstype() == "erofs"))
+}
+
 /// All directories on which native roots are mounted, in the mount namespace of this process.
 ///
 /// # Errors

@@ -28,6 +28,8 @@ pub(super) struct Parts<'a> {
     pub(super) work: &'a Path,
     /// Of the layers below, the topmost first.
     pub(super) layers: &'a [PathBuf],
+    /// Where the contents of files are of which the lowest layer has only what else there is.
+    pub(super) contents: &'a [PathBuf],
     /// Whether overlayfs takes the option `index`.
     pub(super) has_index: bool,
 }
@@ -47,7 +49,7 @@ pub(super) fn mounts(parts: &Parts<'_>) -> Result<Vec<Mount>, SnapshotError> {
     };
     match parts.layers {
         [] => return bind(parts.content, if is_view { "ro" } else { "rw" }),
-        [layer] if is_view => return bind(layer, "ro"),
+        [layer] if is_view && parts.contents.is_empty() => return bind(layer, "ro"),
         _ => {}
     }
     let mut options = Vec::new();
@@ -64,7 +66,12 @@ pub(super) fn mounts(parts: &Parts<'_>) -> Result<Vec<Mount>, SnapshotError> {
         .iter()
         .map(|l| text(l))
         .collect::<Result<_, _>>()?;
-    options.push(format!("lowerdir={}", layers.join(":")));
+    let mut lowerdir = format!("lowerdir={}", layers.join(":"));
+    for contents in parts.contents {
+        lowerdir.push_str("::");
+        lowerdir.push_str(text(contents)?);
+    }
+    options.push(lowerdir);
     Ok(vec![Mount {
         fs_type: "overlay",
         source: "overlay".to_owned(),
@@ -140,12 +147,21 @@ mod tests {
     use super::*;
 
     fn of(kind: Kind, layers: &[&str]) -> (&'static str, String, String) {
+        with_contents(kind, layers, &[])
+    }
+
+    fn with_contents(
+        kind: Kind,
+        layers: &[&str],
+        contents: &[PathBuf],
+    ) -> (&'static str, String, String) {
         let layers: Vec<PathBuf> = layers.iter().map(PathBuf::from).collect();
         let mounts = mounts(&Parts {
             kind,
             content: Path::new("/r/s/9/fs"),
             work: Path::new("/r/s/9/work"),
             layers: &layers,
+            contents,
             has_index: true,
         });
         let [mount] = mounts.unwrap().try_into().unwrap();
@@ -170,6 +186,15 @@ mod tests {
         assert_eq!(
             of(Kind::Active, &["/a"]).2,
             "index=off,workdir=/r/s/9/work,upperdir=/r/s/9/fs,lowerdir=/a"
+        );
+        let contents = ["/o".into(), "/p".into()];
+        assert_eq!(
+            with_contents(Kind::View, &["/a"], &contents[..1]),
+            overlay("index=off,lowerdir=/a::/o")
+        );
+        assert_eq!(
+            with_contents(Kind::Active, &["/b", "/a"], &contents).2,
+            "index=off,workdir=/r/s/9/work,upperdir=/r/s/9/fs,lowerdir=/b:/a::/o::/p"
         );
         assert!(text(Path::new("/a:b")).is_err() && text(Path::new("/a,b")).is_err());
     }

@@ -43,6 +43,9 @@ pub trait Roots: Send + Sync {
 pub struct Root {
     /// The directory. Without `:`, `,`, `"` and backslashes, since it becomes a mount option.
     pub dir: PathBuf,
+    /// Where the contents of its files are, if it has only what else there is of them: data-only
+    /// layers of overlayfs (Documentation/filesystems/overlayfs.rst). Paths as above.
+    pub contents: Vec<PathBuf>,
     /// The owner of the root directory of the tree.
     pub uid: u32,
     /// The group of the root directory of the tree.

@@ -72,6 +72,7 @@ impl Roots for Node {
         let dir = PathBuf::from(format!("/node/{}", &chain.hex()[..8]));
         Ok(Root {
             dir,
+            contents: Vec::new(),
             uid: nix::unistd::geteuid().as_raw(),
             gid: nix::unistd::getegid().as_raw(),
         })

@@ -80,6 +80,7 @@ impl Roots for Unpacked {
         let dir = self.roots[chain].clone();
         Ok(Root {
             dir,
+            contents: Vec::new(),
             uid: 0,
             gid: 0,
         })

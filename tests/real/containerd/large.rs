@@ -118,7 +118,7 @@ async fn a_large_image_is_the_same_pulled_before_and_while_it_arrives() {
     let warm = kubelet.run_to_end(&pod, "warm", &app).await;
     assert_eq!(large.reads(&registry), before);
     let found = mounts(&store.join("run"));
-    let native = found.iter().all(|(_, kind)| kind == "overlay");
+    let native = found.iter().all(|(_, kind)| kind == "erofs");
     assert!(native && !found.is_empty(), "{found:?}");
 
     bed.ctr(&format!(

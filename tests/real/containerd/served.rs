@@ -75,7 +75,7 @@ async fn a_warmed_image_runs_without_its_registry_and_without_fuse() {
     assert_eq!(seen, format!("{SEEN}warmedtwo4711\n"));
     let found = mounts(&store.join("run"));
     assert!(!found.is_empty());
-    assert!(found.iter().all(|(_, kind)| kind == "overlay"), "{found:?}");
+    assert!(found.iter().all(|(_, kind)| kind == "erofs"), "{found:?}");
     kubelet
         .exec(&one, "echo more >> /data/two; rm /data/one")
         .await;
@@ -162,7 +162,7 @@ async fn an_image_never_seen_runs_before_it_is_pulled() {
     let seen = kubelet.exec(&two, LOOK).await;
     assert_eq!(seen, format!("{SEEN}indexedtwo4711\n"));
     let found = mounts(&store.join("run"));
-    assert!(found.iter().any(|(_, kind)| kind == "overlay"), "{found:?}");
+    assert!(found.iter().any(|(_, kind)| kind == "erofs"), "{found:?}");
     kubelet.remove_pod(&pod).await;
     kubelet.remove_image(&app).await;
     bed.wait_for("collection", |bed| bed.records() == 0 && bed.dirs() == 0);
