@@ -39,6 +39,8 @@ use crate::{
 const MAX_ROUTES: usize = 4;
 /// Present chunks are made durable after this many new bytes.
 const CHECKPOINT_BYTES: u64 = 256 << 20;
+/// After the disk was full or failed, reads go to the origin for this long before it is tried again.
+const AVOID_DISK: Duration = Duration::from_secs(5);
 /// Longest read answered at once, in bytes; FUSE asks for far less.
 const LONGEST_READ: usize = 16 << 20;
 
@@ -73,7 +75,8 @@ pub struct Handle {
     read: AtomicBool,
     /// Content was wrong once: from now on nothing unverified is served.
     poisoned: AtomicBool,
-    full_since: Mutex<Option<Instant>>,
+    /// Since when the disk is avoided: it is full, or fails.
+    no_disk_since: Mutex<Option<Instant>>,
     since_checkpoint: AtomicU64,
     /// Single flight of small objects and of the final check.
     finishing: tokio::sync::Mutex<()>,
@@ -92,7 +95,7 @@ enum State {
     Partial(Arc<Partial>),
     /// At most one chunk: fetched whole, stored in batches.
     Small,
-    /// The store could not make a place for it: every read goes to the origin.
+    /// The store could not make a place for it: reads go to the origin, until there is one.
     Streamed,
 }
 
@@ -127,10 +130,14 @@ impl Handle {
                     }
                     None => State::Partial(partial),
                 },
-                Err(e) if cannot_keep(e.kind()) => State::Streamed,
+                Err(e) if cannot_keep(e.kind()) => {
+                    tracing::warn!(object = %object.id, path = name, error = %e, "no place in the store: reads go to the origin");
+                    State::Streamed
+                }
                 Err(e) => return Err(failed(e)),
             },
         };
+        let streamed = matches!(state, State::Streamed).then(Instant::now);
         if let State::Complete(complete) = &state
             && complete.size != object.size
         {
@@ -160,7 +167,7 @@ impl Handle {
             served: AtomicU64::new(NOTHING_SERVED),
             read: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
-            full_since: Mutex::default(),
+            no_disk_since: Mutex::new(streamed),
             since_checkpoint: AtomicU64::new(0),
             finishing: tokio::sync::Mutex::default(),
         }))
@@ -225,8 +232,16 @@ impl Handle {
     /// are missing. The caller has clipped the range to the object. Never waits for the network.
     ///
     /// # Errors
-    /// Where the disk cannot be read.
+    /// None today: what the disk does not give is missing, and [`Handle::read`] gets it elsewhere.
     pub fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool, FetchError> {
+        match self.read_here(offset, buf) {
+            Err(error) if error.kind() == FetchErrorKind::Disk => Ok(false),
+            other => other,
+        }
+    }
+
+    /// As [`Handle::try_read`], but says what the disk says.
+    fn read_here(&self, offset: u64, buf: &mut [u8]) -> Result<bool, FetchError> {
         let state = self.state.read().clone();
         match state {
             State::Complete(complete) => {
@@ -267,30 +282,31 @@ impl Handle {
         }
         self.expect_reads();
         let state = self.state.read().clone();
+        let bytes = offset..offset + len as u64;
         let partial = match state {
-            State::Complete(_) => return self.read_complete(offset, len),
-            State::Small => {
-                let data = self.small(Class::Demand).await?;
-                return Ok(data.slice(offset as usize..offset as usize + len));
+            State::Complete(_) => {
+                let read = self.read_complete(offset, len);
+                return self.or_through(read, bytes).await;
             }
-            State::Streamed => return self.read_through(offset..offset + len as u64).await,
+            State::Small => {
+                let data = self.small(Class::Demand).await;
+                let read = data.map(|data| data.slice(offset as usize..offset as usize + len));
+                return self.or_through(read, bytes).await;
+            }
+            State::Streamed if self.avoids_disk() => return self.read_through(bytes).await,
+            State::Streamed => match self.find_place().await {
+                Some(partial) => partial,
+                None => return self.read_through(bytes).await,
+            },
             State::Partial(partial) => partial,
         };
         if self.strict() {
             self.ensure(Class::Demand).await?;
             return self.read_complete(offset, len);
         }
-        let bytes = offset..offset + len as u64;
         let mut data = vec![0; len];
-        let result = self.fill(&partial, &bytes, &mut data).await;
-        match result {
-            Ok(()) => Ok(data.into()),
-            Err(error) if error.kind() == FetchErrorKind::NoSpace => {
-                *self.full_since.lock() = Some(Instant::now());
-                self.read_through(bytes).await
-            }
-            Err(error) => Err(error),
-        }
+        let filled = self.fill(&partial, &bytes, &mut data).await;
+        self.or_through(filled.map(|()| data.into()), bytes).await
     }
 
     // --- what flights and the dispatcher need ---
@@ -455,13 +471,72 @@ impl Handle {
 
     fn read_complete(&self, offset: u64, len: usize) -> Result<Bytes, FetchError> {
         let mut data = vec![0; len];
-        if self.try_read(offset, &mut data)? {
+        if self.read_here(offset, &mut data)? {
             return Ok(data.into());
         }
         Err(FetchError::cancelled(self))
     }
 
-    /// Reads without storing: the disk is full.
+    /// What was `read`; from the origin where the disk is full, or fails.
+    async fn or_through(
+        &self,
+        read: Result<Bytes, FetchError>,
+        bytes: Range<u64>,
+    ) -> Result<Bytes, FetchError> {
+        match read {
+            Err(error) if error.kind() == FetchErrorKind::NoSpace => {
+                self.avoid_disk(&error);
+                self.read_through(bytes).await
+            }
+            // Else it is the disk that has to be mended.
+            Err(error) if error.kind() == FetchErrorKind::Disk && !self.strict() => {
+                self.avoid_disk(&error);
+                self.read_through(bytes).await
+            }
+            other => other,
+        }
+    }
+
+    /// Reads go to the origin for a while.
+    fn avoid_disk(&self, error: &dyn std::fmt::Display) {
+        if !self.avoids_disk() {
+            tracing::warn!(object = %self.id(), path = %self.name, %error, "reads go to the origin, past the disk");
+            *self.no_disk_since.lock() = Some(Instant::now());
+        }
+    }
+
+    fn avoids_disk(&self) -> bool {
+        let since = *self.no_disk_since.lock();
+        since.is_some_and(|since| since.elapsed() < AVOID_DISK)
+    }
+
+    /// A place in the store for what had none.
+    async fn find_place(self: &Arc<Self>) -> Option<Arc<Partial>> {
+        let handle = Arc::clone(self);
+        let looking = self.engine().ok()?.runtime.spawn_blocking(move || {
+            let failed = |e| FetchError::store(&handle, &e);
+            let store = Arc::clone(&handle.engine()?.store);
+            let partial = store.partial(handle.id(), handle.size()).map_err(failed)?;
+            {
+                let mut state = handle.state.write();
+                if matches!(*state, State::Streamed) {
+                    *state = State::Partial(Arc::clone(&partial));
+                }
+            }
+            // Another process may have completed it.
+            handle.look()?;
+            Ok::<_, FetchError>(partial)
+        });
+        match looking.await.ok()? {
+            Ok(partial) => Some(partial),
+            Err(error) => {
+                self.avoid_disk(&error);
+                None
+            }
+        }
+    }
+
+    /// Reads without storing: the disk is full, or fails.
     async fn read_through(&self, bytes: Range<u64>) -> Result<Bytes, FetchError> {
         if self.strict() {
             let why =
@@ -509,7 +584,10 @@ fn route(location: &Location, source: &Arc<dyn Source>) -> Arc<Route> {
 
 /// Whether content can still be served, just not kept.
 fn cannot_keep(kind: StoreErrorKind) -> bool {
-    matches!(kind, StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly)
+    matches!(
+        kind,
+        StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly | StoreErrorKind::Io
+    )
 }
 
 /// No reader was served from the partial object yet.

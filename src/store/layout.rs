@@ -179,10 +179,15 @@ impl Store {
             let _ = self.disk.unlink(&temp);
             return Err(error.into());
         }
-        if let Some(parent) = path.parent() {
-            self.disk.sync_dir(parent)?;
+        self.sync_parent(path)
+    }
+
+    /// Makes the name of a file durable.
+    pub(super) fn sync_parent(&self, path: &Path) -> Result<()> {
+        match path.parent() {
+            Some(parent) => Ok(self.disk.sync_dir(parent)?),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Reads a small file; `None` where there is none.

@@ -1,7 +1,9 @@
 //! Tests that need nothing but a temporary directory.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod bad_bytes;
 mod decode;
+mod disk_faults;
 mod erofs;
 mod fetch;
 mod fs;

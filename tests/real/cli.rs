@@ -20,10 +20,14 @@ use crate::{
 mod commands;
 mod consumers;
 mod demo;
+mod disk;
 mod faults;
 mod interrupted;
+mod matrix;
+mod memory;
 mod models;
 mod mounts;
+mod offline;
 mod secrets;
 
 /// Longest time that anything but a server may take.
