@@ -1,6 +1,7 @@
 //! One object being read or fetched: who brings which chunk, and who waits for what.
 
 mod read;
+mod through;
 mod whole;
 
 use std::{
@@ -29,7 +30,6 @@ use super::{
 use crate::{
     chunk::{self, CHUNK_SIZE},
     digest::ObjectId,
-    metrics,
     source::Source,
     store::{Complete, Lease, Partial, StoreErrorKind},
     tree::{Location, Object},
@@ -39,8 +39,6 @@ use crate::{
 const MAX_ROUTES: usize = 4;
 /// Present chunks are made durable after this many new bytes.
 const CHECKPOINT_BYTES: u64 = 256 << 20;
-/// After the disk was full or failed, reads go to the origin for this long before it is tried again.
-const AVOID_DISK: Duration = Duration::from_secs(5);
 /// Longest read answered at once, in bytes; FUSE asks for far less.
 const LONGEST_READ: usize = 16 << 20;
 
@@ -118,10 +116,16 @@ impl Handle {
         let name = location.path.clone();
         let failed = |e| FetchError::store_named(&name, &e);
         let complete = || engine.store.complete(&object.id).map_err(failed);
-        let state = match complete()? {
-            Some(complete) => State::Complete(complete),
-            None if object.size <= CHUNK_SIZE => State::Small,
-            None => match engine.store.partial(&object.id, object.size) {
+        let streamed = |error: &dyn std::fmt::Display| {
+            if engine.store.writable() {
+                tracing::warn!(object = %object.id, path = name, %error, "no place in the store: reads go to the origin");
+            }
+            State::Streamed
+        };
+        let state = match complete() {
+            Ok(Some(complete)) => State::Complete(complete),
+            Ok(None) if object.size <= CHUNK_SIZE => State::Small,
+            Ok(None) => match engine.store.partial(&object.id, object.size) {
                 // Another process may have completed it in between.
                 Ok(partial) => match complete()? {
                     Some(complete) => {
@@ -130,14 +134,17 @@ impl Handle {
                     }
                     None => State::Partial(partial),
                 },
-                Err(e) if cannot_keep(e.kind()) => {
-                    tracing::warn!(object = %object.id, path = name, error = %e, "no place in the store: reads go to the origin");
-                    State::Streamed
-                }
+                Err(e) if cannot_keep(e.kind()) => streamed(&e),
                 Err(e) => return Err(failed(e)),
             },
+            Err(e) if e.kind() == FetchErrorKind::Disk => streamed(&e),
+            Err(e) => return Err(e),
         };
-        let streamed = matches!(state, State::Streamed).then(Instant::now);
+        let no_disk_since = matches!(state, State::Streamed).then(Instant::now);
+        let gave = match &state {
+            State::Partial(partial) => (0..partial.chunks()).any(|chunk| partial.present(chunk)),
+            _ => false,
+        };
         if let State::Complete(complete) = &state
             && complete.size != object.size
         {
@@ -162,12 +169,12 @@ impl Handle {
             sections: Mutex::new(sections),
             on_wrong: Mutex::default(),
             prefix: Mutex::default(),
-            trouble: LastTrouble::default(),
+            trouble: LastTrouble::new(gave),
             wrong: Mutex::default(),
             served: AtomicU64::new(NOTHING_SERVED),
             read: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
-            no_disk_since: Mutex::new(streamed),
+            no_disk_since: Mutex::new(no_disk_since),
             since_checkpoint: AtomicU64::new(0),
             finishing: tokio::sync::Mutex::default(),
         }))
@@ -232,7 +239,8 @@ impl Handle {
     /// are missing. The caller has clipped the range to the object. Never waits for the network.
     ///
     /// # Errors
-    /// None today: what the disk does not give is missing, and [`Handle::read`] gets it elsewhere.
+    /// Where the store is damaged. What the disk does not give counts as missing: [`Handle::read`]
+    /// gets it elsewhere.
     pub fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool, FetchError> {
         match self.read_here(offset, buf) {
             Err(error) if error.kind() == FetchErrorKind::Disk => Ok(false),
@@ -475,79 +483,6 @@ impl Handle {
             return Ok(data.into());
         }
         Err(FetchError::cancelled(self))
-    }
-
-    /// What was `read`; from the origin where the disk is full, or fails.
-    async fn or_through(
-        &self,
-        read: Result<Bytes, FetchError>,
-        bytes: Range<u64>,
-    ) -> Result<Bytes, FetchError> {
-        match read {
-            Err(error) if error.kind() == FetchErrorKind::NoSpace => {
-                self.avoid_disk(&error);
-                self.read_through(bytes).await
-            }
-            // Else it is the disk that has to be mended.
-            Err(error) if error.kind() == FetchErrorKind::Disk && !self.strict() => {
-                self.avoid_disk(&error);
-                self.read_through(bytes).await
-            }
-            other => other,
-        }
-    }
-
-    /// Reads go to the origin for a while.
-    fn avoid_disk(&self, error: &dyn std::fmt::Display) {
-        if !self.avoids_disk() {
-            tracing::warn!(object = %self.id(), path = %self.name, %error, "reads go to the origin, past the disk");
-            *self.no_disk_since.lock() = Some(Instant::now());
-        }
-    }
-
-    fn avoids_disk(&self) -> bool {
-        let since = *self.no_disk_since.lock();
-        since.is_some_and(|since| since.elapsed() < AVOID_DISK)
-    }
-
-    /// A place in the store for what had none.
-    async fn find_place(self: &Arc<Self>) -> Option<Arc<Partial>> {
-        let handle = Arc::clone(self);
-        let looking = self.engine().ok()?.runtime.spawn_blocking(move || {
-            let failed = |e| FetchError::store(&handle, &e);
-            let store = Arc::clone(&handle.engine()?.store);
-            let partial = store.partial(handle.id(), handle.size()).map_err(failed)?;
-            {
-                let mut state = handle.state.write();
-                if matches!(*state, State::Streamed) {
-                    *state = State::Partial(Arc::clone(&partial));
-                }
-            }
-            // Another process may have completed it.
-            handle.look()?;
-            Ok::<_, FetchError>(partial)
-        });
-        match looking.await.ok()? {
-            Ok(partial) => Some(partial),
-            Err(error) => {
-                self.avoid_disk(&error);
-                None
-            }
-        }
-    }
-
-    /// Reads without storing: the disk is full, or fails.
-    async fn read_through(&self, bytes: Range<u64>) -> Result<Bytes, FetchError> {
-        if self.strict() {
-            let why =
-                "the disk is full, and nothing may be served before it is stored and verified";
-            return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
-        }
-        let data = self.receive(bytes, Class::Demand).await?;
-        metrics::global()
-            .fetch_streamed_bytes
-            .add(data.len() as u64);
-        Ok(data)
     }
 }
 

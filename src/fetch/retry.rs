@@ -109,6 +109,15 @@ pub(super) struct LastTrouble {
 }
 
 impl LastTrouble {
+    /// `gave`: the origin gave some of it to an earlier process.
+    pub(super) fn new(gave: bool) -> Self {
+        let gave = AtomicBool::new(gave);
+        Self {
+            gave,
+            ..Self::default()
+        }
+    }
+
     /// `error` is about to be waited out, for `pause` at first. The first of a trouble is told.
     pub(super) fn note(&self, retry: &Retry, error: &SourceError, pause: Duration) {
         *self.trouble.lock() = Some(Trouble {

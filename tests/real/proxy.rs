@@ -189,6 +189,11 @@ fn serve(mut client: TcpStream, port: u16, state: &State) -> io::Result<()> {
                 .spoiled
                 .fetch_add(usize::from(spoil.is_some()), SeqCst);
         }
+        if !content {
+            // Then the end of a body without a length is the end of the connection.
+            request.truncate(request.len() - 2);
+            request += "Connection: close\r\n\r\n";
+        }
         match &spoil {
             Some(Spoil::Answer(text)) => {
                 answer(&mut client, text)?;
@@ -226,7 +231,7 @@ fn serve(mut client: TcpStream, port: u16, state: &State) -> io::Result<()> {
             state,
             spoil,
         )?;
-        if !whole || length.is_none() {
+        if !whole || !content {
             let _ = client.shutdown(Shutdown::Both);
             return Ok(());
         }

@@ -20,6 +20,7 @@ use crate::{
 const OTHER_PROCESS: Duration = Duration::from_millis(5);
 /// How long a reader waits for what another process has claimed.
 const OTHER_PROCESS_PATIENCE: Duration = Duration::from_millis(200);
+
 /// How often one who follows looks again, should nothing wake him.
 const FOLLOW: Duration = Duration::from_millis(50);
 

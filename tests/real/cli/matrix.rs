@@ -342,9 +342,11 @@ fn a_name_that_does_not_resolve_for_a_while() {
         "nameserver 127.0.0.1\noptions attempts:1 timeout:1\n",
     )
     .unwrap();
+    // What is mounted below it in another namespace shows here; nothing else does.
+    let shared = Shared::new(bed.dir.path());
     let dir = bed.mount_dir("mnt");
     let mount = format!(
-        "mount --make-rprivate / && mount --bind {} /etc/hosts && mount --bind {} /etc/resolv.conf \
+        "mount --make-private / && mount --bind {} /etc/hosts && mount --bind {} /etc/resolv.conf \
          && exec {} --store {} mount --no-fill http://origin.hearth-test:{}/m/ {dir}",
         hosts.display(),
         resolver.display(),
@@ -352,21 +354,14 @@ fn a_name_that_does_not_resolve_for_a_while() {
         bed.store().display(),
         proxy.port,
     );
-    Done::of(&mut tool("unshare", &["-m", "bash", "-c", &mount])).ok();
+    let apart = ["-m", "--propagation", "unchanged", "bash", "-c", &mount];
+    Done::of(&mut tool("unshare", &apart)).ok();
     let status = bed.json(&format!("status {dir} --json"));
-    let pid = status["pid"].as_u64().unwrap().to_string();
     let shard = "model-00001-of-00001.safetensors";
     let body = fs::read(web.path("m").join(shard)).unwrap();
-    let read = |file: &str| {
-        let python = servers::bed().join("venv/bin/python");
-        let python = python.to_str().unwrap().to_owned();
-        let within = ["-m", "-t", &pid, &python, "-c", READ, file].map(str::to_owned);
-        let within: Vec<&str> = within.iter().map(String::as_str).collect();
-        Running::of(&mut tool("nsenter", &within))
-    };
     fs::write(&hosts, "127.0.0.1 localhost\n").unwrap();
     proxy.set_down(true);
-    let reader = read(&format!("{dir}/{shard}"));
+    let reader = Running::of(&mut python(READ, &[&format!("{dir}/{shard}")]));
     std::thread::sleep(Duration::from_millis(500));
     proxy.set_down(false);
     std::thread::sleep(Duration::from_secs(3));
@@ -379,7 +374,25 @@ fn a_name_that_does_not_resolve_for_a_while() {
     );
     let log = fs::read_to_string(status["log"].as_str().unwrap()).unwrap();
     assert!(log.contains("origin.hearth-test"), "{log}");
-    let pid = nix::unistd::Pid::from_raw(pid.parse().unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-    assert_ended(pid.as_raw() as u64);
+    bed.ok(&format!("umount {dir}"));
+    drop(shared);
+}
+
+/// A directory whose mounts are shared with other namespaces.
+struct Shared(PathBuf);
+
+impl Shared {
+    fn new(dir: &Path) -> Self {
+        let at = dir.to_str().unwrap();
+        Done::of(&mut tool("mount", &["--bind", at, at])).ok();
+        let shared = Self(dir.to_owned());
+        Done::of(&mut tool("mount", &["--make-shared", at])).ok();
+        shared
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
 }
