@@ -24,6 +24,7 @@ mod warm;
 
 use std::{
     borrow::Cow,
+    ffi::OsString,
     io::{IsTerminal as _, Write as _},
     path::PathBuf,
     process::ExitCode,
@@ -245,6 +246,16 @@ impl Context {
             config_path,
             verbose,
         })
+    }
+
+    /// What another process of this program needs to have the same context.
+    fn arguments(&self) -> anyhow::Result<Vec<OsString>> {
+        let mut arguments = vec!["--store".into(), self.root.clone().into()];
+        if let Some(config) = &self.config_path {
+            arguments.extend(["--config".into(), std::path::absolute(config)?.into()]);
+        }
+        arguments.extend((0..self.verbose).map(|_| "--verbose".into()));
+        Ok(arguments)
     }
 
     fn store(&self) -> anyhow::Result<Arc<Store>> {

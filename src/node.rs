@@ -24,6 +24,7 @@ pub use self::{
     status::{ArtifactStatus, FileStatus},
 };
 use crate::{
+    digest::Digest,
     fetch::{Class, Engine, FetchError, FetchErrorKind},
     image::{ImageError, ImageErrorKind},
     reference::{HubRepo, Locator, Reference},
@@ -333,6 +334,37 @@ impl Node {
         }
     }
 
+    /// The generation `digest` of `reference`, as a process before this one served it, whatever the
+    /// reference means by now. Needs no network where the store has it.
+    ///
+    /// # Errors
+    /// It is not here, and the origin has another.
+    pub async fn resume(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+    ) -> Result<Resolved, NodeError> {
+        let failed = |source| NodeError::Resolve {
+            reference: reference.to_string(),
+            source,
+        };
+        let source = self.sources.open(reference).map_err(failed)?;
+        let (store, wanted) = (Arc::clone(self.store()), *digest);
+        if let Some(artifact) = blocking(move || store.generation(&wanted)).await?
+            && let Some(resolved) = self
+                .as_recorded(reference, &Arc::new(artifact), &source)
+                .await?
+        {
+            return Ok(resolved);
+        }
+        // A store that cannot be written has no record of it.
+        let resolved = self.resolve(reference).await?;
+        match resolved.artifact.digest() == *digest {
+            true => Ok(resolved),
+            false => Err(NodeError::Unknown(format!("{reference} as {digest}"))),
+        }
+    }
+
     /// Whether every object of the artifact is complete.
     async fn has_all(&self, artifact: &Arc<Artifact>) -> Result<bool, NodeError> {
         let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
@@ -559,6 +591,15 @@ impl Node {
     pub async fn hold(&self, reference: &str) -> Result<Hold, NodeError> {
         let (store, reference) = (Arc::clone(self.store()), reference.to_owned());
         Ok(blocking(move || store.hold(&reference)).await?)
+    }
+
+    /// As [`Node::hold`], for the generation `digest` of `reference`.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn hold_generation(&self, digest: &Digest) -> Result<Hold, NodeError> {
+        let (store, digest) = (Arc::clone(self.store()), *digest);
+        Ok(blocking(move || store.hold_generation(&digest)).await?)
     }
 
     /// Makes sure that an artifact fits, evicting where that helps.

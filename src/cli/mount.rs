@@ -1,6 +1,8 @@
 use std::{
+    ffi::OsString,
+    fs::File,
     io::{BufRead as _, BufReader},
-    os::unix::process::CommandExt as _,
+    os::{fd::AsFd as _, unix::process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     sync::Arc,
@@ -17,9 +19,13 @@ use super::{
 };
 use crate::{
     config::Config,
+    digest::Digest,
     fs::{Fetched, View, hub},
     metrics,
-    mount::Mount,
+    mount::{
+        Mount,
+        keeper::{self, Keeper, Link, Orphan},
+    },
     node::{Node, NodeError, Progress, Resolved},
     reference::{Locator, Reference},
     store::{Hold, Reservation, StoreErrorKind},
@@ -28,7 +34,8 @@ use crate::{
 /// Mount a reference, readable at once, while its content is still arriving
 ///
 /// Returns when it is mounted; a process in the background serves it until `hearth umount DIR`, and
-/// logs where `hearth status DIR` says.
+/// logs where `hearth status DIR` says. Another one, its keeper, starts it again if it dies: then who
+/// reads waits a moment, and notices nothing else.
 /// Reads of what has not arrived wait for it and go before everything else.
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -44,10 +51,16 @@ pub(super) struct Args {
     /// Fetch only what is read, instead of everything in the background
     #[arg(long)]
     no_fill: bool,
-    /// Serve from this process until it is unmounted or interrupted
+    /// Serve from this process until it is unmounted or interrupted; the mount dies with it
     #[arg(long)]
     foreground: bool,
-    /// Tell the parent on stdout when it is mounted
+    /// Be the keeper: run a server, and start it again when it dies
+    #[arg(long, hide = true)]
+    keep: bool,
+    /// Be a server of the keeper on stdin
+    #[arg(long, hide = true, requires = "foreground")]
+    kept: bool,
+    /// Tell on stdout when it is mounted
     #[arg(long, hide = true, requires = "foreground")]
     tell_parent: bool,
 }
@@ -58,12 +71,18 @@ enum LayoutArg {
     Hub,
 }
 
-impl LayoutArg {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Tree => "tree",
-            Self::Hub => "hub",
+impl Args {
+    /// How to mount, for another process.
+    fn options(&self) -> Vec<OsString> {
+        let layout = match self.layout {
+            LayoutArg::Tree => "tree",
+            LayoutArg::Hub => "hub",
+        };
+        let mut options = vec!["--layout".into(), layout.into()];
+        if self.no_fill {
+            options.push("--no-fill".into());
         }
+        options
     }
 }
 
@@ -87,24 +106,67 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
             args.reference
         );
     }
+    if args.keep {
+        return keep(context, &args);
+    }
+    if !args.kept {
+        crate::mount::clean(&args.dir)?;
+    }
     if !args.foreground {
         let dir = crate::mount::check(&args.dir)?;
         return start(context, &args, &dir);
     }
-    if args.tell_parent {
-        // The terminal's signals are not for a process in the background.
-        nix::unistd::setsid().context("cannot leave the session")?;
-    }
     let result = serve(context, &args);
-    if !args.tell_parent {
-        return result;
+    match args.tell_parent {
+        true => result.or_else(|error| {
+            // A parent that is gone needs no answer.
+            let _ = tell(&Word::Failed(output::describe(&error)));
+            Ok(ExitCode::from(1))
+        }),
+        false => result,
     }
+}
+
+/// Keeps a mount and runs the server of it.
+fn keep(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
+    // The terminal's signals are not for a process in the background.
+    nix::unistd::setsid().context("cannot leave the session")?;
+    let output = std::io::stdout().as_fd().try_clone_to_owned()?;
+    nix::unistd::dup2_stdout(File::open("/dev/null")?)?;
+    let mut first_output = Some(output);
+    let mut arguments = context.arguments()?;
+    arguments.extend(["mount", "--foreground", "--kept"].map(OsString::from));
+    arguments.extend(args.options());
+    let what = [
+        OsString::from(args.reference.to_string()),
+        args.dir.clone().into(),
+    ];
+    let server = move || {
+        // The program of this process, even if another has taken its name.
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("hearth").args(&arguments);
+        match first_output.take() {
+            // Whoever waits for a word must hear it if the server dies without one.
+            Some(output) => command.args(["--tell-parent", "--"]).stdout(output),
+            None => command.arg("--").stdout(Stdio::null()),
+        };
+        command.args(&what);
+        command
+    };
+    let socket = control::keeper_path(&context.root, &args.dir);
+    let settings = keeper::Settings {
+        // A store that cannot be written has no place for it.
+        socket: socket
+            .parent()
+            .filter(|run| run.exists())
+            .map(|_| socket.clone()),
+        orphan_timeout: std::time::Duration::from_secs(context.config.mount.orphan_timeout),
+        server: Some(Box::new(server)),
+    };
+    let kept = Keeper::new(settings)?.run();
     control::remove_empty_log(&context.root, &args.dir);
-    result.or_else(|error| {
-        // A parent that is gone needs no answer.
-        let _ = tell(&Word::Failed(output::describe(&error)));
-        Ok(ExitCode::from(1))
-    })
+    kept.context("the keeper failed")?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Starts a process in the background and waits until it has mounted.
@@ -120,23 +182,8 @@ fn start(context: &Context, args: &Args, dir: &Path) -> anyhow::Result<ExitCode>
         false => Stdio::null(),
     };
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("--store").arg(&context.root);
-    if let Some(config) = &context.config_path {
-        command.arg("--config").arg(std::path::absolute(config)?);
-    }
-    for _ in 0..context.verbose {
-        command.arg("--verbose");
-    }
-    command.args([
-        "mount",
-        "--foreground",
-        "--tell-parent",
-        "--layout",
-        args.layout.name(),
-    ]);
-    if args.no_fill {
-        command.arg("--no-fill");
-    }
+    command.args(context.arguments()?).args(["mount", "--keep"]);
+    command.args(args.options());
     // With the secrets that the canonical form leaves out, but never where others can read them.
     command.arg("--").arg(args.reference.to_string()).arg(dir);
     if let Some(secret) = args.reference.secret() {
@@ -158,11 +205,22 @@ fn start(context: &Context, args: &Args, dir: &Path) -> anyhow::Result<ExitCode>
     match serde_json::from_str(&answer) {
         Ok(Word::Mounted) => Ok(ExitCode::SUCCESS),
         Ok(Word::Failed(text)) => {
+            // It leaves nothing behind.
+            child.wait()?;
             output::note(&text);
             Ok(ExitCode::from(1))
         }
         Err(_) => {
-            let status = child.wait()?;
+            let status = loop {
+                if let Some(status) = child.try_wait()? {
+                    break status;
+                }
+                // The first server died before it could say that it had mounted; the next one serves.
+                if matches!(control::ask(&context.root, dir), Ok(Some(_))) {
+                    return Ok(ExitCode::SUCCESS);
+                }
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            };
             let log = std::fs::read_to_string(&log_path).unwrap_or_default();
             anyhow::bail!(
                 "the process that serves the mount ended with {status}\n{}",
@@ -217,10 +275,16 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             fill: !args.no_fill,
             hub_layout,
         };
+        let keeper = match args.kept {
+            true => Some(Arc::new(Link::inherited()?)),
+            false => None,
+        };
+        let place = Place::find(&args.dir, keeper.as_ref())?;
+        let restarts = place.restarts;
         let mounting = Mounted::with_options(
             &node,
             &reference,
-            &args.dir,
+            place,
             &context.config,
             Arc::default(),
             options,
@@ -230,9 +294,11 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             code = super::interrupted() => return code,
         };
         let mut status = mounted.status.clone();
-        if args.tell_parent {
+        if let Some(keeper) = &keeper {
             let log = control::log_path(&context.root, mounted.mount.dir());
             status.log = Some(log).filter(|log| log.exists());
+            status.keeper = Some(keeper.keeper());
+            status.restarts = restarts;
         }
         let control =
             ControlServer::start(&context.root, mounted.mount.dir(), move || status.get());
@@ -249,7 +315,7 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
                 mounted.close().await?;
                 return Ok(ExitCode::from(1));
             }
-        } else {
+        } else if keeper.is_none() {
             output::note(&format!(
                 "mounted {reference} on {}",
                 mounted.mount.dir().display()
@@ -273,12 +339,56 @@ pub(super) struct Options {
     hub_layout: bool,
 }
 
+/// Where it is mounted, and what is there already.
+struct Place<'a> {
+    dir: &'a Path,
+    keeper: Option<&'a Arc<Link>>,
+    /// The mount of a server before this one, and the artifact that it served.
+    orphan: Option<(Orphan, Digest)>,
+    restarts: u32,
+}
+
+impl<'a> Place<'a> {
+    fn find(dir: &'a Path, keeper: Option<&'a Arc<Link>>) -> anyhow::Result<Self> {
+        let mut place = Self {
+            dir,
+            keeper,
+            orphan: None,
+            restarts: 0,
+        };
+        let Some(keeper) = keeper else {
+            return Ok(place);
+        };
+        if let Some(kept) = keeper
+            .sessions()?
+            .into_iter()
+            .find(|kept| kept.dir() == dir)
+        {
+            let orphan = keeper.show(dir)?;
+            let about: Option<About> = serde_json::from_slice(orphan.about()).ok();
+            let digest = about.and_then(|about| about.digest.parse().ok()).context(
+                "what is mounted was described in a way that this version does not know",
+            )?;
+            place.orphan = Some((orphan, digest));
+            place.restarts = kept.servers;
+        }
+        Ok(place)
+    }
+}
+
+/// What the keeper remembers of what is served.
+#[derive(Serialize, Deserialize)]
+struct About {
+    /// Of the artifact: it fixes all inode numbers.
+    digest: String,
+}
+
 /// A mounted reference and what belongs to it.
 pub(super) struct Mounted {
     mount: Arc<Mount>,
     status: Status,
     fill: Option<tokio::task::JoinHandle<()>>,
-    _hold: Hold,
+    _holds: Vec<Hold>,
     _room: Option<Reservation>,
 }
 
@@ -290,6 +400,8 @@ struct Status {
     resolved: Resolved,
     hub_layout: bool,
     log: Option<PathBuf>,
+    keeper: Option<u32>,
+    restarts: u32,
     error: Arc<Mutex<Option<String>>>,
 }
 
@@ -306,20 +418,34 @@ impl Mounted {
             fill: true,
             hub_layout: false,
         };
-        Self::with_options(node, reference, dir, config, progress, options).await
+        let place = Place::find(dir, None)?;
+        Self::with_options(node, reference, place, config, progress, options).await
     }
 
     async fn with_options(
         node: &Node,
         reference: &Reference,
-        dir: &Path,
+        place: Place<'_>,
         config: &Config,
         progress: Arc<Progress>,
         options: Options,
     ) -> anyhow::Result<Self> {
-        let resolved = node.resolve(reference).await?;
+        let resolved = match &place.orphan {
+            Some((_, digest)) => node.resume(reference, digest).await?,
+            None => node.resolve(reference).await?,
+        };
         let artifact = &resolved.artifact;
-        let hold = node.hold(&artifact.reference).await?;
+        let mut holds = Vec::new();
+        match node.hold(&artifact.reference).await {
+            Ok(hold) => holds.push(hold),
+            // It was forgotten while it was mounted.
+            Err(error) if place.orphan.is_none() => return Err(error.into()),
+            Err(error) => tracing::debug!(%error, "only the generation is held"),
+        }
+        let digest = artifact.digest();
+        if place.orphan.is_some() {
+            holds.push(node.hold_generation(&digest).await?);
+        }
         let error = Arc::new(Mutex::new(None));
         let room = match options.fill {
             true => admit(node, &resolved, &error).await?,
@@ -342,7 +468,28 @@ impl Mounted {
             _ => View::new(Arc::clone(artifact), contents(Arc::clone(artifact)))?,
         };
         let runtime = tokio::runtime::Handle::current();
-        let mount = Arc::new(Mount::new(Arc::new(view), dir, &config.mount, runtime)?);
+        let (view, dir, config) = (Arc::new(view), place.dir, &config.mount);
+        let mount = match (place.orphan, place.keeper) {
+            (Some((orphan, _)), Some(keeper)) => {
+                Mount::adopt(view, orphan, config, runtime, keeper)?
+            }
+            (_, Some(keeper)) => {
+                let digest = digest.to_string();
+                let about = serde_json::to_string(&About { digest })?;
+                Mount::kept(view, dir, config, runtime, keeper, &about)?
+            }
+            (_, None) => Mount::new(view, dir, config, runtime)?,
+        };
+        if let Some(keeper) = place.keeper {
+            // While no server is there, it must not be collected either.
+            let files: Vec<_> = holds
+                .iter()
+                .flat_map(Hold::files)
+                .map(|f| f.as_fd())
+                .collect();
+            keeper.hold(mount.dir(), &files)?;
+        }
+        let mount = Arc::new(mount);
         let fill = room.is_some().then(|| {
             let (node, resolved) = (node.clone(), resolved.clone());
             let error = Arc::clone(&error);
@@ -363,6 +510,8 @@ impl Mounted {
             node: node.clone(),
             hub_layout: options.hub_layout,
             log: None,
+            keeper: None,
+            restarts: 0,
             error,
             resolved,
         };
@@ -370,7 +519,7 @@ impl Mounted {
             mount,
             status,
             fill,
-            _hold: hold,
+            _holds: holds,
             _room: room,
         })
     }
@@ -431,6 +580,8 @@ impl Status {
             revision: artifact.revision.clone(),
             layout: if self.hub_layout { "hub" } else { "tree" }.into(),
             pid: std::process::id(),
+            keeper_pid: self.keeper,
+            restarts: self.restarts,
             log: self.log.clone(),
             total_bytes: artifact.size(),
             present_bytes: artifact.stored().map(here).sum(),

@@ -32,13 +32,17 @@ pub(super) const DIRECTORIES: [&str; 9] = [
 #[derive(Debug)]
 #[must_use]
 pub(super) struct FileLock {
-    _file: Arc<dyn DiskFile>,
+    file: Arc<dyn DiskFile>,
 }
 
 impl FileLock {
     /// The lock that `file` holds on itself.
     pub(super) fn new(file: Arc<dyn DiskFile>) -> Self {
-        Self { _file: file }
+        Self { file }
+    }
+
+    pub(super) fn file(&self) -> &std::fs::File {
+        self.file.file()
     }
 }
 
