@@ -169,15 +169,30 @@ fn keep(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Whether it is a disk that is full, or cannot be written any more: what it holds is served without.
+fn takes_nothing(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(
+        error.kind(),
+        QuotaExceeded | ReadOnlyFilesystem | StorageFull
+    )
+}
+
 /// Starts a process in the background and waits until it has mounted.
 fn start(context: &Context, args: &Args, dir: &Path) -> anyhow::Result<ExitCode> {
     let writable = context.store()?.writable(); // fail here rather than there
     let log_path = control::log_path(&context.root, dir);
     let log: Stdio = match writable {
-        true => control::run_dir(&context.root)
-            .and_then(|_| std::fs::File::create(&log_path))
-            .with_context(|| format!("cannot write {}", log_path.display()))?
-            .into(),
+        true => {
+            match control::run_dir(&context.root).and_then(|_| std::fs::File::create(&log_path)) {
+                Ok(log) => log.into(),
+                Err(error) if takes_nothing(&error) => Stdio::null(),
+                Err(error) => {
+                    let what = format!("cannot write {}", log_path.display());
+                    return Err(anyhow::Error::from(error).context(what));
+                }
+            }
+        }
         // A store that cannot be written serves what it has, and keeps no log.
         false => Stdio::null(),
     };
@@ -303,7 +318,7 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
         let control =
             ControlServer::start(&context.root, mounted.mount.dir(), move || status.get());
         let _control = match control {
-            Err(error) if error.kind() == std::io::ErrorKind::ReadOnlyFilesystem => {
+            Err(error) if takes_nothing(&error) => {
                 tracing::warn!(%error, "`hearth status` cannot ask this mount");
                 None
             }

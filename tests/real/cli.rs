@@ -17,6 +17,7 @@ use crate::{
     sources::bytes,
 };
 
+mod chaos;
 mod commands;
 mod consumers;
 mod demo;

@@ -3,7 +3,9 @@
 use super::*;
 
 fn script(name: &str, arguments: &[&str]) -> Value {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests")
+        .join(name);
     let mut command = tool("python3", &[path.to_str().unwrap()]);
     command.args(arguments);
     command.args(["--hearth", env!("CARGO_BIN_EXE_hearth")]);
@@ -15,8 +17,14 @@ fn script(name: &str, arguments: &[&str]) -> Value {
 #[test]
 fn a_mount_survives_its_server() {
     let small = ["--mib", "12", "--small", "60", "--workers", "1"];
-    let said = script("survive", &[&["--kills", "8", "--seed", "7"][..], &small].concat());
-    assert_eq!((&said["kills"], &said["wrong"], &said["errors"]), (&8.into(), &0.into(), &0.into()));
+    let said = script(
+        "survive",
+        &[&["--kills", "8", "--seed", "7"][..], &small].concat(),
+    );
+    assert_eq!(
+        (&said["kills"], &said["wrong"], &said["errors"]),
+        (&8.into(), &0.into(), &0.into())
+    );
     assert!(said["operations"].as_u64().unwrap() > 500, "{said}");
 }
 
