@@ -25,6 +25,7 @@ mod interrupted;
 mod models;
 mod mounts;
 mod secrets;
+mod survive;
 
 /// Longest time that anything but a server may take.
 const LIMIT: &str = "120";
