@@ -10,6 +10,7 @@ mod demo;
 mod gc;
 mod index;
 mod inspect;
+mod keeper;
 mod list;
 mod mirror;
 mod mount;
@@ -98,6 +99,7 @@ enum Command {
     Index(index::Args),
     Snapshotter(snapshotter::Args),
     Mirror(mirror::Args),
+    Keeper(keeper::Args),
     Config(config::Args),
     Completions(completions::Args),
     Demo(demo::Args),
@@ -142,6 +144,7 @@ pub fn main() -> ExitCode {
         Command::Verify(args) => verify::run(&context, args),
         Command::Index(args) => index::run(&context, args),
         Command::Mirror(args) => mirror::run(&context, args),
+        Command::Keeper(args) => keeper::run(&context, args),
         Command::Snapshotter(args) => snapshotter::run(&context, args),
         Command::Config(args) => config::run(&context, args),
         Command::Completions(args) => completions::run(args),

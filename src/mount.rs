@@ -4,8 +4,8 @@
 //! calls `fs` and answers, `opens` decides between passthrough and FUSE reads, `stale`
 //! has the kernel drop what turned out wrong, `errno` is the one
 //! table from errors to errno. `session` begins with the kernel or goes on where another process
-//! stopped, with what `state` remembers; `keeper` holds both while processes come and go. Called by
-//! `daemon` and `cli`.
+//! stopped, with what `state` remembers; `keeper` holds both while processes come and go; `retire` lets
+//! go. Called by `daemon` and `cli`.
 //!
 //! Invariants: no thread of a session waits for the network (such requests become tasks of the
 //! runtime); this process never touches a path below its own mount, not even with `stat`; every
@@ -23,6 +23,7 @@ mod errno;
 pub mod keeper;
 pub mod native;
 mod opens;
+mod retire;
 mod server;
 mod session;
 mod stale;
@@ -32,8 +33,12 @@ mod table;
 
 use std::{
     io,
+    os::fd::{AsFd as _, AsRawFd as _, RawFd},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -46,7 +51,7 @@ use self::{
     adapter::Adapter,
     keeper::{Link, Orphan},
     server::Server,
-    session::{Agreed, Session},
+    session::{Agreed, Device, Session},
 };
 pub use self::{
     stats::Stats,
@@ -193,6 +198,11 @@ pub struct Mount {
     connection: u32,
     server: Arc<Server>,
     keeper: Option<Arc<Link>>,
+    device: Weak<Device>,
+    /// The fd number on which fuser serves, and how many threads do.
+    channel: (RawFd, usize),
+    /// Let go of: it is not for this process to say that it has ended, or to unmount it.
+    left: Arc<AtomicBool>,
     ended: watch::Receiver<bool>,
     thread: Option<JoinHandle<io::Result<()>>>,
 }
@@ -282,7 +292,8 @@ impl Mount {
         };
         let server = Arc::new(Server::new(view, &session, agreed, config, runtime));
         let mut settings = fuser::Config::default();
-        settings.n_threads = Some(config.threads.clamp(1, 64));
+        let threads = config.threads.clamp(1, 64);
+        settings.n_threads = Some(threads);
         // With it, most requests in flight are lost when a successor takes the session over.
         settings.clone_fd = false;
         let adapter = Adapter(server.clone());
@@ -293,9 +304,7 @@ impl Mount {
         })
         .map_err(failed)?;
         let resend = Agreed::of(&answer).resend;
-        server
-            .resend
-            .store(resend, std::sync::atomic::Ordering::Relaxed);
+        server.resend.store(resend, Relaxed);
         if let Some(keeper) = &keeper {
             keeper.take(&dir)?;
         }
@@ -306,16 +315,20 @@ impl Mount {
         raise_read_ahead(session.connection, config.read_ahead_kb);
 
         let (tell, ended) = watch::channel(false);
-        let serving = (server.clone(), keeper.clone(), dir.clone());
+        let left = Arc::new(AtomicBool::new(false));
+        let serving = (server.clone(), keeper.clone(), dir.clone(), left.clone());
         let device = session.device.clone();
+        let channel = fuse.as_fd().as_raw_fd();
         let thread = std::thread::Builder::new()
             .name("hearth-mount".into())
             .spawn(move || {
-                let (server, keeper, dir) = serving;
+                let (server, keeper, dir, left) = serving;
                 let result = fuse.run();
                 server.notify_by(None);
                 drop(device);
-                if let Some(Err(error)) = keeper.map(|keeper| keeper.end(&dir)) {
+                if !left.load(Relaxed)
+                    && let Some(Err(error)) = keeper.map(|keeper| keeper.end(&dir))
+                {
                     tracing::debug!(%error, "the keeper was not told of the end");
                 }
                 tell.send_replace(true);
@@ -329,6 +342,9 @@ impl Mount {
             connection: session.connection,
             server,
             keeper,
+            device: Arc::downgrade(&session.device),
+            channel: (channel, threads),
+            left,
             ended,
             thread: Some(thread),
         })
@@ -370,6 +386,24 @@ impl Mount {
         }
     }
 
+    /// Lets a kept mount go without unmounting it: answers what is in hand, and tells the keeper. Blocks
+    /// this thread for some seconds at most.
+    ///
+    /// # Errors
+    /// What the system or the keeper says; then it is as if this process had died.
+    pub fn leave(&self) -> Result<(), MountError> {
+        self.left.store(true, Relaxed);
+        let failed = |e| MountError::system(&self.dir, "leave", e);
+        if let Some(device) = self.device.upgrade() {
+            let (channel, threads) = self.channel;
+            retire::retire(&self.server, &device, channel, threads, &self.ended).map_err(failed)?;
+        }
+        match &self.keeper {
+            Some(keeper) => keeper.left(&self.dir),
+            None => Ok(()),
+        }
+    }
+
     /// Waits, blocking this thread, until it is unmounted and all threads of the session are gone.
     ///
     /// # Errors
@@ -392,8 +426,9 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        if self.keeper.is_some() && std::thread::panicking() {
-            return; // the next server goes on
+        // The next server goes on.
+        if self.left.load(Relaxed) || self.keeper.is_some() && std::thread::panicking() {
+            return;
         }
         if let Err(error) = self.unmount(false).or_else(|_| self.unmount(true)) {
             tracing::warn!(%error, "could not unmount");

@@ -54,6 +54,10 @@ pub(super) struct Args {
     /// Serve from this process until it is unmounted or interrupted; the mount dies with it
     #[arg(long)]
     foreground: bool,
+    /// Have the mount in the keeper that listens here: then it outlives this process, and goes on from
+    /// where another left off, taking over from it where it still runs
+    #[arg(long, value_name = "PATH", requires = "foreground")]
+    keeper: Option<PathBuf>,
     /// Be the keeper: run a server, and start it again when it dies
     #[arg(long, hide = true)]
     keep: bool,
@@ -109,10 +113,8 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     if args.keep {
         return keep(context, &args);
     }
-    if !args.kept {
-        crate::mount::clean(&args.dir)?;
-    }
     if !args.foreground {
+        crate::mount::clean(&args.dir)?;
         let dir = crate::mount::check(&args.dir)?;
         return start(context, &args, &dir);
     }
@@ -290,9 +292,10 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             fill: !args.no_fill,
             hub_layout,
         };
-        let keeper = match args.kept {
-            true => Some(Arc::new(Link::inherited()?)),
-            false => None,
+        let keeper = match (&args.keeper, args.kept) {
+            (Some(path), _) => Some(Arc::new(Link::connect(path)?)),
+            (None, true) => Some(Arc::new(Link::inherited()?)),
+            (None, false) => None,
         };
         let place = Place::find(&args.dir, keeper.as_ref())?;
         let restarts = place.restarts;
@@ -309,15 +312,17 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             code = super::interrupted() => return code,
         };
         let mut status = mounted.status.clone();
-        if let Some(keeper) = &keeper {
+        if args.kept {
             let log = control::log_path(&context.root, mounted.mount.dir());
             status.log = Some(log).filter(|log| log.exists());
+        }
+        if let Some(keeper) = &keeper {
             status.keeper = Some(keeper.keeper());
             status.restarts = restarts;
         }
         let control =
             ControlServer::start(&context.root, mounted.mount.dir(), move || status.get());
-        let _control = match control {
+        let control = match control {
             Err(error) if takes_nothing(&error) => {
                 tracing::warn!(%error, "`hearth status` cannot ask this mount");
                 None
@@ -330,17 +335,34 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
                 mounted.close().await?;
                 return Ok(ExitCode::from(1));
             }
-        } else if keeper.is_none() {
+        } else if !args.kept {
             output::note(&format!(
                 "mounted {reference} on {}",
                 mounted.mount.dir().display()
             ));
         }
-        tokio::select! {
-            () = mounted.mount.ended() => {}
-            _ = super::interrupted() => {}
+        let mut leaves = keeper.as_ref().and_then(|keeper| keeper.leaves());
+        let asked_to_leave = async {
+            // Without a keeper it goes on being served.
+            if let Some(leaves) = &mut leaves
+                && leaves.recv().await.is_some()
+            {
+                return;
+            }
+            std::future::pending().await
+        };
+        let leave = tokio::select! {
+            () = mounted.mount.ended() => false,
+            _ = super::interrupted() => args.keeper.is_some(),
+            () = asked_to_leave => true,
+        };
+        if leave {
+            // Its name is for the next one.
+            drop(control);
+            mounted.leave().await?;
+        } else {
+            mounted.close().await?;
         }
-        mounted.close().await?;
         Ok(ExitCode::SUCCESS)
     });
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
@@ -356,7 +378,7 @@ pub(super) struct Options {
 
 /// Where it is mounted, and what is there already.
 struct Place<'a> {
-    dir: &'a Path,
+    dir: PathBuf,
     keeper: Option<&'a Arc<Link>>,
     /// The mount of a server before this one, and the artifact that it served.
     orphan: Option<(Orphan, Digest)>,
@@ -364,28 +386,29 @@ struct Place<'a> {
 }
 
 impl<'a> Place<'a> {
-    fn find(dir: &'a Path, keeper: Option<&'a Arc<Link>>) -> anyhow::Result<Self> {
+    /// What is mounted is found without being looked at: it may have no server.
+    fn find(dir: &Path, keeper: Option<&'a Arc<Link>>) -> anyhow::Result<Self> {
         let mut place = Self {
-            dir,
+            dir: crate::mount::find(dir)?.unwrap_or_else(|| dir.to_owned()),
             keeper,
             orphan: None,
             restarts: 0,
         };
-        let Some(keeper) = keeper else {
-            return Ok(place);
+        let mut sessions = match keeper {
+            Some(keeper) => keeper.sessions()?.into_iter(),
+            None => Vec::new().into_iter(),
         };
-        if let Some(kept) = keeper
-            .sessions()?
-            .into_iter()
-            .find(|kept| kept.dir() == dir)
-        {
-            let orphan = keeper.show(dir)?;
+        let found = sessions.find(|kept| kept.dir() == place.dir);
+        if let (Some(kept), Some(keeper)) = (found, keeper) {
+            let orphan = keeper.show(&place.dir)?;
             let about: Option<About> = serde_json::from_slice(orphan.about()).ok();
             let digest = about.and_then(|about| about.digest.parse().ok()).context(
                 "what is mounted was described in a way that this version does not know",
             )?;
             place.orphan = Some((orphan, digest));
             place.restarts = kept.servers;
+        } else {
+            crate::mount::clean(dir)?;
         }
         Ok(place)
     }
@@ -483,7 +506,7 @@ impl Mounted {
             _ => View::new(Arc::clone(artifact), contents(Arc::clone(artifact)))?,
         };
         let runtime = tokio::runtime::Handle::current();
-        let (view, dir, config) = (Arc::new(view), place.dir, &config.mount);
+        let (view, dir, config) = (Arc::new(view), &*place.dir, &config.mount);
         let mount = match (place.orphan, place.keeper) {
             (Some((orphan, _)), Some(keeper)) => {
                 Mount::adopt(view, orphan, config, runtime, keeper)?
@@ -537,6 +560,16 @@ impl Mounted {
             _holds: holds,
             _room: room,
         })
+    }
+
+    /// Leaves it mounted, for another process to serve.
+    async fn leave(self) -> anyhow::Result<()> {
+        if let Some(fill) = &self.fill {
+            fill.abort();
+        }
+        let mount = self.mount;
+        tokio::task::spawn_blocking(move || mount.leave()).await??;
+        Ok(())
     }
 
     /// Unmounts, if that is not done, and waits for the session's threads.

@@ -166,7 +166,11 @@ impl Keeper {
         let now = Instant::now();
         let mut next = None;
         let mut at = |when: Instant| next = Some(next.map_or(when, |next: Instant| next.min(when)));
+        let lonely = |held: &Held| held.server.is_none() && held.successor.is_none();
         if let Some(child) = &mut self.child {
+            if !self.stopping && self.sessions.iter().any(lonely) {
+                child.revive(now);
+            }
             if let Some(started) = child.tend(now, self.stopping) {
                 self.last_peer += 1;
                 let peer = Peer {
@@ -360,7 +364,7 @@ impl Keeper {
                 let (again, gone): (Vec<_>, Vec<_>) = self.sessions.drain(..).partition(again);
                 gone.into_iter().for_each(take_away);
                 self.sessions = again;
-                child.died(!self.sessions.is_empty() && !self.stopping);
+                child.died();
             }
             _ => tracing::debug!(process = peer.process, "a peer is gone"),
         }

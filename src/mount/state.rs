@@ -80,6 +80,8 @@ pub(super) struct State {
 struct Free {
     slots: Vec<u32>,
     high: u32,
+    /// Another process writes now.
+    frozen: bool,
 }
 
 /// Something the kernel holds, or waits for.
@@ -176,6 +178,7 @@ impl State {
         *self.free.lock() = Free {
             slots: free.collect(),
             high,
+            frozen: false,
         };
     }
 
@@ -211,6 +214,9 @@ impl State {
     /// Notes `entry`; `None` where too much is open.
     pub(super) fn add(&self, entry: Entry) -> Option<Slot> {
         let mut free = self.free.lock();
+        if free.frozen {
+            return None;
+        }
         let slot = match free.slots.pop() {
             Some(slot) => slot,
             None if free.high < SLOTS => {
@@ -221,7 +227,6 @@ impl State {
             }
             None => return None,
         };
-        drop(free);
         let (kind, backing) = match entry.kind {
             Kind::Cached => (1, 0),
             Kind::Passthrough(id) => (2, id),
@@ -246,13 +251,24 @@ impl State {
 
     /// The backing id of a passthrough entry is about to be closed.
     pub(super) fn closing(&self, slot: &Slot) {
-        self.slot(slot.0)[0].store(3, Ordering::Release);
+        let free = self.free.lock();
+        if !free.frozen {
+            self.slot(slot.0)[0].store(3, Ordering::Release);
+        }
     }
 
     /// Forgets an entry.
     pub(super) fn remove(&self, slot: Slot) {
-        self.slot(slot.0)[0].store(0, Ordering::Release);
-        self.free.lock().slots.push(slot.0);
+        let mut free = self.free.lock();
+        if !free.frozen {
+            self.slot(slot.0)[0].store(0, Ordering::Release);
+            free.slots.push(slot.0);
+        }
+    }
+
+    /// Lets go: nothing is noted or forgotten here any more.
+    pub(super) fn freeze(&self) {
+        self.free.lock().frozen = true;
     }
 
     /// All that is noted.
@@ -395,5 +411,10 @@ mod tests {
         state.remove(Slot(5));
         drop(Working::on(&state, 3));
         assert_eq!(state.add(entry(Kind::Cached, 1)), Some(Slot(5)));
+        // What is in other hands is left alone.
+        state.freeze();
+        state.remove(Slot(5));
+        assert!(state.add(entry(Kind::Cached, 1)).is_none());
+        assert_eq!(state.entries().len(), SLOTS as usize);
     }
 }

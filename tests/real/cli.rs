@@ -30,6 +30,7 @@ mod models;
 mod mounts;
 mod offline;
 mod secrets;
+mod survive;
 
 /// Longest time that anything but a server may take.
 const LIMIT: &str = "120";

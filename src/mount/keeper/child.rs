@@ -33,6 +33,8 @@ pub(super) struct Child {
     started: bool,
     failures: u32,
     serving: Option<Instant>,
+    /// Process, signal and status of the last one.
+    ended: Option<(u32, Option<i32>, Option<i32>)>,
     /// When it is to be started.
     start: Option<Instant>,
     /// When it is to be killed.
@@ -54,6 +56,7 @@ impl Child {
             started: false,
             failures: 0,
             serving: None,
+            ended: None,
             start: Some(Instant::now()),
             kill: None,
         }
@@ -126,8 +129,8 @@ impl Child {
         self.serving.get_or_insert_with(Instant::now);
     }
 
-    /// Its connection has ended. Starts it again later, where there is something to serve.
-    pub(super) fn died(&mut self, again: bool) {
+    /// Its connection has ended.
+    pub(super) fn died(&mut self) {
         self.peer = None;
         self.kill = None;
         let Some(mut process) = self.process.take() else {
@@ -147,24 +150,31 @@ impl Child {
             }
         };
         let served = self.serving.take().map(|since| since.elapsed());
-        if !again {
-            return;
-        }
         match served.is_some_and(|served| served >= SETTLED) {
             true => self.failures = 0,
             false => self.failures += 1,
         }
-        let pause = self.pause();
-        self.start = Some(Instant::now() + pause);
         let signal = status.and_then(|status| status.signal());
         let code = status.and_then(|status| status.code());
-        tracing::warn!(
-            process = process.id(),
-            signal,
-            code,
-            ?pause,
-            "the server died and is started again"
-        );
+        self.ended = Some((process.id(), signal, code));
+    }
+
+    /// There is something to serve, and nobody does: starts it again, now or after a pause.
+    pub(super) fn revive(&mut self, now: Instant) {
+        if self.is_running() {
+            return;
+        }
+        let pause = self.pause();
+        self.start = Some(now + pause);
+        if let Some((process, signal, code)) = self.ended.take() {
+            tracing::warn!(
+                process,
+                signal,
+                code,
+                ?pause,
+                "the server died and is started again"
+            );
+        }
     }
 
     fn pause(&self) -> Duration {
