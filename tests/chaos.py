@@ -74,7 +74,7 @@ class Hearth:
     """The program on a store of its own."""
 
     def __init__(self, program, home, config=""):
-        self.program, self.store = os.path.abspath(program), os.path.join(home, "store")
+        self.program, self.store = os.path.realpath(program), os.path.join(home, "store")
         self.config = os.path.join(home, "config.toml")
         with open(self.config, "w") as f:
             f.write(config)
@@ -101,7 +101,8 @@ class Hearth:
             try:
                 with open(f"/proc/{pid}/cmdline", "rb") as f:
                     words = f.read().decode(errors="replace").split("\0")
-                if self.program in words[0] and self.store in words:
+                program = os.readlink(f"/proc/{pid}/exe")
+                if program.removesuffix(" (deleted)") == self.program and self.store in words:
                     with open(f"/proc/{pid}/statm") as f:
                         resident = int(f.read().split()[1]) * 4096
                     found[int(pid)] = (" ".join(words), len(os.listdir(f"/proc/{pid}/fd")), resident)
@@ -262,12 +263,15 @@ KINDS = ["sequential", "scattered", "opened", "mapped", "listed", "stated", "exe
 
 
 def overlay(here, home):
-    """A writable overlay on a mount, as a container has it."""
+    """A writable overlay on a mount, as a container has it: the program becomes one there, with its bytes below."""
     merged = here + ".merged"
     for d in (merged, f"{home}/upper", f"{home}/work"):
         os.makedirs(d, exist_ok=True)
-    options = f"lowerdir={here},upperdir={home}/upper,workdir={home}/work"
+    options = f"lowerdir={here},upperdir={home}/upper,workdir={home}/work,metacopy=on,redirect_dir=on"
     subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", merged], check=True)
+    os.chmod(f"{merged}/busybox.exe", 0o755)
+    if os.stat(f"{home}/upper/busybox.exe").st_blocks > 8:
+        sys.exit("the program was copied up: it would not be read through the mount")
     return merged
 
 
