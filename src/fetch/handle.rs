@@ -127,12 +127,14 @@ impl Handle {
             Ok(None) if object.size <= CHUNK_SIZE => State::Small,
             Ok(None) => match engine.store.partial(&object.id, object.size) {
                 // Another process may have completed it in between.
-                Ok(partial) => match complete()? {
-                    Some(complete) => {
+                Ok(partial) => match complete() {
+                    Ok(Some(complete)) => {
                         partial.abandon().map_err(failed)?;
                         State::Complete(complete)
                     }
-                    None => State::Partial(partial),
+                    Ok(None) => State::Partial(partial),
+                    Err(e) if e.kind() == FetchErrorKind::Disk => streamed(&e),
+                    Err(e) => return Err(e),
                 },
                 Err(e) if cannot_keep(e.kind()) => streamed(&e),
                 Err(e) => return Err(failed(e)),

@@ -110,10 +110,10 @@ async fn a_flipped_bit_in_what_is_half_done_never_becomes_complete() {
 }
 
 /// Opens a snapshotter as soon as the last one has let go of its directory.
-pub(crate) fn reopen(settings: &impl Fn() -> Settings) -> Arc<Snapshotter> {
+pub(crate) async fn reopen(settings: &impl Fn() -> Settings) -> Arc<Snapshotter> {
     for _ in 0..1000 {
         match Snapshotter::open(settings(), Arc::new(NoRoots)) {
-            Err(SnapshotError::Served(_)) => std::thread::sleep(Duration::from_millis(5)),
+            Err(SnapshotError::Served(_)) => tokio::time::sleep(Duration::from_millis(5)).await,
             opened => return opened.unwrap(),
         }
     }
@@ -136,7 +136,7 @@ async fn a_flipped_bit_in_a_snapshot_record_takes_that_one_alone() {
     let open = || reopen(&settings);
     let names = ["a", "b", "c", "d"];
     {
-        let snapshotter = open();
+        let snapshotter = open().await;
         for name in names {
             let made = snapshotter.create(Kind::Active, name, "", Default::default(), None);
             made.await.unwrap();
@@ -163,7 +163,7 @@ async fn a_flipped_bit_in_a_snapshot_record_takes_that_one_alone() {
             std::fs::write(&records[at], &bad).unwrap();
         }
         {
-            let snapshotter = open();
+            let snapshotter = open().await;
             for (at, name) in names.iter().enumerate() {
                 match snapshotter.usage(name).await {
                     Ok(_) => assert!(at != one && at != other, "pass {pass}: {name}"),
@@ -179,7 +179,7 @@ async fn a_flipped_bit_in_a_snapshot_record_takes_that_one_alone() {
         for at in [one, other] {
             std::fs::write(&records[at], &good[at]).unwrap();
         }
-        let snapshotter = open();
+        let snapshotter = open().await;
         for name in names {
             assert!(
                 snapshotter.usage(name).await.unwrap().inodes > 0,

@@ -217,7 +217,7 @@ async fn the_snapshotter_bears_a_disk_that_fails_at_any_call() {
             let made = snapshotter.create(Kind::Active, "new", "", Default::default(), None);
             made.await.unwrap_or_else(|e| panic!("{case}: then {e}"));
             drop(snapshotter);
-            let after = crate::bad_bytes::reopen(&settings);
+            let after = crate::bad_bytes::reopen(&settings).await;
             after.cleanup().await.unwrap();
             for name in ["a", "b", "c", "new"] {
                 match after.usage(name).await {

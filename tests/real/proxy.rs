@@ -170,7 +170,9 @@ fn serve(mut client: TcpStream, port: u16, state: &State) -> io::Result<()> {
             let target = request.split(' ').nth(1).unwrap().to_owned();
             match target.split_once("?signed=") {
                 None if good > 0 => {
-                    let location = format!("{target}?signed={good}");
+                    // Another origin, as the places are that registries and hubs sign.
+                    let own = client.local_addr()?.port();
+                    let location = format!("http://localhost:{own}{target}?signed={good}");
                     answer(&mut client, &format!("302 Found\nlocation: {location}"))?;
                     continue;
                 }
