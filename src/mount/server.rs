@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use fuser::{Errno, FileHandle, FopenFlags, INodeNo, Notifier, ReplyData, ReplyOpen};
+use fuser::{Errno, FileHandle, FopenFlags, Notifier, ReplyData, ReplyOpen};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
@@ -16,7 +16,7 @@ use super::{
     Config,
     errno::errno,
     opens::{Answer, Opens, Registered as _},
-    session::{Agreed, Backing, Device, Session},
+    session::{Agreed, Backing, Device, Session, drop_pages},
     stale::Stale,
     state::{Kind, State, Working},
     stats::{Counters, Stats},
@@ -43,7 +43,7 @@ pub(super) struct Server {
     /// Whether the kernel is to send again what this process leaves unanswered, and after the
     /// handshake whether it can.
     pub(super) resend: AtomicBool,
-    /// While the session runs; afterwards it would keep the connection open.
+    /// While the session runs: it holds the number of the fd that the session uses.
     pub(super) notifier: Mutex<Option<Notifier>>,
     pub(super) stale: Stale,
 }
@@ -79,8 +79,8 @@ impl Server {
     }
 
     /// Takes over what predecessors have noted as open, if there were any. Returns the inodes whose pages
-    /// are to be dropped: what they came from may have turned out wrong while nobody was there to
-    /// say so.
+    /// are to be dropped: their content has been verified since they were opened, but nobody may have
+    /// been there to say that it had been wrong before. What is not verified yet is watched.
     pub(super) fn succeed(self: &Arc<Self>, device: &Arc<Device>) -> Vec<u64> {
         let before = self.state.next_server();
         if before == 0 {
@@ -88,7 +88,7 @@ impl Server {
         }
         self.view.succeed(before);
         self.state.reload();
-        let mut cached = Vec::new();
+        let mut cached: Vec<u64> = Vec::new();
         for (slot, entry) in self.state.entries() {
             match entry.kind {
                 Kind::Working => continue,
@@ -97,12 +97,16 @@ impl Server {
                     self.state.remove(slot);
                     continue;
                 }
-                Kind::Cached => cached.push(entry.ino),
-                Kind::Passthrough(_) => {}
+                Kind::Cached | Kind::Passthrough(_) => {}
             }
             let ino = entry.ino;
             let body = || match self.view.open(ino, false) {
-                Ok(Opened::Body(body)) => Some(body),
+                Ok(Opened::Body(body)) => {
+                    if entry.kind == Kind::Cached && body.is_verified() {
+                        cached.push(ino);
+                    }
+                    Some(body)
+                }
                 Ok(Opened::Upper) => None,
                 Err(error) => {
                     tracing::warn!(ino, %error, "what is open cannot be opened again yet");
@@ -113,8 +117,6 @@ impl Server {
             let wrap = |id| device.backing(id);
             self.opens.restore(slot, entry, body, wrap, watch);
         }
-        cached.sort_unstable();
-        cached.dedup();
         cached
     }
 
@@ -126,7 +128,7 @@ impl Server {
         }
     }
 
-    /// The session begins, with this way to tell the kernel things, or ends.
+    /// The session begins, or ends.
     pub(super) fn notify_by(&self, notifier: Option<Notifier>) {
         *self.notifier.lock() = notifier;
     }
@@ -173,11 +175,10 @@ impl Server {
 
     /// Lets the kernel drop its pages of `ino`; waits for those that are being read.
     pub(super) fn invalidate(&self, ino: u64) {
-        let Some(notifier) = self.notifier.lock().clone() else {
+        let Some(device) = self.device.upgrade() else {
             return;
         };
-        // From 0, and no length: to the end.
-        match notifier.inval_inode(INodeNo(ino), 0, 0) {
+        match drop_pages(&device, ino) {
             Ok(()) => self.counters.invalidations.add(1),
             Err(error) => tracing::error!(ino, %error, "the kernel keeps wrong bytes"),
         }
