@@ -215,6 +215,9 @@ fn faults_before_nginx() {
     // A redirect that expires again and again, between requests and within one.
     proxy.sign_anew();
     let tried = Tried::mount(&reference, "");
+    let peek = "import sys; open(sys.argv[1], 'rb', buffering=0).read(10)";
+    Done::of(&mut python(peek, &[&format!("{}/{shard}", tried.dir)])).ok();
+    proxy.sign_anew();
     let reader = tried.start(shard);
     let stop = Instant::now() + Duration::from_secs(2);
     while Instant::now() < stop {
