@@ -10,6 +10,7 @@ mod demo;
 mod gc;
 mod index;
 mod inspect;
+mod keeper;
 mod list;
 mod mirror;
 mod mount;
@@ -24,6 +25,7 @@ mod warm;
 
 use std::{
     borrow::Cow,
+    ffi::OsString,
     io::{IsTerminal as _, Write as _},
     path::PathBuf,
     process::ExitCode,
@@ -97,6 +99,7 @@ enum Command {
     Index(index::Args),
     Snapshotter(snapshotter::Args),
     Mirror(mirror::Args),
+    Keeper(keeper::Args),
     Config(config::Args),
     Completions(completions::Args),
     Demo(demo::Args),
@@ -141,6 +144,7 @@ pub fn main() -> ExitCode {
         Command::Verify(args) => verify::run(&context, args),
         Command::Index(args) => index::run(&context, args),
         Command::Mirror(args) => mirror::run(&context, args),
+        Command::Keeper(args) => keeper::run(&context, args),
         Command::Snapshotter(args) => snapshotter::run(&context, args),
         Command::Config(args) => config::run(&context, args),
         Command::Completions(args) => completions::run(args),
@@ -245,6 +249,16 @@ impl Context {
             config_path,
             verbose,
         })
+    }
+
+    /// What another process of this program needs to have the same context.
+    fn arguments(&self) -> anyhow::Result<Vec<OsString>> {
+        let mut arguments = vec!["--store".into(), self.root.clone().into()];
+        if let Some(config) = &self.config_path {
+            arguments.extend(["--config".into(), std::path::absolute(config)?.into()]);
+        }
+        arguments.extend((0..self.verbose).map(|_| "--verbose".into()));
+        Ok(arguments)
     }
 
     fn store(&self) -> anyhow::Result<Arc<Store>> {

@@ -364,6 +364,8 @@ impl FetchError {
     fn source(handle: &Handle, error: &SourceError) -> Self {
         let kind = match error.kind() {
             SourceErrorKind::NotFound => FetchErrorKind::NotFound,
+            // It gave some of it before: credentials that have expired may be renewed.
+            SourceErrorKind::Denied if handle.last_trouble().gave() => FetchErrorKind::Unavailable,
             SourceErrorKind::Denied => FetchErrorKind::Denied,
             SourceErrorKind::Changed => FetchErrorKind::Changed,
             SourceErrorKind::Corrupt => FetchErrorKind::Corrupt,

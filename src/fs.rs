@@ -6,8 +6,8 @@
 //! that dies with the view. Called by `mount`; `hub` makes the tree of the Hub's cache layout.
 //!
 //! Invariants: inode numbers are tree inode + 1 (the root is 1), the same in every process that serves
-//! the artifact; hard links share an inode; upper inodes start at [`UPPER`] and are never used
-//! twice. Offsets of directories are stable while they are read, whatever is written meanwhile.
+//! the artifact; hard links share an inode; upper inodes start at [`UPPER`], those that are there from
+//! the start being the same in every process, and are never used twice, not even by the next one. Offsets of directories are stable while they are read, whatever is written meanwhile.
 
 pub mod content;
 pub mod hub;
@@ -273,6 +273,14 @@ impl View {
                 kind: FetchErrorKind::Corrupt,
                 message: why.clone(),
             }),
+        }
+    }
+
+    /// This view goes on where others of the same artifact stopped, which were `before` in number: what
+    /// was written to them is gone, and what is written from now on is not taken for it.
+    pub fn succeed(&self, before: u32) {
+        if let Some(upper) = &self.upper {
+            upper.succeed(before);
         }
     }
 

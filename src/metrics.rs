@@ -53,9 +53,13 @@ metrics! {
     counter fetch_warm_bytes "hearth_fetch_warm_bytes_total" "Bytes received from origins in the background";
     counter fetch_requests "hearth_fetch_requests_total" "Range requests sent to origins";
     counter fetch_retries "hearth_fetch_retries_total" "Range requests sent again after an error";
+    counter fetch_failed_unavailable "hearth_fetch_failed_unavailable_total" "Range requests that failed since the origin, or the way to it, was down, slow or broken";
+    counter fetch_failed_throttled "hearth_fetch_failed_throttled_total" "Range requests that the origin put off: asked too often";
+    counter fetch_failed_denied "hearth_fetch_failed_denied_total" "Range requests that the origin refused: credentials";
+    counter fetch_failed_other "hearth_fetch_failed_other_total" "Range requests whose answer was of no use: another generation, not found, against the protocol";
     counter fetch_hedges "hearth_fetch_hedges_total" "Second requests sent because the first was slow";
     counter fetch_corrupt_objects "hearth_fetch_corrupt_objects_total" "Objects whose content did not match its digest";
-    counter fetch_streamed_bytes "hearth_fetch_streamed_bytes_total" "Bytes served without being stored, since the disk was full";
+    counter fetch_streamed_bytes "hearth_fetch_streamed_bytes_total" "Bytes served without being stored, since the disk was full or failed";
     gauge fetch_buffers "hearth_fetch_buffers_bytes" "Memory held by bytes in flight";
     gauge fetch_connections "hearth_fetch_connections" "Range requests under way";
     counter image_spans_decoded "hearth_image_spans_decoded_total" "Spans of compressed layers decoded by themselves";

@@ -3,41 +3,64 @@
 //! `device` mounts and unmounts, `table` reads the kernel's list of mounts, `adapter` decodes requests,
 //! calls `fs` and answers, `opens` decides between passthrough and FUSE reads, `stale`
 //! has the kernel drop what turned out wrong, `errno` is the one
-//! table from errors to errno. Called by `daemon` and `cli`.
+//! table from errors to errno. `session` begins with the kernel or goes on where another process
+//! stopped, with what `state` remembers; `keeper` holds both while processes come and go; `retire` lets
+//! go. Called by `daemon` and `cli`.
 //!
 //! Invariants: no thread of a session waits for the network (such requests become tasks of the
 //! runtime); this process never touches a path below its own mount, not even with `stat`; every
 //! answer is immutable, so the kernel may keep it for ever, except content that was served before it
-//! was verified and then turned out wrong: it is told to drop that. File handles carry no state: what is
-//! open is known by inode, so a successor can take the session over (mounting is apart from serving).
-//! Nothing here survives a crash: the kernel answers ENOTCONN until the mount is taken away.
+//! was verified and then turned out wrong: it is told to drop that.
+//!
+//! What survives a crash: without a keeper nothing, the kernel answers ENOTCONN until the mount is taken
+//! away. With one, everything: requests wait, and are answered by the next server, which serves the same
+//! artifact, so inode numbers stand. What is open is in `state`. Only what was written to a view with an
+//! upper is lost: a name in it is looked up again, an open file of it answers ESTALE.
 
 mod adapter;
 mod device;
 mod errno;
+pub mod keeper;
 pub mod native;
 mod opens;
+mod retire;
 mod server;
+mod session;
 mod stale;
+mod state;
 mod stats;
 mod table;
 
 use std::{
     io,
+    os::fd::{AsFd as _, AsRawFd as _, RawFd},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     thread::JoinHandle,
+    time::Duration,
 };
 
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use tokio::{runtime::Handle, sync::watch};
 
-use self::{adapter::Adapter, server::Server};
+use self::{
+    adapter::Adapter,
+    keeper::{Link, Orphan},
+    server::Server,
+    session::{Agreed, Device, Session},
+};
 pub use self::{
     stats::Stats,
     table::{MountInfo, mounted},
 };
 use crate::fs::View;
+
+/// How long a server may take to answer whether it lives.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How views are mounted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +79,13 @@ pub struct Config {
     /// Whether other users may look into the mount; by default only where root mounts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_other: Option<bool>,
+    /// How long readers wait for a server that has died and does not come back, in seconds; then they
+    /// are refused with ETIMEDOUT. What is complete and open stays readable.
+    #[serde(rename = "orphan_timeout_seconds")]
+    pub orphan_timeout: u64,
+    /// Have the kernel send again what a server had not answered when it died (Linux 6.9). Without it,
+    /// as with older kernels, those requests fail with EIO when the next server starts.
+    pub resend: bool,
 }
 
 impl Default for Config {
@@ -66,6 +96,8 @@ impl Default for Config {
             passthrough: true,
             small_file: crate::chunk::CHUNK_SIZE,
             allow_other: None,
+            orphan_timeout: 300,
+            resend: true,
         }
     }
 }
@@ -81,7 +113,7 @@ pub struct MountError {
 }
 
 /// What a [`MountError`] is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MountErrorKind {
     /// The mount point is missing, no directory, or not readable.
     Directory,
@@ -99,6 +131,8 @@ pub enum MountErrorKind {
     NoNative,
     /// Not allowed to mount here.
     Denied,
+    /// The keeper and this process do not go together.
+    Keeper,
     /// Anything else the system said.
     System,
 }
@@ -149,6 +183,9 @@ impl MountError {
                 "mount as root (CAP_SYS_ADMIN), or on a directory that you own, with /dev/fuse open \
                  to all (mode 0666)",
             ),
+            MountErrorKind::Keeper => Some(
+                "a keeper and its servers must be of versions that go together; the server that was there goes on",
+            ),
             MountErrorKind::System => None,
         }
     }
@@ -160,13 +197,19 @@ pub struct Mount {
     dir: PathBuf,
     connection: u32,
     server: Arc<Server>,
+    keeper: Option<Arc<Link>>,
+    device: Weak<Device>,
+    /// The fd number on which fuser serves, and how many threads do.
+    channel: (RawFd, usize),
+    /// Let go of: it is not for this process to say that it has ended, or to unmount it.
+    left: Arc<AtomicBool>,
     ended: watch::Receiver<bool>,
     thread: Option<JoinHandle<io::Result<()>>>,
 }
 
 impl Mount {
     /// Mounts `view` on directory `dir` and serves it from threads of its own; waiting for content
-    /// happens on `runtime`.
+    /// happens on `runtime`. It dies with this process.
     ///
     /// # Errors
     /// A directory that cannot be mounted on, a system without FUSE, no right to mount.
@@ -176,53 +219,132 @@ impl Mount {
         config: &Config,
         runtime: Handle,
     ) -> Result<Self, MountError> {
-        let dir = mount_point(dir)?;
-        let options = device::Options {
-            read_only: !view.writable(),
-            allow_other: config
-                .allow_other
-                .unwrap_or_else(|| nix::unistd::geteuid().is_root()),
-        };
-        let fd = device::mount(&dir, options)?;
-        // From here on an early return has to take the mount away.
-        let mut undo = Undo(Some(dir.clone()));
-        let found = table::find(&dir).map_err(|e| MountError::system(&dir, "mountinfo", e))?;
-        let connection = found
-            .ok_or_else(|| MountError::new(MountErrorKind::System, &dir, "is not in mountinfo"))?
-            .connection;
+        let session = Session::mount(&mount_point(dir)?, options(&view, config), b"")?;
+        Self::begin(session, view, config, runtime, None)
+    }
 
-        let server = Arc::new(Server::new(view, config, runtime));
+    /// As [`Mount::new`], but the mount outlives this process: `keeper` has it, and `about`, from which
+    /// another process makes the same view for [`Mount::adopt`].
+    ///
+    /// # Errors
+    /// As [`Mount::new`]; what the keeper says.
+    pub fn kept(
+        view: Arc<View>,
+        dir: &Path,
+        config: &Config,
+        runtime: Handle,
+        keeper: &Arc<Link>,
+        about: &str,
+    ) -> Result<Self, MountError> {
+        let session = keeper.open(&mount_point(dir)?, options(&view, config), about)?;
+        Self::begin(session, view, config, runtime, Some(keeper.clone()))
+    }
+
+    /// Goes on serving a mount of a process that has died, or that lets go of it now. `view` must be of
+    /// the artifact that it was made of.
+    ///
+    /// # Errors
+    /// What was agreed on with the kernel is more than this version knows; the other does not let go.
+    /// Then nothing has changed.
+    pub fn adopt(
+        view: Arc<View>,
+        orphan: Orphan,
+        config: &Config,
+        runtime: Handle,
+        keeper: &Arc<Link>,
+    ) -> Result<Self, MountError> {
+        let keeper = Some(keeper.clone());
+        Self::serve(orphan.session, view, config, runtime, keeper)
+    }
+
+    /// Serves what was just mounted; takes it away again where that fails.
+    fn begin(
+        session: Session,
+        view: Arc<View>,
+        config: &Config,
+        runtime: Handle,
+        keeper: Option<Arc<Link>>,
+    ) -> Result<Self, MountError> {
+        let dir = session.dir.clone();
+        Self::serve(session, view, config, runtime, keeper.clone()).inspect_err(|_| {
+            if let Err(error) = device::unmount(&dir, true) {
+                tracing::warn!(%error, "could not unmount");
+            }
+            if let Some(Err(error)) = keeper.map(|keeper| keeper.end(&dir)) {
+                tracing::warn!(%error, "the keeper keeps what is gone");
+            }
+        })
+    }
+
+    fn serve(
+        session: Session,
+        view: Arc<View>,
+        config: &Config,
+        runtime: Handle,
+        keeper: Option<Arc<Link>>,
+    ) -> Result<Self, MountError> {
+        let dir = session.dir.clone();
+        let failed = |e| MountError::system(&dir, "FUSE handshake", e);
+        let resumed = session.resumed().map_err(failed)?;
+        let agreed = match resumed {
+            true => Some(Agreed::of(&session.state.answer().map_err(failed)?)),
+            false => None,
+        };
+        let server = Arc::new(Server::new(view, &session, agreed, config, runtime));
         let mut settings = fuser::Config::default();
-        settings.n_threads = Some(config.threads.clamp(1, 64));
+        let threads = config.threads.clamp(1, 64);
+        settings.n_threads = Some(threads);
         // With it, most requests in flight are lost when a successor takes the session over.
         settings.clone_fd = false;
+        let adapter = Adapter(server.clone());
         // Who may come in is decided by the kernel (allow_other, default_permissions).
-        let session = fuser::Session::from_fd(
-            Adapter(server.clone()),
-            fd,
-            fuser::SessionACL::All,
-            settings,
-        )
-        .map_err(|e| MountError::system(&dir, "FUSE handshake", e))?;
-        server.notify_by(Some(session.notifier()));
-        raise_read_ahead(connection, config.read_ahead_kb);
+        let acl = fuser::SessionACL::All;
+        let (fuse, answer) = session::greet(&session.state, |socket| {
+            fuser::Session::from_fd(adapter, socket, acl, settings)
+        })
+        .map_err(failed)?;
+        let resend = Agreed::of(&answer).resend;
+        server.resend.store(resend, Relaxed);
+        if let Some(keeper) = &keeper {
+            keeper.take(&dir)?;
+        }
+        let distrusted = server.succeed(&session.device);
+        session::connect(&fuse, &session.device, &session.state, &answer, resumed)
+            .map_err(failed)?;
+        server.notify_by(Some(fuse.notifier()));
+        raise_read_ahead(session.connection, config.read_ahead_kb);
 
         let (tell, ended) = watch::channel(false);
-        let serving = server.clone();
+        let left = Arc::new(AtomicBool::new(false));
+        let serving = (server.clone(), keeper.clone(), dir.clone(), left.clone());
+        let device = session.device.clone();
+        let channel = fuse.as_fd().as_raw_fd();
         let thread = std::thread::Builder::new()
             .name("hearth-mount".into())
             .spawn(move || {
-                let result = session.run();
-                serving.notify_by(None);
+                let (server, keeper, dir, left) = serving;
+                let result = fuse.run();
+                server.notify_by(None);
+                drop(device);
+                if !left.load(Relaxed)
+                    && let Some(Err(error)) = keeper.map(|keeper| keeper.end(&dir))
+                {
+                    tracing::debug!(%error, "the keeper was not told of the end");
+                }
                 tell.send_replace(true);
                 result
             })
             .map_err(|e| MountError::system(&dir, "thread", e))?;
-        undo.0 = None;
+        // Needs threads that serve: the kernel waits for what is being read.
+        distrusted.into_iter().for_each(|ino| server.distrust(ino));
         Ok(Self {
             dir,
-            connection,
+            connection: session.connection,
             server,
+            keeper,
+            device: Arc::downgrade(&session.device),
+            channel: (channel, threads),
+            left,
             ended,
             thread: Some(thread),
         })
@@ -269,10 +391,28 @@ impl Mount {
         let there = table::find(&self.dir)
             .map_err(|e| MountError::system(&self.dir, "mountinfo", e))?
             .is_some_and(|m| m.connection == self.connection);
-        if *self.ended.borrow() || !there {
-            return Ok(());
+        match there {
+            true => device::unmount(&self.dir, lazy),
+            false => Ok(()),
         }
-        device::unmount(&self.dir, lazy)
+    }
+
+    /// Lets a kept mount go without unmounting it: answers what is in hand, and tells the keeper. Blocks
+    /// this thread for some seconds at most.
+    ///
+    /// # Errors
+    /// What the system or the keeper says; then it is as if this process had died.
+    pub fn leave(&self) -> Result<(), MountError> {
+        self.left.store(true, Relaxed);
+        let failed = |e| MountError::system(&self.dir, "leave", e);
+        if let Some(device) = self.device.upgrade() {
+            let (channel, threads) = self.channel;
+            retire::retire(&self.server, &device, channel, threads, &self.ended).map_err(failed)?;
+        }
+        match &self.keeper {
+            Some(keeper) => keeper.left(&self.dir),
+            None => Ok(()),
+        }
     }
 
     /// Waits, blocking this thread, until it is unmounted and all threads of the session are gone.
@@ -297,6 +437,10 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
+        // The next server goes on.
+        if self.left.load(Relaxed) || self.keeper.is_some() && std::thread::panicking() {
+            return;
+        }
         if let Err(error) = self.unmount(false).or_else(|_| self.unmount(true)) {
             tracing::warn!(%error, "could not unmount");
         }
@@ -319,6 +463,44 @@ pub fn available() -> Result<(), MountError> {
 /// [`MountErrorKind::Directory`], [`MountErrorKind::Mounted`].
 pub fn check(dir: &Path) -> Result<PathBuf, MountError> {
     mount_point(dir)
+}
+
+/// Takes what is left of a mount away whose server died without a keeper, if that is what is on `dir`.
+///
+/// # Errors
+/// It cannot be unmounted.
+pub fn clean(dir: &Path) -> Result<(), MountError> {
+    let Some(found) = find(dir)? else {
+        return Ok(());
+    };
+    // Asked of the server; from a thread, since one that is stuck does not answer.
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    let asked = found.clone();
+    std::thread::Builder::new()
+        .name("hearth-statfs".into())
+        .spawn(move || tell.send(nix::sys::statfs::statfs(&asked).err()))
+        .map_err(|e| MountError::system(dir, "thread", e))?;
+    match told.recv_timeout(PATIENCE) {
+        Ok(Some(Errno::ENOTCONN | Errno::ECONNABORTED)) => {
+            tracing::warn!(dir = %found.display(), "its server had died: it is unmounted");
+            device::unmount(&found, true)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Takes the mount on `dir` away, whatever its server does: who waits for it gets an error.
+///
+/// # Errors
+/// [`MountErrorKind::NotMounted`]; no right to.
+pub fn unmount_forced(dir: &Path) -> Result<(), MountError> {
+    let list = mounted().map_err(|e| MountError::system(dir, "mountinfo", e))?;
+    if let Some(found) = find(dir)?
+        && let Some(info) = list.iter().rfind(|info| info.mountpoint == found)
+    {
+        keeper::abort(info.connection);
+    }
+    unmount(dir, true)
 }
 
 /// Unmounts what hearth mounted on `dir`, in whichever process. `lazy` detaches it even if busy.
@@ -390,22 +572,19 @@ fn mount_point(dir: &Path) -> Result<PathBuf, MountError> {
     Ok(real)
 }
 
+fn options(view: &View, config: &Config) -> device::Options {
+    device::Options {
+        read_only: !view.writable(),
+        allow_other: config
+            .allow_other
+            .unwrap_or_else(|| nix::unistd::geteuid().is_root()),
+    }
+}
+
 /// Raises the read-ahead of the mount; only root may, and nothing depends on it but speed.
 fn raise_read_ahead(connection: u32, kb: u32) {
     let path = format!("/sys/class/bdi/0:{connection}/read_ahead_kb");
     if let Err(error) = std::fs::write(&path, kb.to_string()) {
         tracing::debug!(%error, path, "read-ahead stays as it is");
-    }
-}
-
-struct Undo(Option<PathBuf>);
-
-impl Drop for Undo {
-    fn drop(&mut self) {
-        if let Some(dir) = &self.0
-            && let Err(error) = device::unmount(dir, true)
-        {
-            tracing::warn!(%error, "could not unmount");
-        }
     }
 }

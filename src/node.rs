@@ -7,6 +7,7 @@
 
 mod documents;
 mod layers;
+mod patient;
 mod progress;
 mod slices;
 mod status;
@@ -23,11 +24,12 @@ pub use self::{
     status::{ArtifactStatus, FileStatus},
 };
 use crate::{
+    digest::Digest,
     fetch::{Class, Engine, FetchError, FetchErrorKind},
     image::{ImageError, ImageErrorKind},
     reference::{HubRepo, Locator, Reference},
     source::{Layered, Source, SourceError, SourceErrorKind, Sources},
-    store::{Complete, Hold, Reservation, Store, StoreError},
+    store::{Complete, Hold, Reservation, Store, StoreError, StoreErrorKind},
     tree::{Artifact, Object},
 };
 
@@ -287,20 +289,28 @@ impl Node {
                     took = ?asked.elapsed(),
                     "resolved"
                 );
-                // A store that cannot be written still serves what it has.
+                // A store that cannot be written still serves what it has; so does a full one.
                 if self.store().writable() {
-                    self.record(&artifact).await?;
+                    let known = recorded.as_ref() == Some(&artifact);
+                    match self.record(&artifact).await {
+                        Err(NodeError::Store(error)) if known && is_of_disk(error.kind()) => {
+                            tracing::warn!(reference = name, %error, "recorded before, and not anew");
+                        }
+                        other => other?,
+                    }
                 }
                 let mut resolved = Resolved::plain(artifact, source, true);
                 resolved.new = recorded.is_none();
                 Ok(resolved)
             }
             Err(error) => {
-                let passing = matches!(
-                    error.kind(),
-                    SourceErrorKind::Unavailable | SourceErrorKind::Throttled
-                );
-                if let Some(artifact) = recorded.filter(|_| passing)
+                if let Some(artifact) = recorded
+                    && match error.kind() {
+                        SourceErrorKind::Unavailable | SourceErrorKind::Throttled => true,
+                        // It gave some of it before: credentials have expired.
+                        SourceErrorKind::Denied => self.has_some(&artifact).await?,
+                        _ => false,
+                    }
                     && let Some(resolved) = self.as_recorded(reference, &artifact, &source).await?
                 {
                     tracing::warn!(%error, "the origin cannot be reached: using what is recorded");
@@ -334,6 +344,37 @@ impl Node {
         }
     }
 
+    /// The generation `digest` of `reference`, as a process before this one served it, whatever the
+    /// reference means by now. Needs no network where the store has it.
+    ///
+    /// # Errors
+    /// It is not here, and the origin has another.
+    pub async fn resume(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+    ) -> Result<Resolved, NodeError> {
+        let failed = |source| NodeError::Resolve {
+            reference: reference.to_string(),
+            source,
+        };
+        let source = self.sources.open(reference).map_err(failed)?;
+        let (store, wanted) = (Arc::clone(self.store()), *digest);
+        if let Some(artifact) = blocking(move || store.generation(&wanted)).await?
+            && let Some(resolved) = self
+                .as_recorded(reference, &Arc::new(artifact), &source)
+                .await?
+        {
+            return Ok(resolved);
+        }
+        // A store that cannot be written has no record of it.
+        let resolved = self.resolve(reference).await?;
+        match resolved.artifact.digest() == *digest {
+            true => Ok(resolved),
+            false => Err(NodeError::Unknown(format!("{reference} as {digest}"))),
+        }
+    }
+
     /// Whether every object of the artifact is complete.
     async fn has_all(&self, artifact: &Arc<Artifact>) -> Result<bool, NodeError> {
         let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
@@ -348,6 +389,22 @@ impl Node {
         Ok(all.await?)
     }
 
+    /// Whether some content of the artifact is here.
+    async fn has_some(&self, artifact: &Arc<Artifact>) -> Result<bool, NodeError> {
+        let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
+        let some = blocking(move || {
+            for object in artifact.stored().filter(|object| object.size > 0) {
+                if store.present_bytes(&object.id, object.size) > 0
+                    || store.complete(&object.id)?.is_some()
+                {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        });
+        Ok(some.await?)
+    }
+
     /// What is recorded of `reference`; `None` where that does not suffice to read it.
     async fn as_recorded(
         &self,
@@ -355,6 +412,11 @@ impl Node {
         artifact: &Arc<Artifact>,
         source: &Arc<dyn Source>,
     ) -> Result<Option<Resolved>, NodeError> {
+        // The origin has given some of it: whatever it says now, it is asked again.
+        let source = &match self.has_some(artifact).await? {
+            true => patient::Patient::of(source),
+            false => Arc::clone(source),
+        };
         let layered = matches!(reference.locator, Locator::Oci(_))
             && artifact.objects.iter().any(|object| {
                 let location = object.recipe.location();
@@ -445,8 +507,9 @@ impl Node {
     }
 
     /// Fetches every object of an artifact that is being read, in the background. The caller holds
-    /// it. An origin that cannot be reached is tried again, at longer and longer intervals. Where it is
-    /// an image, a container is starting from it: that goes first.
+    /// it. An origin that cannot be reached is tried again, at longer and longer intervals; so is a
+    /// disk that is full or fails. Where it is an image, a container is starting from it: that goes
+    /// first.
     ///
     /// # Errors
     /// The first error that waiting does not mend; where not all of it fits.
@@ -462,7 +525,12 @@ impl Node {
             progress.begin(&resolved.artifact, self.store());
             match self.bring(resolved, progress, Some(pace)).await {
                 Err(NodeError::Fetch { reference, source })
-                    if source.kind() == FetchErrorKind::Unavailable =>
+                    if matches!(
+                        source.kind(),
+                        FetchErrorKind::Unavailable
+                            | FetchErrorKind::NoSpace
+                            | FetchErrorKind::Disk
+                    ) =>
                 {
                     tracing::warn!(reference, error = %source, ?pause, "the background fetch waits");
                     tokio::time::sleep(pause).await;
@@ -547,6 +615,15 @@ impl Node {
         Ok(blocking(move || store.hold(&reference)).await?)
     }
 
+    /// As [`Node::hold`], for the generation `digest` of `reference`.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn hold_generation(&self, digest: &Digest) -> Result<Hold, NodeError> {
+        let (store, digest) = (Arc::clone(self.store()), *digest);
+        Ok(blocking(move || store.hold_generation(&digest)).await?)
+    }
+
     /// Makes sure that an artifact fits, evicting where that helps.
     ///
     /// # Errors
@@ -597,6 +674,14 @@ async fn joined<T>(task: tokio::task::JoinHandle<T>) -> T {
             Err(_) => std::future::pending().await,
         },
     }
+}
+
+/// Whether it is the disk that refuses.
+const fn is_of_disk(kind: StoreErrorKind) -> bool {
+    matches!(
+        kind,
+        StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly | StoreErrorKind::Io
+    )
 }
 
 /// Whether the reference can never mean anything else: a full commit hash or a digest.

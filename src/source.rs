@@ -242,6 +242,13 @@ impl SourceError {
         self
     }
 
+    /// With another meaning.
+    #[must_use]
+    pub fn with_kind(mut self, kind: SourceErrorKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
     /// With `cause` (no secrets) at the end of the message.
     #[must_use]
     pub fn because(mut self, cause: impl fmt::Display) -> Self {

@@ -5,7 +5,7 @@
 //! <root>/objects/sha256/ab/<hex>         complete: verified, immutable, mode 0444; zeros may be holes
 //! <root>/objects/tmp/                    files being written, renamed when they are durable
 //! <root>/imports/<salt>-<n>/             an import under way: what it keeps, files without names
-//! <root>/located/ab/<hex>                "sha256:<hex> <size>": the content of a located id
+//! <root>/located/ab/<hex>                "sha256:<hex> <size> <checksum>": the content of a located id
 //! <root>/partial/<kind>-<hex>.data       sparse data of an object on its way
 //! <root>/partial/<kind>-<hex>.map        its chunks that are durable: bitmap with a checksum
 //! <root>/partial/<kind>-<hex>.live       its chunks that are here: words mapped by all processes
@@ -169,10 +169,14 @@ impl Store {
         let Some(bytes) = self.read_small(&path, 1 << 16)? else {
             return Ok(None);
         };
-        let identity: Identity = serde_json::from_slice(&bytes).map_err(|error| {
-            let message = format!("{} cannot be read: {error}", path.display());
+        let damaged = |why: &dyn std::fmt::Display| {
+            let message = format!(
+                "{} cannot be read: {why}; unless a newer version of hearth wrote it, remove that file: it is made anew, and the content of the store stays",
+                path.display()
+            );
             StoreError::new(StoreErrorKind::Damaged, message)
-        })?;
+        };
+        let identity: Identity = serde_json::from_slice(&bytes).map_err(|e| damaged(&e))?;
         if identity.format > FORMAT {
             let message = format!(
                 "store {} has format {}, this version of hearth knows up to {FORMAT}",
@@ -180,6 +184,10 @@ impl Store {
                 identity.format
             );
             return Err(StoreError::new(StoreErrorKind::NewerFormat, message));
+        }
+        let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+        if identity.format == 0 || identity.id.len() != 32 || !identity.id.bytes().all(is_hex) {
+            return Err(damaged(&"it holds no format and id of a store"));
         }
         Ok(Some(identity))
     }

@@ -27,8 +27,15 @@ pub(super) struct MountStatus {
     pub reference: String,
     pub revision: String,
     pub layout: String,
+    /// The process that serves it.
     pub pid: u32,
-    /// The log of that process, where it has one of its own.
+    /// The process that has the mount, and starts another server if that dies.
+    #[serde(default)]
+    pub keeper_pid: Option<u32>,
+    /// How often that has happened.
+    #[serde(default)]
+    pub restarts: u32,
+    /// The log of these processes, where they have one of their own.
     pub log: Option<PathBuf>,
     pub total_bytes: u64,
     pub present_bytes: u64,
@@ -51,6 +58,12 @@ fn name(mountpoint: &Path) -> String {
 /// The log file of the mount process for `mountpoint`.
 pub(super) fn log_path(root: &Path, mountpoint: &Path) -> PathBuf {
     root.join("run").join(format!("{}.log", name(mountpoint)))
+}
+
+/// Where the keeper of the mount on `mountpoint` listens.
+pub(super) fn keeper_path(root: &Path, mountpoint: &Path) -> PathBuf {
+    root.join("run")
+        .join(format!("{}.keeper", name(mountpoint)))
 }
 
 /// Removes the log of the mount process for `mountpoint` if it had nothing to say.
@@ -132,7 +145,7 @@ impl Drop for ControlServer {
 /// Whether a process of the store at `root` serves `mountpoint`, or did so until it was killed.
 pub(super) fn is_ours(root: &Path, mountpoint: &Path) -> bool {
     let socket = format!("{}.sock", name(mountpoint));
-    root.join("run").join(socket).exists()
+    root.join("run").join(socket).exists() || keeper_path(root, mountpoint).exists()
 }
 
 /// Asks the process that serves `mountpoint`; `None` where there is none.

@@ -1,6 +1,8 @@
 use std::{
+    ffi::OsString,
+    fs::File,
     io::{BufRead as _, BufReader},
-    os::unix::process::CommandExt as _,
+    os::{fd::AsFd as _, unix::process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     sync::Arc,
@@ -17,9 +19,13 @@ use super::{
 };
 use crate::{
     config::Config,
+    digest::Digest,
     fs::{Fetched, View, hub},
     metrics,
-    mount::Mount,
+    mount::{
+        Mount,
+        keeper::{self, Keeper, Link, Orphan},
+    },
     node::{Node, Progress, Resolved, Start},
     reference::{Locator, Reference},
     store::Hold,
@@ -28,7 +34,8 @@ use crate::{
 /// Mount a reference, readable at once, while its content is still arriving
 ///
 /// Returns when it is mounted; a process in the background serves it until `hearth umount DIR`, and
-/// logs where `hearth status DIR` says.
+/// logs where `hearth status DIR` says. Another one, its keeper, starts it again if it dies: then who
+/// reads waits a moment, and notices nothing else.
 /// Reads of what has not arrived wait for it and go before everything else.
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -44,10 +51,20 @@ pub(super) struct Args {
     /// Fetch only what is read, instead of everything in the background
     #[arg(long)]
     no_fill: bool,
-    /// Serve from this process until it is unmounted or interrupted
+    /// Serve from this process until it is unmounted or interrupted; the mount dies with it
     #[arg(long)]
     foreground: bool,
-    /// Tell the parent on stdout when it is mounted
+    /// Have the mount in the keeper that listens here: then it outlives this process, and goes on from
+    /// where another left off, taking over from it where it still runs
+    #[arg(long, value_name = "PATH", requires = "foreground")]
+    keeper: Option<PathBuf>,
+    /// Be the keeper: run a server, and start it again when it dies
+    #[arg(long, hide = true)]
+    keep: bool,
+    /// Be a server of the keeper on stdin
+    #[arg(long, hide = true, requires = "foreground")]
+    kept: bool,
+    /// Tell on stdout when it is mounted
     #[arg(long, hide = true, requires = "foreground")]
     tell_parent: bool,
 }
@@ -58,12 +75,18 @@ enum LayoutArg {
     Hub,
 }
 
-impl LayoutArg {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Tree => "tree",
-            Self::Hub => "hub",
+impl Args {
+    /// How to mount, for another process.
+    fn options(&self) -> Vec<OsString> {
+        let layout = match self.layout {
+            LayoutArg::Tree => "tree",
+            LayoutArg::Hub => "hub",
+        };
+        let mut options = vec!["--layout".into(), layout.into()];
+        if self.no_fill {
+            options.push("--no-fill".into());
         }
+        options
     }
 }
 
@@ -87,24 +110,74 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
             args.reference
         );
     }
+    if args.keep {
+        return keep(context, &args);
+    }
     if !args.foreground {
+        crate::mount::clean(&args.dir)?;
         let dir = crate::mount::check(&args.dir)?;
         return start(context, &args, &dir);
     }
-    if args.tell_parent {
-        // The terminal's signals are not for a process in the background.
-        nix::unistd::setsid().context("cannot leave the session")?;
-    }
     let result = serve(context, &args);
-    if !args.tell_parent {
-        return result;
+    match args.tell_parent {
+        true => result.or_else(|error| {
+            // A parent that is gone needs no answer.
+            let _ = tell(&Word::Failed(output::describe(&error)));
+            Ok(ExitCode::from(1))
+        }),
+        false => result,
     }
+}
+
+/// Keeps a mount and runs the server of it.
+fn keep(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
+    // The terminal's signals are not for a process in the background.
+    nix::unistd::setsid().context("cannot leave the session")?;
+    let output = std::io::stdout().as_fd().try_clone_to_owned()?;
+    nix::unistd::dup2_stdout(File::open("/dev/null")?)?;
+    let mut first_output = Some(output);
+    let mut arguments = context.arguments()?;
+    arguments.extend(["mount", "--foreground", "--kept"].map(OsString::from));
+    arguments.extend(args.options());
+    let what = [
+        OsString::from(args.reference.to_string()),
+        args.dir.clone().into(),
+    ];
+    let server = move || {
+        // The program of this process, even if another has taken its name.
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("hearth").args(&arguments);
+        match first_output.take() {
+            // Whoever waits for a word must hear it if the server dies without one.
+            Some(output) => command.args(["--tell-parent", "--"]).stdout(output),
+            None => command.arg("--").stdout(Stdio::null()),
+        };
+        command.args(&what);
+        command
+    };
+    let socket = control::keeper_path(&context.root, &args.dir);
+    let settings = keeper::Settings {
+        // A store that cannot be written has no place for it.
+        socket: socket
+            .parent()
+            .filter(|run| run.exists())
+            .map(|_| socket.clone()),
+        orphan_timeout: std::time::Duration::from_secs(context.config.mount.orphan_timeout),
+        server: Some(Box::new(server)),
+    };
+    let kept = Keeper::new(settings)?.run();
     control::remove_empty_log(&context.root, &args.dir);
-    result.or_else(|error| {
-        // A parent that is gone needs no answer.
-        let _ = tell(&Word::Failed(output::describe(&error)));
-        Ok(ExitCode::from(1))
-    })
+    kept.context("the keeper failed")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whether it is a disk that is full, or cannot be written any more: what it holds is served without.
+fn takes_nothing(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(
+        error.kind(),
+        QuotaExceeded | ReadOnlyFilesystem | StorageFull
+    )
 }
 
 /// Starts a process in the background and waits until it has mounted.
@@ -112,31 +185,23 @@ fn start(context: &Context, args: &Args, dir: &Path) -> anyhow::Result<ExitCode>
     let writable = context.store()?.writable(); // fail here rather than there
     let log_path = control::log_path(&context.root, dir);
     let log: Stdio = match writable {
-        true => crate::store::run_dir(&context.root)
-            .and_then(|_| std::fs::File::create(&log_path))
-            .with_context(|| format!("cannot write {}", log_path.display()))?
-            .into(),
+        true => {
+            let created = crate::store::run_dir(&context.root);
+            match created.and_then(|_| std::fs::File::create(&log_path)) {
+                Ok(log) => log.into(),
+                Err(error) if takes_nothing(&error) => Stdio::null(),
+                Err(error) => {
+                    let what = format!("cannot write {}", log_path.display());
+                    return Err(anyhow::Error::from(error).context(what));
+                }
+            }
+        }
         // A store that cannot be written serves what it has, and keeps no log.
         false => Stdio::null(),
     };
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("--store").arg(&context.root);
-    if let Some(config) = &context.config_path {
-        command.arg("--config").arg(std::path::absolute(config)?);
-    }
-    for _ in 0..context.verbose {
-        command.arg("--verbose");
-    }
-    command.args([
-        "mount",
-        "--foreground",
-        "--tell-parent",
-        "--layout",
-        args.layout.name(),
-    ]);
-    if args.no_fill {
-        command.arg("--no-fill");
-    }
+    command.args(context.arguments()?).args(["mount", "--keep"]);
+    command.args(args.options());
     // With the secrets that the canonical form leaves out, but never where others can read them.
     command.arg("--").arg(args.reference.to_string()).arg(dir);
     if let Some(secret) = args.reference.secret() {
@@ -158,11 +223,22 @@ fn start(context: &Context, args: &Args, dir: &Path) -> anyhow::Result<ExitCode>
     match serde_json::from_str(&answer) {
         Ok(Word::Mounted) => Ok(ExitCode::SUCCESS),
         Ok(Word::Failed(text)) => {
+            // It leaves nothing behind.
+            child.wait()?;
             output::note(&text);
             Ok(ExitCode::from(1))
         }
         Err(_) => {
-            let status = child.wait()?;
+            let status = loop {
+                if let Some(status) = child.try_wait()? {
+                    break status;
+                }
+                // The first server died before it could say that it had mounted; the next one serves.
+                if matches!(control::ask(&context.root, dir), Ok(Some(_))) {
+                    return Ok(ExitCode::SUCCESS);
+                }
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            };
             let log = std::fs::read_to_string(&log_path).unwrap_or_default();
             anyhow::bail!(
                 "the process that serves the mount ended with {status}\n{}",
@@ -217,10 +293,17 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             fill: !args.no_fill,
             hub_layout,
         };
+        let keeper = match (&args.keeper, args.kept) {
+            (Some(path), _) => Some(Arc::new(Link::connect(path)?)),
+            (None, true) => Some(Arc::new(Link::inherited()?)),
+            (None, false) => None,
+        };
+        let place = Place::find(&args.dir, keeper.as_ref())?;
+        let restarts = place.restarts;
         let mounting = Mounted::with_options(
             &node,
             &reference,
-            &args.dir,
+            place,
             &context.config,
             Arc::default(),
             options,
@@ -230,14 +313,18 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             code = super::interrupted() => return code,
         };
         let mut status = mounted.status.clone();
-        if args.tell_parent {
+        if args.kept {
             let log = control::log_path(&context.root, mounted.mount.dir());
             status.log = Some(log).filter(|log| log.exists());
         }
+        if let Some(keeper) = &keeper {
+            status.keeper = Some(keeper.keeper());
+            status.restarts = restarts;
+        }
         let control =
             ControlServer::start(&context.root, mounted.mount.dir(), move || status.get());
-        let _control = match control {
-            Err(error) if error.kind() == std::io::ErrorKind::ReadOnlyFilesystem => {
+        let control = match control {
+            Err(error) if takes_nothing(&error) => {
                 tracing::warn!(%error, "`hearth status` cannot ask this mount");
                 None
             }
@@ -249,17 +336,34 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
                 mounted.close().await?;
                 return Ok(ExitCode::from(1));
             }
-        } else {
+        } else if !args.kept {
             output::note(&format!(
                 "mounted {reference} on {}",
                 mounted.mount.dir().display()
             ));
         }
-        tokio::select! {
-            () = mounted.mount.ended() => {}
-            _ = super::interrupted() => {}
+        let mut leaves = keeper.as_ref().and_then(|keeper| keeper.leaves());
+        let asked_to_leave = async {
+            // Without a keeper it goes on being served.
+            if let Some(leaves) = &mut leaves
+                && leaves.recv().await.is_some()
+            {
+                return;
+            }
+            std::future::pending().await
+        };
+        let leave = tokio::select! {
+            () = mounted.mount.ended() => false,
+            _ = super::interrupted() => args.keeper.is_some(),
+            () = asked_to_leave => true,
+        };
+        if leave {
+            // Its name is for the next one.
+            drop(control);
+            mounted.leave().await?;
+        } else {
+            mounted.close().await?;
         }
-        mounted.close().await?;
         Ok(ExitCode::SUCCESS)
     });
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
@@ -273,13 +377,58 @@ pub(super) struct Options {
     hub_layout: bool,
 }
 
+/// Where it is mounted, and what is there already.
+struct Place<'a> {
+    dir: PathBuf,
+    keeper: Option<&'a Arc<Link>>,
+    /// The mount of a server before this one, and the artifact that it served.
+    orphan: Option<(Orphan, Digest)>,
+    restarts: u32,
+}
+
+impl<'a> Place<'a> {
+    /// What is mounted is found without being looked at: it may have no server.
+    fn find(dir: &Path, keeper: Option<&'a Arc<Link>>) -> anyhow::Result<Self> {
+        let mut place = Self {
+            dir: crate::mount::find(dir)?.unwrap_or_else(|| dir.to_owned()),
+            keeper,
+            orphan: None,
+            restarts: 0,
+        };
+        let mut sessions = match keeper {
+            Some(keeper) => keeper.sessions()?.into_iter(),
+            None => Vec::new().into_iter(),
+        };
+        let found = sessions.find(|kept| kept.dir() == place.dir);
+        if let (Some(kept), Some(keeper)) = (found, keeper) {
+            let orphan = keeper.show(&place.dir)?;
+            let about: Option<About> = serde_json::from_slice(orphan.about()).ok();
+            let digest = about.and_then(|about| about.digest.parse().ok()).context(
+                "what is mounted was described in a way that this version does not know",
+            )?;
+            place.orphan = Some((orphan, digest));
+            place.restarts = kept.servers;
+        } else {
+            crate::mount::clean(dir)?;
+        }
+        Ok(place)
+    }
+}
+
+/// What the keeper remembers of what is served.
+#[derive(Serialize, Deserialize)]
+struct About {
+    /// Of the artifact: it fixes all inode numbers.
+    digest: String,
+}
+
 /// A mounted reference and what belongs to it.
 pub(super) struct Mounted {
     mount: Arc<Mount>,
     status: Status,
     fill: Option<tokio::task::JoinHandle<()>>,
     _start: Option<Start>,
-    _hold: Hold,
+    _holds: Vec<Hold>,
 }
 
 /// Says how a mount does.
@@ -290,6 +439,8 @@ struct Status {
     resolved: Resolved,
     hub_layout: bool,
     log: Option<PathBuf>,
+    keeper: Option<u32>,
+    restarts: u32,
     error: Arc<Mutex<Option<String>>>,
 }
 
@@ -306,20 +457,34 @@ impl Mounted {
             fill: true,
             hub_layout: false,
         };
-        Self::with_options(node, reference, dir, config, progress, options).await
+        let place = Place::find(dir, None)?;
+        Self::with_options(node, reference, place, config, progress, options).await
     }
 
     async fn with_options(
         node: &Node,
         reference: &Reference,
-        dir: &Path,
+        place: Place<'_>,
         config: &Config,
         progress: Arc<Progress>,
         options: Options,
     ) -> anyhow::Result<Self> {
-        let resolved = node.resolve(reference).await?;
+        let resolved = match &place.orphan {
+            Some((_, digest)) => node.resume(reference, digest).await?,
+            None => node.resolve(reference).await?,
+        };
         let artifact = &resolved.artifact;
-        let hold = node.hold(&artifact.reference).await?;
+        let mut holds = Vec::new();
+        match node.hold(&artifact.reference).await {
+            Ok(hold) => holds.push(hold),
+            // It was forgotten while it was mounted.
+            Err(error) if place.orphan.is_none() => return Err(error.into()),
+            Err(error) => tracing::debug!(%error, "only the generation is held"),
+        }
+        let digest = artifact.digest();
+        if place.orphan.is_some() {
+            holds.push(node.hold_generation(&digest).await?);
+        }
         let error = Arc::new(Mutex::new(None));
         let start = node.start(&resolved).await?;
         let contents = |artifact| {
@@ -337,7 +502,28 @@ impl Mounted {
             _ => View::new(Arc::clone(artifact), contents(Arc::clone(artifact)))?,
         };
         let runtime = tokio::runtime::Handle::current();
-        let mount = Arc::new(Mount::new(Arc::new(view), dir, &config.mount, runtime)?);
+        let (view, dir, config) = (Arc::new(view), &*place.dir, &config.mount);
+        let mount = match (place.orphan, place.keeper) {
+            (Some((orphan, _)), Some(keeper)) => {
+                Mount::adopt(view, orphan, config, runtime, keeper)?
+            }
+            (_, Some(keeper)) => {
+                let digest = digest.to_string();
+                let about = serde_json::to_string(&About { digest })?;
+                Mount::kept(view, dir, config, runtime, keeper, &about)?
+            }
+            (_, None) => Mount::new(view, dir, config, runtime)?,
+        };
+        if let Some(keeper) = place.keeper {
+            // While no server is there, it must not be collected either.
+            let files: Vec<_> = holds
+                .iter()
+                .flat_map(Hold::files)
+                .map(|f| f.as_fd())
+                .collect();
+            keeper.hold(mount.dir(), &files)?;
+        }
+        let mount = Arc::new(mount);
         let fill = options.fill.then(|| {
             let (node, resolved) = (node.clone(), resolved.clone());
             let error = Arc::clone(&error);
@@ -363,6 +549,8 @@ impl Mounted {
             node: node.clone(),
             hub_layout: options.hub_layout,
             log: None,
+            keeper: None,
+            restarts: 0,
             error,
             resolved,
         };
@@ -371,8 +559,18 @@ impl Mounted {
             status,
             fill,
             _start: start,
-            _hold: hold,
+            _holds: holds,
         })
+    }
+
+    /// Leaves it mounted, for another process to serve.
+    async fn leave(self) -> anyhow::Result<()> {
+        if let Some(fill) = &self.fill {
+            fill.abort();
+        }
+        let mount = self.mount;
+        tokio::task::spawn_blocking(move || mount.leave()).await??;
+        Ok(())
     }
 
     /// Unmounts, if that is not done, and waits for the session's threads.
@@ -414,6 +612,8 @@ impl Status {
             revision: artifact.revision.clone(),
             layout: if self.hub_layout { "hub" } else { "tree" }.into(),
             pid: std::process::id(),
+            keeper_pid: self.keeper,
+            restarts: self.restarts,
             log: self.log.clone(),
             total_bytes: artifact.size(),
             present_bytes: artifact.stored().map(here).sum(),

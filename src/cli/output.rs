@@ -28,17 +28,19 @@ fn bars() -> &'static MultiProgress {
     BARS.get_or_init(MultiProgress::new)
 }
 
-/// Writes log lines to stderr, above the bars.
+/// Writes log lines to stderr, above the bars. A line that cannot be written is lost: the log of a
+/// mount may lie on a disk that is full, which is no reason for anything to stop.
 pub(super) struct LogWriter;
 
 impl io::Write for LogWriter {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        bars().suspend(|| io::stderr().write_all(data))?;
+        let _ = bars().suspend(|| io::stderr().write_all(data));
         Ok(data.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        let _ = io::stderr().flush();
+        Ok(())
     }
 }
 
@@ -66,7 +68,8 @@ pub(super) fn json(value: &impl serde::Serialize) -> anyhow::Result<()> {
 
 /// Says something on stderr.
 pub(super) fn note(text: &str) {
-    bars().suspend(|| eprintln!("{text}"));
+    // Who cannot be told goes on: the log may lie on a disk that is full.
+    let _ = bars().suspend(|| writeln!(io::stderr(), "{text}"));
 }
 
 /// `error:`, its causes, and a hint.

@@ -1,12 +1,24 @@
-use std::{path::Path, process::ExitCode};
+use std::{
+    path::Path,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use serde::Serialize;
 
-use super::{Context, control, output};
+use super::{
+    Context,
+    control::{self, MountStatus},
+    output,
+};
 use crate::{
+    mount::keeper::Link,
     node::{ArtifactStatus, FileStatus},
     reference::Reference,
 };
+
+/// How long to wait for a server that is being started again.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Show the store, or what of a reference is here, or how a mount does
 #[derive(clap::Args)]
@@ -136,15 +148,7 @@ fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
             "a reference has ://; `hearth status` shows what is mounted",
         ));
     };
-    let Some(status) = control::ask(&context.root, &path)? else {
-        return Err(output::hinted(
-            format!(
-                "{dir} is mounted, but no process of the store {} serves it",
-                context.root.display()
-            ),
-            "`hearth umount DIR` removes it if that process was killed; for another store say --store",
-        ));
-    };
+    let status = ask(context, dir, &path)?;
     if json {
         output::json(&status)?;
         return Ok(ExitCode::SUCCESS);
@@ -156,6 +160,13 @@ fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
         status.layout,
         status.pid
     ))?;
+    match (status.keeper_pid, status.restarts) {
+        (None, _) => {}
+        (Some(keeper), 0) => output::line(format!("kept by process {keeper}"))?,
+        (Some(keeper), times) => output::line(format!(
+            "kept by process {keeper}, which has started its server again ({times})"
+        ))?,
+    }
     output::line(format!(
         "{} of {} here ({} %), {}",
         output::size(status.present_bytes),
@@ -177,4 +188,41 @@ fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
         output::line(format!("the background fetch stopped: {error}"))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Asks the process that serves a mount; waits for it where it is being started again.
+fn ask(context: &Context, dir: &str, path: &Path) -> anyhow::Result<MountStatus> {
+    let begun = Instant::now();
+    let keeper = control::keeper_path(&context.root, path);
+    loop {
+        if let Some(status) = control::ask(&context.root, path)? {
+            return Ok(status);
+        }
+        let kept = Link::connect(&keeper);
+        match kept {
+            Ok(_) if begun.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(50)),
+            Ok(kept) => {
+                let log = control::log_path(&context.root, path);
+                return Err(output::hinted(
+                    format!(
+                        "{dir} is mounted, but its server does not come back; process {} goes on starting it",
+                        kept.keeper()
+                    ),
+                    format!(
+                        "{} says why; `hearth umount --force DIR` gives it up",
+                        log.display()
+                    ),
+                ));
+            }
+            Err(_) => {
+                return Err(output::hinted(
+                    format!(
+                        "{dir} is mounted, but no process of the store {} serves it",
+                        context.root.display()
+                    ),
+                    "`hearth umount DIR` removes it if that process was killed; for another store say --store",
+                ));
+            }
+        }
+    }
 }

@@ -1,6 +1,7 @@
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use super::{Context, control};
+use crate::mount::keeper::Link;
 
 /// Unmount what `hearth mount` mounted
 #[derive(clap::Args)]
@@ -10,6 +11,9 @@ pub(super) struct Args {
     /// Detach it even if files below it are open
     #[arg(long)]
     lazy: bool,
+    /// Take it away whatever its server does, even if that hangs: who reads below it gets an error
+    #[arg(long, conflicts_with = "lazy")]
+    force: bool,
 }
 
 /// How long the process that served it may take to end; what is detached may live on.
@@ -18,8 +22,26 @@ const PATIENCE_IF_LAZY: Duration = Duration::from_secs(1);
 
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     let found = crate::mount::find(&args.dir)?;
-    let server = found.and_then(|dir| control::ask(&context.root, &dir).ok()?);
-    crate::mount::unmount(&args.dir, args.lazy)?;
+    let keeper = found.as_ref().and_then(|dir| {
+        let path = control::keeper_path(&context.root, dir);
+        Link::connect(&path).ok()
+    });
+    let mut processes: Vec<u32> = keeper.iter().map(Link::keeper).collect();
+    if args.force {
+        let served = keeper.as_ref().and_then(|keeper| keeper.sessions().ok());
+        processes.extend(served.into_iter().flatten().filter_map(|kept| kept.server));
+        crate::mount::unmount_forced(&args.dir)?;
+        if let (Some(keeper), Some(dir)) = (&keeper, &found)
+            && let Err(error) = keeper.abort(dir)
+        {
+            tracing::debug!(%error, "the keeper has noticed by itself");
+        }
+    } else {
+        let server = found.and_then(|dir| control::ask(&context.root, &dir).ok()?);
+        processes.extend(server.map(|server| server.pid));
+        crate::mount::unmount(&args.dir, args.lazy)?;
+    }
+    drop(keeper);
     // What comes next may count on the store being left alone.
     let patience = if args.lazy {
         PATIENCE_IF_LAZY
@@ -27,7 +49,7 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         PATIENCE
     };
     let started = std::time::Instant::now();
-    while started.elapsed() < patience && server.as_ref().is_some_and(|s| runs(s.pid)) {
+    while started.elapsed() < patience && processes.iter().any(|&process| runs(process)) {
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(ExitCode::SUCCESS)

@@ -177,7 +177,8 @@ impl<'a> Run<'a> {
 
     /// Receives chunk after chunk, over as many requests as it takes.
     async fn receive(&mut self) -> Result<(), FetchError> {
-        let mut retry = Retry::new(self.engine.config.patience);
+        let gave = self.handle.last_trouble().gave();
+        let mut retry = Retry::new(self.engine.config.patience, gave);
         let mut partly: Option<ChunkWriter> = None;
         loop {
             let error = match self.request(&mut partly, &mut retry).await {
@@ -196,8 +197,7 @@ impl<'a> Run<'a> {
                 }
                 return Err(FetchError::source(self.handle, &error));
             };
-            tracing::info!(%error, ?pause, "trying again");
-            self.handle.last_trouble().note(&retry, &error);
+            self.handle.last_trouble().note(&retry, &error, pause);
             metrics::global().fetch_retries.add(1);
             tokio::time::sleep(pause).await;
         }

@@ -1,6 +1,7 @@
 //! One object being read or fetched: who brings which chunk, and who waits for what.
 
 mod read;
+mod through;
 mod whole;
 
 use std::{
@@ -29,7 +30,6 @@ use super::{
 use crate::{
     chunk::{self, CHUNK_SIZE},
     digest::ObjectId,
-    metrics,
     source::Source,
     store::{Complete, Lease, Partial, StoreErrorKind},
     tree::{Location, Object},
@@ -75,7 +75,8 @@ pub struct Handle {
     poisoned: AtomicBool,
     /// A chunk broke off of which readers may have been served a part.
     torn: AtomicBool,
-    full_since: Mutex<Option<Instant>>,
+    /// Since when the disk is avoided: it is full, or fails.
+    no_disk_since: Mutex<Option<Instant>>,
     since_checkpoint: AtomicU64,
     /// Single flight of small objects and of the final check.
     finishing: tokio::sync::Mutex<()>,
@@ -96,7 +97,7 @@ enum State {
     Small,
     /// As small, verified, on its way into the store.
     Held(Bytes),
-    /// The store could not make a place for it: every read goes to the origin.
+    /// The store could not make a place for it: reads go to the origin, until there is one.
     Streamed,
 }
 
@@ -119,21 +120,36 @@ impl Handle {
         let name = location.path.clone();
         let failed = |e| FetchError::store_named(&name, &e);
         let complete = || engine.store.complete(&object.id).map_err(failed);
-        let state = match complete()? {
-            Some(complete) => State::Complete(complete),
-            None if object.size <= CHUNK_SIZE => State::Small,
-            None => match engine.store.partial(&object.id, object.size) {
+        let streamed = |error: &dyn std::fmt::Display| {
+            if engine.store.writable() {
+                tracing::warn!(object = %object.id, path = name, %error, "no place in the store: reads go to the origin");
+            }
+            State::Streamed
+        };
+        let state = match complete() {
+            Ok(Some(complete)) => State::Complete(complete),
+            Ok(None) if object.size <= CHUNK_SIZE => State::Small,
+            Ok(None) => match engine.store.partial(&object.id, object.size) {
                 // Another process may have completed it in between.
-                Ok(partial) => match complete()? {
-                    Some(complete) => {
+                Ok(partial) => match complete() {
+                    Ok(Some(complete)) => {
                         partial.abandon().map_err(failed)?;
                         State::Complete(complete)
                     }
-                    None => State::Partial(partial),
+                    Ok(None) => State::Partial(partial),
+                    Err(e) if e.kind() == FetchErrorKind::Disk => streamed(&e),
+                    Err(e) => return Err(e),
                 },
-                Err(e) if cannot_keep(e.kind()) => State::Streamed,
+                Err(e) if cannot_keep(e.kind()) => streamed(&e),
                 Err(e) => return Err(failed(e)),
             },
+            Err(e) if e.kind() == FetchErrorKind::Disk => streamed(&e),
+            Err(e) => return Err(e),
+        };
+        let no_disk_since = matches!(state, State::Streamed).then(Instant::now);
+        let gave = match &state {
+            State::Partial(partial) => (0..partial.chunks()).any(|chunk| partial.present(chunk)),
+            _ => false,
         };
         if let State::Complete(complete) = &state
             && complete.size != object.size
@@ -159,13 +175,13 @@ impl Handle {
             sections: Mutex::new(sections),
             on_wrong: Mutex::default(),
             prefix: Mutex::default(),
-            trouble: LastTrouble::default(),
+            trouble: LastTrouble::new(gave),
             wrong: Mutex::default(),
             served: AtomicU64::new(NOTHING_SERVED),
             read: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             torn: AtomicBool::new(false),
-            full_since: Mutex::default(),
+            no_disk_since: Mutex::new(no_disk_since),
             since_checkpoint: AtomicU64::new(0),
             finishing: tokio::sync::Mutex::default(),
         }))
@@ -235,8 +251,17 @@ impl Handle {
     /// are missing. The caller has clipped the range to the object. Never waits for the network.
     ///
     /// # Errors
-    /// Where the disk cannot be read.
+    /// Where the store is damaged. What the disk does not give counts as missing: [`Handle::read`]
+    /// gets it elsewhere.
     pub fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool, FetchError> {
+        match self.read_here(offset, buf) {
+            Err(error) if error.kind() == FetchErrorKind::Disk => Ok(false),
+            other => other,
+        }
+    }
+
+    /// As [`Handle::try_read`], but says what the disk says.
+    fn read_here(&self, offset: u64, buf: &mut [u8]) -> Result<bool, FetchError> {
         let state = self.state.read().clone();
         match state {
             State::Complete(complete) => {
@@ -284,33 +309,37 @@ impl Handle {
         }
         self.expect_reads();
         let state = self.state.read().clone();
+        let bytes = offset..offset + len as u64;
         let partial = match state {
-            State::Complete(_) => return self.read_complete(offset, len),
-            State::Small => {
-                let data = self.small(Class::Demand).await?;
-                return Ok(data.slice(offset as usize..offset as usize + len));
+            State::Complete(_) => {
+                let read = self.read_complete(offset, len);
+                return self.or_through(read, bytes).await;
             }
             State::Held(data) => return Ok(data.slice(offset as usize..offset as usize + len)),
-            State::Streamed => return self.read_through(offset..offset + len as u64).await,
+            State::Small => {
+                let data = self.small(Class::Demand).await;
+                let read = data.map(|data| data.slice(offset as usize..offset as usize + len));
+                return self.or_through(read, bytes).await;
+            }
+            State::Streamed if self.avoids_disk() => return self.read_through(bytes).await,
+            State::Streamed => match self.find_place().await {
+                Some(partial) => partial,
+                None => return self.read_through(bytes).await,
+            },
             State::Partial(partial) => partial,
         };
         if self.strict() {
             self.ensure(Class::Demand).await?;
             return self.read_complete(offset, len);
         }
-        let bytes = offset..offset + len as u64;
         let mut data = vec![0; len];
-        let result = self.fill(&partial, &bytes, &mut data).await;
-        match result {
-            // Became complete meanwhile, perhaps with other bytes than those that were arriving.
+        let filled = self.fill(&partial, &bytes, &mut data).await;
+        // Became complete meanwhile, perhaps with other bytes than those that were arriving.
+        let filled = match filled {
             Ok(()) if self.complete().is_some() => self.read_complete(offset, len),
-            Ok(()) => Ok(data.into()),
-            Err(error) if error.kind() == FetchErrorKind::NoSpace => {
-                *self.full_since.lock() = Some(Instant::now());
-                self.read_through(bytes).await
-            }
-            Err(error) => Err(error),
-        }
+            filled => filled.map(|()| data.into()),
+        };
+        self.or_through(filled, bytes).await
     }
 
     // --- what flights and the dispatcher need ---
@@ -476,24 +505,10 @@ impl Handle {
 
     fn read_complete(&self, offset: u64, len: usize) -> Result<Bytes, FetchError> {
         let mut data = vec![0; len];
-        if self.try_read(offset, &mut data)? {
+        if self.read_here(offset, &mut data)? {
             return Ok(data.into());
         }
         Err(FetchError::cancelled(self))
-    }
-
-    /// Reads without storing: the disk is full.
-    async fn read_through(&self, bytes: Range<u64>) -> Result<Bytes, FetchError> {
-        if self.strict() {
-            let why =
-                "the disk is full, and nothing may be served before it is stored and verified";
-            return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
-        }
-        let data = self.receive(bytes, Class::Demand).await?;
-        metrics::global()
-            .fetch_streamed_bytes
-            .add(data.len() as u64);
-        Ok(data)
     }
 }
 
@@ -530,7 +545,10 @@ fn route(location: &Location, source: &Arc<dyn Source>) -> Arc<Route> {
 
 /// Whether content can still be served, just not kept.
 fn cannot_keep(kind: StoreErrorKind) -> bool {
-    matches!(kind, StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly)
+    matches!(
+        kind,
+        StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly | StoreErrorKind::Io
+    )
 }
 
 /// No reader was served from the partial object yet.

@@ -7,7 +7,10 @@ use std::{
 
 use parking_lot::Mutex;
 
-use crate::source::{SourceError, SourceErrorKind};
+use crate::{
+    metrics,
+    source::{SourceError, SourceErrorKind},
+};
 
 /// First pause between tries; doubles up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -21,15 +24,19 @@ pub(super) struct Retry {
     patience: Duration,
     since: Instant,
     failures: u32,
+    /// The origin gave some of it before: a refusal is one that may pass, such as of credentials
+    /// that are being renewed.
+    gave: bool,
 }
 
 impl Retry {
-    /// Gives up after `patience` without progress.
-    pub(super) fn new(patience: Duration) -> Self {
+    /// Gives up after `patience` without progress. `gave`: the origin gave some of it before.
+    pub(super) fn new(patience: Duration, gave: bool) -> Self {
         Self {
             patience,
             since: Instant::now(),
             failures: 0,
+            gave,
         }
     }
 
@@ -37,16 +44,18 @@ impl Retry {
     pub(super) fn progress(&mut self) {
         self.since = Instant::now();
         self.failures = 0;
+        self.gave = true;
     }
 
     /// The pause before the next try, or `None` where another try is no use.
     pub(super) fn pause(&mut self, error: &SourceError) -> Option<Duration> {
         self.failures += 1;
+        count(error.kind());
         let worth_it = match error.kind() {
-            SourceErrorKind::NotFound
-            | SourceErrorKind::Denied
-            | SourceErrorKind::Changed
-            | SourceErrorKind::Invalid => false,
+            SourceErrorKind::NotFound | SourceErrorKind::Changed | SourceErrorKind::Invalid => {
+                false
+            }
+            SourceErrorKind::Denied => self.gave,
             SourceErrorKind::Corrupt => self.failures < CORRUPT_TRIES,
             SourceErrorKind::Throttled | SourceErrorKind::Unavailable => true,
         };
@@ -64,6 +73,21 @@ impl Retry {
     }
 }
 
+/// Counts a failure by what it means.
+fn count(kind: SourceErrorKind) {
+    let metrics = metrics::global();
+    let counter = match kind {
+        SourceErrorKind::Unavailable => &metrics.fetch_failed_unavailable,
+        SourceErrorKind::Throttled => &metrics.fetch_failed_throttled,
+        SourceErrorKind::Denied => &metrics.fetch_failed_denied,
+        SourceErrorKind::NotFound
+        | SourceErrorKind::Changed
+        | SourceErrorKind::Corrupt
+        | SourceErrorKind::Invalid => &metrics.fetch_failed_other,
+    };
+    counter.add(1);
+}
+
 /// Why nothing arrives of an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trouble {
@@ -78,23 +102,43 @@ pub struct Trouble {
 /// The trouble of one object, for those who show how it does.
 #[derive(Default)]
 pub(super) struct LastTrouble {
+    /// Bytes arrived, ever.
+    gave: AtomicBool,
     any: AtomicBool,
     trouble: Mutex<Option<Trouble>>,
 }
 
 impl LastTrouble {
-    /// `error` is about to be waited out.
-    pub(super) fn note(&self, retry: &Retry, error: &SourceError) {
+    /// `gave`: the origin gave some of it to an earlier process.
+    pub(super) fn new(gave: bool) -> Self {
+        let gave = AtomicBool::new(gave);
+        Self {
+            gave,
+            ..Self::default()
+        }
+    }
+
+    /// `error` is about to be waited out, for `pause` at first. The first of a trouble is told.
+    pub(super) fn note(&self, retry: &Retry, error: &SourceError, pause: Duration) {
         *self.trouble.lock() = Some(Trouble {
             error: error.to_string(),
             since: retry.since,
             until: retry.since + retry.patience,
         });
-        self.any.store(true, Ordering::Release);
+        match self.any.swap(true, Ordering::AcqRel) {
+            false => tracing::warn!(%error, ?pause, patience = ?retry.patience, "trying again"),
+            true => tracing::info!(%error, ?pause, "trying again"),
+        }
+    }
+
+    /// Whether the origin gave bytes of it before.
+    pub(super) fn gave(&self) -> bool {
+        self.gave.load(Ordering::Relaxed)
     }
 
     /// Bytes arrived.
     pub(super) fn is_over(&self) {
+        self.gave.store(true, Ordering::Relaxed);
         if self.any.load(Ordering::Acquire) {
             self.any.store(false, Ordering::Release);
             *self.trouble.lock() = None;
@@ -130,9 +174,16 @@ mod tests {
             SourceErrorKind::Changed,
             SourceErrorKind::Invalid,
         ] {
-            assert_eq!(Retry::new(patience).pause(&error(kind)), None);
+            assert_eq!(Retry::new(patience, false).pause(&error(kind)), None);
         }
-        let mut retry = Retry::new(patience);
+        // Refused in the middle of what was given: credentials may be renewed.
+        let mut given = Retry::new(patience, false);
+        given.progress();
+        for mut retry in [given, Retry::new(patience, true)] {
+            assert!(retry.pause(&error(SourceErrorKind::Denied)).is_some());
+            assert_eq!(retry.pause(&error(SourceErrorKind::NotFound)), None);
+        }
+        let mut retry = Retry::new(patience, false);
         for _ in 0..CORRUPT_TRIES - 1 {
             assert!(retry.pause(&error(SourceErrorKind::Corrupt)).is_some());
         }
@@ -144,7 +195,7 @@ mod tests {
         let asked = error(SourceErrorKind::Throttled).with_retry_after(Some(patience / 2));
         assert!(retry.pause(&asked).unwrap() >= patience / 2);
         assert_eq!(
-            Retry::new(Duration::ZERO).pause(&error(SourceErrorKind::Unavailable)),
+            Retry::new(Duration::ZERO, true).pause(&error(SourceErrorKind::Unavailable)),
             None
         );
     }

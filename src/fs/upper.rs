@@ -153,6 +153,12 @@ impl Upper {
         Ok(top)
     }
 
+    /// Makes room for the numbers that views before this one have given.
+    pub(super) fn succeed(&self, before: u32) {
+        let mut state = self.state.lock();
+        state.next = state.next.max(UPPER + (u64::from(before) << 32));
+    }
+
     pub(super) fn attr(&self, ino: u64) -> Result<Attr, FsError> {
         self.state.lock().attr(ino)
     }

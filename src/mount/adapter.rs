@@ -16,7 +16,7 @@ use fuser::{
     ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use super::{errno::errno, server::Server};
+use super::{errno::errno, server::Server, session::RESENT};
 use crate::{
     disk::AlignedBuf,
     fs::{Attr, BLOCK, Change, FileKind, FsError, Opened, Owner, UPPER},
@@ -26,8 +26,8 @@ use crate::{
 /// own hand. (It adds this to its clock, so the largest duration would overflow.)
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const GENERATION: Generation = Generation(0);
-/// Handles carry nothing: all that is known of an open file is known by its inode.
-pub(super) const HANDLE: FileHandle = FileHandle(0);
+/// Of files of the upper, which know their opens themselves.
+const UPPER_HANDLE: FileHandle = FileHandle(0);
 /// Requests the kernel sends ahead of any reader (read-ahead) before it holds back.
 const BACKGROUND: u16 = 128;
 /// Bytes of the largest request. What kernels allow unless told otherwise (fs.fuse.max_pages_limit);
@@ -49,9 +49,12 @@ impl Filesystem for Adapter {
             | InitFlags::FUSE_DO_READDIRPLUS
             | InitFlags::FUSE_READDIRPLUS_AUTO
             | InitFlags::FUSE_CACHE_SYMLINKS
-            | InitFlags::FUSE_MAX_PAGES
-            | InitFlags::FUSE_HAS_RESEND;
-        if self.0.passthrough.load(Relaxed) {
+            | InitFlags::FUSE_MAX_PAGES;
+        if self.0.resend.load(Relaxed) {
+            wanted |= InitFlags::FUSE_HAS_RESEND;
+        }
+        let agreed = self.0.agreed.is_some_and(|agreed| agreed.passthrough);
+        if agreed || self.0.passthrough.load(Relaxed) {
             wanted |= InitFlags::FUSE_PASSTHROUGH;
         }
         let wanted = wanted & config.capabilities();
@@ -71,7 +74,8 @@ impl Filesystem for Adapter {
         Ok(())
     }
 
-    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _working = self.0.working(request);
         let server = &self.0;
         server.counters.lookups.add(1);
         match server.view.lookup(parent.0, name.as_bytes()) {
@@ -86,7 +90,8 @@ impl Filesystem for Adapter {
         self.0.counters.forgets.add(1);
     }
 
-    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, request: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        let _working = self.0.working(request);
         let server = &self.0;
         server.counters.getattrs.add(1);
         match server.view.attr(ino.0) {
@@ -95,29 +100,33 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
+    fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
+        let _working = self.0.working(request);
         match self.0.view.readlink(ino.0) {
             Ok(target) => reply.data(target),
             Err(error) => reply.error(self.0.errno("readlink", ino.0, &error)),
         }
     }
 
-    fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let server = &self.0;
+        let working = server.working(request);
         server.counters.opens.add(1);
         let ino = ino.0;
+        let handle = request.unique().0 & !RESENT;
         let write = flags.0 & libc::O_ACCMODE != libc::O_RDONLY;
         match server.view.open(ino, write) {
-            Ok(Opened::Upper) => reply.opened(HANDLE, FopenFlags::FOPEN_KEEP_CACHE),
+            Ok(Opened::Upper) => reply.opened(UPPER_HANDLE, FopenFlags::FOPEN_KEEP_CACHE),
             Ok(Opened::Body(body)) => {
                 let small = body.size() <= server.small_file;
                 if small && !body.is_verified() {
                     let server = server.clone();
-                    self.0
-                        .runtime
-                        .spawn(async move { server.open_small(ino, body, reply).await });
+                    self.0.runtime.spawn(async move {
+                        server.open_small(ino, handle, body, reply).await;
+                        drop(working);
+                    });
                 } else {
-                    server.answer_open(ino, body, reply);
+                    server.answer_open(ino, handle, body, reply);
                 }
             }
             Err(error) => reply.error(server.errno("open", ino, &error)),
@@ -126,7 +135,7 @@ impl Filesystem for Adapter {
 
     fn read(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         _: FileHandle,
         offset: u64,
@@ -135,6 +144,7 @@ impl Filesystem for Adapter {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let working = self.0.working(request);
         let server = &self.0;
         server.counters.reads.add(1);
         let ino = ino.0;
@@ -166,6 +176,7 @@ impl Filesystem for Adapter {
                     let server = server.clone();
                     self.0.runtime.spawn(async move {
                         server.read_later(ino, body, (offset, len), reply).await;
+                        drop(working);
                     });
                 }
                 Err(error) => reply.error(server.errno("read", ino, &error)),
@@ -175,37 +186,40 @@ impl Filesystem for Adapter {
 
     fn release(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
-        _: FileHandle,
+        handle: FileHandle,
         _: OpenFlags,
         _: Option<LockOwner>,
         _: bool,
         reply: ReplyEmpty,
     ) {
+        let _working = self.0.working(request);
         let server = &self.0;
         server.counters.releases.add(1);
         if ino.0 >= UPPER {
             server.view.release(ino.0);
         } else {
-            server.opens.release(ino.0);
+            server.opens.release(ino.0, handle.0);
         }
         reply.ok();
     }
 
-    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, request: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let _working = self.0.working(request);
         // Not needed, and the kernel need not ask again; it also caches directories then.
         reply.error(Errno::ENOSYS);
     }
 
     fn readdir(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         _: FileHandle,
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
+        let _working = self.0.working(request);
         let server = &self.0;
         server.counters.readdirs.add(1);
         let result = server.view.readdir(ino.0, offset, &mut |entry| {
@@ -221,12 +235,13 @@ impl Filesystem for Adapter {
 
     fn readdirplus(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         _: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
+        let _working = self.0.working(request);
         let server = &self.0;
         server.counters.readdirs.add(1);
         let result = server.view.readdir(ino.0, offset, &mut |entry| {
@@ -240,7 +255,8 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, request: &Request, _: INodeNo, reply: ReplyStatfs) {
+        let _working = self.0.working(request);
         let s = self.0.view.statfs();
         reply.statfs(
             s.blocks,
@@ -254,7 +270,15 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    fn getxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        size: u32,
+        reply: ReplyXattr,
+    ) {
+        let _working = self.0.working(request);
         if !self.0.view.has_xattrs() {
             // The kernel asks no more.
             return reply.error(Errno::ENOSYS);
@@ -266,7 +290,8 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        let _working = self.0.working(request);
         if !self.0.view.has_xattrs() {
             return reply.error(Errno::ENOSYS);
         }
@@ -288,6 +313,7 @@ impl Filesystem for Adapter {
         _: i32,
         reply: ReplyCreate,
     ) {
+        let _working = self.0.working(request);
         let server = &self.0;
         server.counters.opens.add(1);
         match server
@@ -298,7 +324,7 @@ impl Filesystem for Adapter {
                 &FOREVER,
                 &file_attr(&attr),
                 GENERATION,
-                HANDLE,
+                UPPER_HANDLE,
                 FopenFlags::FOPEN_KEEP_CACHE,
             ),
             Err(error) => reply.error(server.errno("create", parent.0, &error)),
@@ -314,6 +340,7 @@ impl Filesystem for Adapter {
         _: u32,
         reply: ReplyEntry,
     ) {
+        let _working = self.0.working(request);
         match self
             .0
             .view
@@ -326,7 +353,7 @@ impl Filesystem for Adapter {
 
     fn mknod(
         &self,
-        _: &Request,
+        request: &Request,
         parent: INodeNo,
         _: &OsStr,
         _: u32,
@@ -334,22 +361,25 @@ impl Filesystem for Adapter {
         _: u32,
         reply: ReplyEntry,
     ) {
+        let _working = self.0.working(request);
         reply.error(self.0.errno("mknod", parent.0, &FsError::NotPermitted));
     }
 
-    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _working = self.0.working(request);
         let result = self.0.view.unlink(parent.0, name.as_bytes());
         self.answer_empty("unlink", parent, result, reply);
     }
 
-    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _working = self.0.working(request);
         let result = self.0.view.rmdir(parent.0, name.as_bytes());
         self.answer_empty("rmdir", parent, result, reply);
     }
 
     fn rename(
         &self,
-        _: &Request,
+        request: &Request,
         parent: INodeNo,
         name: &OsStr,
         to_parent: INodeNo,
@@ -357,6 +387,7 @@ impl Filesystem for Adapter {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
+        let _working = self.0.working(request);
         let keep = flags == RenameFlags::RENAME_NOREPLACE;
         let result = if keep || flags.is_empty() {
             let to = (to_parent.0, to_name.as_bytes());
@@ -369,7 +400,7 @@ impl Filesystem for Adapter {
 
     fn write(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         _: FileHandle,
         offset: u64,
@@ -379,6 +410,7 @@ impl Filesystem for Adapter {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let _working = self.0.working(request);
         match self.0.view.write(ino.0, offset, data) {
             Ok(()) => reply.written(data.len() as u32),
             Err(error) => reply.error(self.0.errno("write", ino.0, &error)),
@@ -387,7 +419,7 @@ impl Filesystem for Adapter {
 
     fn setattr(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -403,6 +435,7 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        let _working = self.0.working(request);
         let mtime = mtime.map(|time| match time {
             TimeOrNow::SpecificTime(time) => time,
             TimeOrNow::Now => SystemTime::now(),
@@ -423,16 +456,19 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+    fn flush(&self, request: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        let _working = self.0.working(request);
         // Nothing is kept back, here and in the two below; the kernel asks no more.
         reply.error(Errno::ENOSYS);
     }
 
-    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+    fn fsync(&self, request: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        let _working = self.0.working(request);
         reply.error(Errno::ENOSYS);
     }
 
-    fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+    fn fsyncdir(&self, request: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        let _working = self.0.working(request);
         reply.error(Errno::ENOSYS);
     }
 }

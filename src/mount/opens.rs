@@ -8,20 +8,30 @@
 //! What the kernel holds in its page cache outlives the last release. It is as good as the body it
 //! came from: one that was complete, or one that says if it turns out wrong. Anything else is dropped
 //! at the next open.
+//!
+//! What is open is noted in the session's [`State`] before the kernel is told, so that a successor of
+//! this process answers the same.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map},
     fs::File,
     sync::{Arc, Weak},
 };
 
 use parking_lot::Mutex;
 
+use super::state::{Entry, Kind, Slot, State};
 use crate::fs::{Body, Whole};
+
+/// What is registered with the kernel as a backing file.
+pub(super) trait Registered {
+    fn id(&self) -> u32;
+}
 
 /// The open files of a mount, by inode; `B` is the kernel's backing id.
 pub(super) struct Opens<B> {
     files: Mutex<Files<B>>,
+    state: Arc<State>,
 }
 
 struct Files<B> {
@@ -31,16 +41,17 @@ struct Files<B> {
 }
 
 struct Open<B> {
-    handles: u64,
+    handles: HashMap<u64, Slot>,
     mode: Mode<B>,
 }
 
 enum Mode<B> {
-    Cached(Arc<dyn Body>),
+    /// No body: one that a predecessor had, and that could not be opened again yet.
+    Cached(Option<Arc<dyn Body>>),
     Passthrough {
         backing: Arc<B>,
         /// Keeps the file from eviction while the kernel reads it.
-        _whole: Arc<dyn Whole>,
+        _whole: Option<Arc<dyn Whole>>,
     },
 }
 
@@ -60,54 +71,108 @@ pub(super) enum Answer<B> {
     Passthrough(Arc<B>),
 }
 
-impl<B> Opens<B> {
-    pub(super) fn new() -> Self {
+impl<B: Registered> Opens<B> {
+    pub(super) fn new(state: Arc<State>) -> Self {
         Self {
             files: Mutex::new(Files {
                 open: HashMap::new(),
                 cached: HashMap::new(),
             }),
+            state,
         }
     }
 
-    /// Counts one more handle of `ino`. `register` is asked for a backing id where the content is
-    /// complete and nobody has the inode open. `watch` is called once for each body whose bytes
-    /// come into the page cache unverified.
+    /// Notes one more handle of `ino`, unless it is known. `register` is asked for a backing id where the
+    /// content is complete and nobody has the inode open. `watch` is called once for each body whose bytes
+    /// come into the page cache unverified. `None` where too many files are open.
     pub(super) fn open(
         &self,
-        ino: u64,
+        (ino, handle): (u64, u64),
         body: Arc<dyn Body>,
         register: impl FnOnce(&File) -> Option<B>,
         watch: impl FnOnce(&dyn Body),
-    ) -> Answer<B> {
+    ) -> Option<Answer<B>> {
         let Files { open, cached } = &mut *self.files.lock();
-        let open = open.entry(ino).or_insert_with(|| {
-            let passthrough = body.complete().and_then(|whole| {
-                let backing = Arc::new(register(whole.file())?);
-                Some(Mode::Passthrough {
-                    backing,
-                    _whole: whole,
+        let mut open = match open.entry(ino) {
+            hash_map::Entry::Occupied(open) => open,
+            hash_map::Entry::Vacant(place) => {
+                let passthrough = body.complete().and_then(|whole| {
+                    let backing = Arc::new(register(whole.file())?);
+                    let _whole = Some(whole);
+                    Some(Mode::Passthrough { backing, _whole })
+                });
+                place.insert_entry(Open {
+                    handles: HashMap::new(),
+                    mode: passthrough.unwrap_or_else(|| Mode::Cached(Some(body.clone()))),
                 })
-            });
-            Open {
-                handles: 0,
-                mode: passthrough.unwrap_or(Mode::Cached(body)),
             }
-        });
-        open.handles += 1;
-        match &open.mode {
-            // Under the lock: no other open may be answered before the body is watched.
-            Mode::Cached(body) => Answer::Cached {
-                keep: open.handles > 1 || note(cached, ino, body, watch),
-            },
-            Mode::Passthrough { backing, .. } => Answer::Passthrough(backing.clone()),
+        };
+        let Open { handles, mode } = open.get_mut();
+        if !handles.contains_key(&handle) {
+            let kind = match mode {
+                Mode::Cached(_) => Kind::Cached,
+                Mode::Passthrough { backing, .. } => Kind::Passthrough(backing.id()),
+            };
+            match self.state.add(Entry { kind, ino, handle }) {
+                Some(slot) => drop(handles.insert(handle, slot)),
+                None => {
+                    if handles.is_empty() {
+                        open.remove();
+                    }
+                    return None;
+                }
+            }
         }
+        let others = handles.len() > 1;
+        Some(match mode {
+            // Under the lock: no other open may be answered before the body is watched.
+            Mode::Cached(known) => {
+                let watched = others && known.is_some();
+                let body = known.get_or_insert(body);
+                Answer::Cached {
+                    keep: watched || note(cached, ino, body, watch),
+                }
+            }
+            Mode::Passthrough { backing, .. } => Answer::Passthrough(backing.clone()),
+        })
+    }
+
+    /// A handle that a predecessor of this process has answered, or was about to. `body` opens the
+    /// content, where that can be done; `wrap` takes its backing id over.
+    pub(super) fn restore(
+        &self,
+        slot: Slot,
+        entry: Entry,
+        body: impl FnOnce() -> Option<Arc<dyn Body>>,
+        wrap: impl FnOnce(u32) -> B,
+        watch: impl FnOnce(&dyn Body),
+    ) {
+        let Files { open, cached } = &mut *self.files.lock();
+        let open = open.entry(entry.ino).or_insert_with(|| {
+            let body = body();
+            let mode = match entry.kind {
+                Kind::Passthrough(id) => Mode::Passthrough {
+                    backing: Arc::new(wrap(id)),
+                    _whole: body.and_then(|body| body.complete()),
+                },
+                _ => {
+                    if let Some(body) = &body {
+                        // What the kernel holds came from the predecessor.
+                        note(cached, entry.ino, body, watch);
+                    }
+                    Mode::Cached(body)
+                }
+            };
+            let handles = HashMap::new();
+            Open { handles, mode }
+        });
+        open.handles.insert(entry.handle, slot);
     }
 
     /// The content of `ino`, where it is open and read through this process.
     pub(super) fn body(&self, ino: u64) -> Option<Arc<dyn Body>> {
         match &self.files.lock().open.get(&ino)?.mode {
-            Mode::Cached(body) => Some(body.clone()),
+            Mode::Cached(body) => body.clone(),
             Mode::Passthrough { .. } => None,
         }
     }
@@ -118,22 +183,34 @@ impl<B> Opens<B> {
         self.files.lock().cached.remove(&ino);
     }
 
-    /// One handle of `ino` is gone.
-    pub(super) fn release(&self, ino: u64) {
+    /// A handle of `ino` is gone; one that is not known was let go before.
+    pub(super) fn release(&self, ino: u64, handle: u64) {
         let mut files = self.files.lock();
-        let last = files.open.get_mut(&ino).is_some_and(|open| {
-            open.handles -= 1;
-            open.handles == 0
-        });
-        let gone = if last { files.open.remove(&ino) } else { None };
-        if let Some(Mode::Cached(body)) = gone.as_ref().map(|open| &open.mode)
-            && body.is_verified()
-        {
-            files.cached.insert(ino, Cached::Verified);
+        let Files { open, cached } = &mut *files;
+        let hash_map::Entry::Occupied(mut found) = open.entry(ino) else {
+            return;
+        };
+        let Some(slot) = found.get_mut().handles.remove(&handle) else {
+            return;
+        };
+        if !found.get().handles.is_empty() {
+            return self.state.remove(slot);
         }
-        drop(files);
-        // Closes the backing id, outside the lock.
-        drop(gone);
+        match found.remove().mode {
+            Mode::Cached(body) => {
+                if body.is_some_and(|body| body.is_verified()) {
+                    cached.insert(ino, Cached::Verified);
+                }
+                self.state.remove(slot);
+            }
+            mode @ Mode::Passthrough { .. } => {
+                self.state.closing(&slot);
+                drop(files);
+                // Closes the backing id, outside the lock.
+                drop(mode);
+                self.state.remove(slot);
+            }
+        }
     }
 }
 
@@ -194,42 +271,96 @@ mod tests {
         fn on_wrong(&self, _: Box<dyn Fn() + Send + Sync>) {}
     }
 
-    fn mode(answer: &Answer<u32>) -> Option<u32> {
-        match answer {
+    impl Registered for u32 {
+        fn id(&self) -> u32 {
+            *self
+        }
+    }
+
+    fn opens() -> Opens<u32> {
+        Opens::new(Arc::new(State::create(b"", b"").unwrap()))
+    }
+
+    fn mode(answer: Option<Answer<u32>>) -> Option<u32> {
+        match answer.unwrap() {
             Answer::Cached { .. } => None,
-            Answer::Passthrough(id) => Some(**id),
+            Answer::Passthrough(id) => Some(*id),
         }
     }
 
     #[test]
     fn the_first_open_decides_until_the_last_release() {
-        let opens = Opens::new();
+        let opens = opens();
         let body = Arc::new(Fake(Mutex::new(None)));
-        let open = |id: u32| mode(&opens.open(7, body.clone(), |_| Some(id), |_| {}));
+        let open = |id: u32| {
+            let at = (7, id.into());
+            mode(opens.open(at, body.clone(), |_| Some(id), |_| {}))
+        };
         assert_eq!(open(1), None);
         *body.0.lock() = Some(Arc::new(tempfile::tempfile().unwrap()));
         assert_eq!(open(2), None, "a reader through the page cache is left");
         assert!(opens.body(7).is_some());
-        opens.release(7);
+        opens.release(7, 1);
         assert_eq!(open(3), None);
-        opens.release(7);
-        opens.release(7);
+        opens.release(7, 2);
+        opens.release(7, 2);
+        assert_eq!(open(4), None, "a handle is let go once");
+        opens.release(7, 3);
+        opens.release(7, 4);
         assert_eq!(open(4), Some(4));
         assert_eq!(open(5), Some(4), "one backing for all handles");
         assert!(opens.body(7).is_none());
-        opens.release(7);
+        opens.release(7, 4);
         assert_eq!(open(6), Some(4));
-        opens.release(7);
-        opens.release(7);
-        opens.release(7);
+        assert_eq!(open(6), Some(4), "asked again");
+        opens.release(7, 5);
+        opens.release(7, 6);
         assert!(opens.files.lock().open.is_empty());
-        assert_eq!(mode(&opens.open(7, body.clone(), |_| None, |_| {})), None);
+        assert!(opens.state.entries().is_empty());
+        assert_eq!(
+            mode(opens.open((7, 9), body.clone(), |_| None, |_| {})),
+            None
+        );
+    }
+
+    #[test]
+    fn a_successor_opens_as_before() {
+        let first = opens();
+        let body = Arc::new(Fake(Mutex::new(None)));
+        let complete = || Some(Arc::new(tempfile::tempfile().unwrap()));
+        let open = |opens: &Opens<u32>, ino, handle, id| {
+            mode(opens.open((ino, handle), body.clone(), |_| Some(id), |_| {}))
+        };
+        assert_eq!(open(&first, 1, 10, 0), None);
+        assert_eq!(open(&first, 2, 11, 0), None);
+        *body.0.lock() = complete();
+        assert_eq!(open(&first, 3, 12, 31), Some(31));
+        assert_eq!(open(&first, 3, 13, 32), Some(31));
+
+        let state = Arc::new(State::open(first.state.fd().unwrap()).unwrap());
+        let next = Opens::new(state.clone());
+        for (slot, entry) in state.entries() {
+            // The content of 2 cannot be opened yet.
+            let found = || (entry.ino != 2).then(|| body.clone() as Arc<dyn Body>);
+            next.restore(slot, entry, found, |id| id, |_| {});
+        }
+        assert_eq!(open(&next, 1, 20, 0), None, "it is in the page cache");
+        assert!(next.body(2).is_none());
+        assert_eq!(open(&next, 2, 21, 0), None);
+        assert!(next.body(2).is_some());
+        assert_eq!(open(&next, 3, 22, 33), Some(31));
+        for (ino, handles) in [(1, [10, 20].as_slice()), (2, &[11, 21]), (3, &[12, 13, 22])] {
+            handles.iter().for_each(|&handle| next.release(ino, handle));
+        }
+        assert!(state.entries().is_empty());
+        assert_eq!(open(&next, 3, 23, 34), Some(34));
     }
 
     /// Opens without passthrough: whether pages are kept, and whether the body was to be watched.
-    fn open(opens: &Opens<u32>, body: &Arc<Fake>) -> (bool, bool) {
+    fn open(opens: &Opens<u32>, handle: u64, body: &Arc<Fake>) -> (bool, bool) {
         let mut watched = false;
-        match opens.open(7, body.clone(), |_| None, |_| watched = true) {
+        let answer = opens.open((7, handle), body.clone(), |_| None, |_| watched = true);
+        match answer.unwrap() {
             Answer::Cached { keep } => (keep, watched),
             Answer::Passthrough(_) => panic!("nothing was registered"),
         }
@@ -237,37 +368,38 @@ mod tests {
 
     #[test]
     fn pages_are_kept_that_are_verified_or_watched() {
-        let opens = Opens::new();
+        let opens = opens();
         let absent = || Arc::new(Fake(Mutex::new(None)));
         let finish = |body: &Fake| {
             *body.0.lock() = Some(Arc::new(tempfile::tempfile().unwrap()));
         };
         let first = absent();
-        assert_eq!(open(&opens, &first), (false, true), "nothing is known");
-        assert_eq!(open(&opens, &first), (true, false), "watched once");
-        opens.release(7);
-        opens.release(7);
-        assert_eq!(open(&opens, &first), (true, false), "still watched");
-        opens.release(7);
+        assert_eq!(open(&opens, 1, &first), (false, true), "nothing is known");
+        assert_eq!(open(&opens, 2, &first), (true, false), "watched once");
+        opens.release(7, 1);
+        opens.release(7, 2);
+        assert_eq!(open(&opens, 1, &first), (true, false), "still watched");
+        opens.release(7, 1);
         drop(first);
         let second = absent();
-        assert_eq!(open(&opens, &second), (false, true), "nobody told");
+        assert_eq!(open(&opens, 1, &second), (false, true), "nobody told");
         finish(&second);
-        opens.release(7);
+        opens.release(7, 1);
         let third = absent();
-        assert_eq!(
-            open(&opens, &third),
-            (true, true),
-            "verified pages are good"
-        );
-        opens.release(7);
+        let verified = open(&opens, 1, &third);
+        assert_eq!(verified, (true, true), "verified pages are good");
+        opens.release(7, 1);
         let fourth = absent();
         finish(&fourth);
-        assert_eq!(open(&opens, &fourth), (false, false), "not those between");
-        opens.release(7);
-        assert_eq!(open(&opens, &fourth), (true, false));
-        opens.release(7);
+        assert_eq!(
+            open(&opens, 1, &fourth),
+            (false, false),
+            "not those between"
+        );
+        opens.release(7, 1);
+        assert_eq!(open(&opens, 1, &fourth), (true, false));
+        opens.release(7, 1);
         opens.distrust(7);
-        assert_eq!(open(&opens, &fourth), (false, false));
+        assert_eq!(open(&opens, 1, &fourth), (false, false));
     }
 }

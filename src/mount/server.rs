@@ -2,21 +2,24 @@
 
 use std::{
     fs::File,
+    ops::RangeInclusive,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
 };
 
-use fuser::{BackingId, Errno, FopenFlags, INodeNo, Notifier, ReplyData, ReplyOpen};
+use fuser::{Errno, FileHandle, FopenFlags, Notifier, ReplyData, ReplyOpen};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use super::{
     Config,
     errno::errno,
-    opens::{Answer, Opens},
+    opens::{Answer, Opens, Registered as _},
+    session::{Agreed, Backing, Device, Session, drop_pages},
     stale::Stale,
+    state::{Kind, State, Working},
     stats::{Counters, Stats},
 };
 use crate::{
@@ -24,18 +27,24 @@ use crate::{
     fs::{Body, FsError, Opened, View},
 };
 
-use super::adapter::HANDLE;
-
 /// What serves one mount; shared by its threads and tasks.
 pub(super) struct Server {
     pub(super) view: Arc<View>,
     pub(super) runtime: Handle,
-    pub(super) opens: Opens<BackingId>,
+    pub(super) opens: Opens<Backing>,
+    pub(super) state: Arc<State>,
+    /// While the session runs.
+    pub(super) device: Weak<Device>,
     pub(super) counters: Counters,
     pub(super) small_file: u64,
     /// Off once the kernel has refused, for want of privilege or of a suitable store.
     pub(super) passthrough: AtomicBool,
-    /// While the session runs; afterwards it would keep the connection open.
+    /// What a predecessor agreed on with the kernel.
+    pub(super) agreed: Option<Agreed>,
+    /// Whether the kernel is to send again what this process leaves unanswered, and after the
+    /// handshake whether it can.
+    pub(super) resend: AtomicBool,
+    /// While the session runs: it holds the number of the fd that the session uses.
     pub(super) notifier: Mutex<Option<Notifier>>,
     pub(super) stale: Stale,
 }
@@ -47,11 +56,21 @@ impl std::fmt::Debug for Server {
 }
 
 impl Server {
-    pub(super) fn new(view: Arc<View>, config: &Config, runtime: Handle) -> Self {
+    pub(super) fn new(
+        view: Arc<View>,
+        session: &Session,
+        agreed: Option<Agreed>,
+        config: &Config,
+        runtime: Handle,
+    ) -> Self {
         Self {
             view,
             runtime,
-            opens: Opens::new(),
+            opens: Opens::new(session.state.clone()),
+            state: session.state.clone(),
+            device: Arc::downgrade(&session.device),
+            agreed,
+            resend: AtomicBool::new(agreed.map_or(config.resend, |agreed| agreed.resend)),
             counters: Counters::default(),
             small_file: config.small_file,
             passthrough: AtomicBool::new(config.passthrough),
@@ -60,7 +79,57 @@ impl Server {
         }
     }
 
-    /// The session begins, with this way to tell the kernel things, or ends.
+    /// Takes over what predecessors have noted as open, if there were any. Returns the inodes whose pages
+    /// are to be dropped: their content has been verified since they were opened, but nobody may have
+    /// been there to say that it had been wrong before. What is not verified yet is watched.
+    pub(super) fn succeed(self: &Arc<Self>, device: &Arc<Device>) -> Vec<u64> {
+        let before = self.state.next_server();
+        if before == 0 {
+            return Vec::new();
+        }
+        self.view.succeed(before);
+        self.state.reload();
+        let mut cached: Vec<u64> = Vec::new();
+        for (slot, entry) in self.state.entries() {
+            match entry.kind {
+                Kind::Working => continue,
+                Kind::Closing(id) => {
+                    drop(device.backing(id));
+                    self.state.remove(slot);
+                    continue;
+                }
+                Kind::Cached | Kind::Passthrough(_) => {}
+            }
+            let ino = entry.ino;
+            let body = || match self.view.open(ino, false) {
+                Ok(Opened::Body(body)) => {
+                    if entry.kind == Kind::Cached && body.is_verified() {
+                        cached.push(ino);
+                    }
+                    Some(body)
+                }
+                Ok(Opened::Upper) => None,
+                Err(error) => {
+                    tracing::warn!(ino, %error, "what is open cannot be opened again yet");
+                    None
+                }
+            };
+            let watch = |body: &dyn Body| self.watch(ino, body);
+            let wrap = |id| device.backing(id);
+            self.opens.restore(slot, entry, body, wrap, watch);
+        }
+        cached
+    }
+
+    /// Notes that a request is in hand, where it would be lost with this process.
+    pub(super) fn working(&self, request: &fuser::Request) -> Working {
+        match self.resend.load(Relaxed) {
+            true => Working::UNNOTED,
+            false => Working::on(&self.state, request.unique().0),
+        }
+    }
+
+    /// The session begins, or ends.
     pub(super) fn notify_by(&self, notifier: Option<Notifier>) {
         *self.notifier.lock() = notifier;
     }
@@ -98,22 +167,21 @@ impl Server {
         }
         let server = self.clone();
         let thread = std::thread::Builder::new().name("hearth-stale".into());
-        let started = thread.spawn(move || server.stale.drain(|ino| server.invalidate(ino)));
+        let started = thread.spawn(move || server.stale.drain(|ino| server.invalidate(ino..=ino)));
         if let Err(error) = started {
             self.stale.no_thread();
             tracing::error!(ino, %error, "the kernel keeps wrong bytes of open files: no thread");
         }
     }
 
-    /// Lets the kernel drop its pages of `ino`; waits for those that are being read.
-    pub(super) fn invalidate(&self, ino: u64) {
-        let Some(notifier) = self.notifier.lock().clone() else {
+    /// Lets the kernel drop its pages of these inodes; waits for those that are being read.
+    pub(super) fn invalidate(&self, inodes: RangeInclusive<u64>) {
+        let Some(device) = self.device.upgrade() else {
             return;
         };
-        // From 0, and no length: to the end.
-        match notifier.inval_inode(INodeNo(ino), 0, 0) {
+        match drop_pages(&device, inodes.clone()) {
             Ok(()) => self.counters.invalidations.add(1),
-            Err(error) => tracing::error!(ino, %error, "the kernel keeps wrong bytes"),
+            Err(error) => tracing::error!(?inodes, %error, "the kernel keeps wrong bytes"),
         }
     }
 
@@ -125,19 +193,26 @@ impl Server {
         let thread = std::thread::Builder::new().name("hearth-stale".into());
         let started = thread.spawn(move || {
             let inodes = server.view.artifact().tree.inodes().len() as u64;
-            (1..=inodes).for_each(|ino| server.invalidate(ino));
+            server.invalidate(1..=inodes);
         });
         if let Err(error) = started {
             tracing::error!(%error, "the kernel keeps what was refused: no thread");
         }
     }
 
-    pub(super) fn answer_open(self: &Arc<Self>, ino: u64, body: Arc<dyn Body>, reply: ReplyOpen) {
+    pub(super) fn answer_open(
+        self: &Arc<Self>,
+        ino: u64,
+        handle: u64,
+        body: Arc<dyn Body>,
+        reply: ReplyOpen,
+    ) {
         let register = |file: &File| {
             if !self.passthrough.load(Relaxed) {
                 return None;
             }
-            reply
+            self.device
+                .upgrade()?
                 .open_backing(file)
                 .inspect_err(|error| {
                     if self.passthrough.swap(false, Relaxed) {
@@ -147,18 +222,28 @@ impl Server {
                 .ok()
         };
         let watch = |body: &dyn Body| self.watch(ino, body);
-        match self.opens.open(ino, body, register, watch) {
-            Answer::Passthrough(backing) => {
+        let answer = self.opens.open((ino, handle), body, register, watch);
+        let handle = FileHandle(handle);
+        match answer {
+            Some(Answer::Passthrough(backing)) => {
                 self.counters.passthrough_opens.add(1);
-                reply.opened_passthrough(HANDLE, FopenFlags::FOPEN_NOFLUSH, &backing);
+                // SAFETY: the id is open as long as `backing`, and only that closes it: what wraps it here
+                // is taken apart again.
+                let wrapped = unsafe { reply.wrap_backing(backing.id()) };
+                reply.opened_passthrough(handle, FopenFlags::FOPEN_NOFLUSH, &wrapped);
+                wrapped.into_raw();
             }
             // Contents never change: what the kernel holds of a file stays good between opens,
             // unless it was wrong.
-            Answer::Cached { keep } if keep && !self.stale.has(ino) => reply.opened(
-                HANDLE,
+            Some(Answer::Cached { keep }) if keep && !self.stale.has(ino) => reply.opened(
+                handle,
                 FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
             ),
-            Answer::Cached { .. } => reply.opened(HANDLE, FopenFlags::FOPEN_NOFLUSH),
+            Some(Answer::Cached { .. }) => reply.opened(handle, FopenFlags::FOPEN_NOFLUSH),
+            None => {
+                tracing::warn!(ino, "too many files are open in this mount");
+                reply.error(Errno::ENFILE);
+            }
         }
     }
 
@@ -167,6 +252,7 @@ impl Server {
     pub(super) async fn open_small(
         self: Arc<Self>,
         ino: u64,
+        handle: u64,
         body: Arc<dyn Body>,
         reply: ReplyOpen,
     ) {
@@ -177,7 +263,7 @@ impl Server {
             | Err(FsError::Content {
                 kind: FetchErrorKind::NoSpace | FetchErrorKind::Disk,
                 ..
-            }) => self.answer_open(ino, body, reply),
+            }) => self.answer_open(ino, handle, body, reply),
             Err(error) => reply.error(self.errno("open", ino, &error)),
         }
     }

@@ -32,13 +32,17 @@ pub(super) const DIRECTORIES: [&str; 9] = [
 #[derive(Debug)]
 #[must_use]
 pub(super) struct FileLock {
-    _file: Arc<dyn DiskFile>,
+    file: Arc<dyn DiskFile>,
 }
 
 impl FileLock {
     /// The lock that `file` holds on itself.
     pub(super) fn new(file: Arc<dyn DiskFile>) -> Self {
-        Self { _file: file }
+        Self { file }
+    }
+
+    pub(super) fn file(&self) -> &std::fs::File {
+        self.file.file()
     }
 }
 
@@ -179,10 +183,15 @@ impl Store {
             let _ = self.disk.unlink(&temp);
             return Err(error.into());
         }
-        if let Some(parent) = path.parent() {
-            self.disk.sync_dir(parent)?;
+        self.sync_parent(path)
+    }
+
+    /// Makes the name of a file durable.
+    pub(super) fn sync_parent(&self, path: &Path) -> Result<()> {
+        match path.parent() {
+            Some(parent) => Ok(self.disk.sync_dir(parent)?),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Reads a small file; `None` where there is none.

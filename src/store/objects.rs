@@ -90,7 +90,7 @@ impl Store {
         };
         let path = self.located_path(key);
         let read = match self.read_small(&path, 256) {
-            Ok(Some(bytes)) => parse_located(&bytes),
+            Ok(Some(bytes)) => parse_located(key, &bytes),
             Ok(None) => return Ok(None),
             Err(error) if error.kind() == StoreErrorKind::Damaged => None,
             Err(error) => return Err(error),
@@ -119,7 +119,7 @@ impl Store {
         }
         let path = self.located_path(key);
         self.make_parent(&path)?;
-        self.write_durably(&path, format!("{digest} {size}\n").as_bytes())
+        self.write_durably(&path, located_record(key, digest, size).as_bytes())
     }
 
     /// Makes the directory that `path` lies in.
@@ -164,7 +164,7 @@ impl Store {
                 && self.located(id)? != Some((*digest, size))
             {
                 self.need_writable()?;
-                let record = format!("{digest} {size}\n");
+                let record = located_record(key, digest, size);
                 batch.add_record(record.as_bytes(), self.located_path(key))?;
             }
         }
@@ -197,10 +197,18 @@ pub(super) fn check_digest(id: &ObjectId, digest: &Digest) -> Result<()> {
     }
 }
 
-fn parse_located(bytes: &[u8]) -> Option<(Digest, u64)> {
-    let text = std::str::from_utf8(bytes).ok()?.strip_suffix('\n')?;
-    let (digest, size) = text.split_once(' ')?;
-    Some((digest.parse().ok()?, size.parse().ok()?))
+/// What the file `located/ab/<key>` says: digest, size, and a checksum over key and both, so that
+/// neither a flipped bit nor a misplaced file leads to other content.
+fn located_record(key: &Digest, digest: &Digest, size: u64) -> String {
+    let checksum = Digest::of(format!("{key} {digest} {size}").as_bytes());
+    format!("{digest} {size} {}\n", &checksum.hex()[..32])
+}
+
+fn parse_located(key: &Digest, bytes: &[u8]) -> Option<(Digest, u64)> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    let mut words = text.split(' ');
+    let (digest, size) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    (located_record(key, &digest, size) == text).then_some((digest, size))
 }
 
 /// The SHA-256 of a file, read in order by 1 MiB. `seen` is told the bytes of each read, and stops

@@ -370,20 +370,20 @@ impl Partial {
         }
         // First, so that a crash in between costs nothing: the record of a missing object is none.
         self.store.write_located(&self.id, &digest, self.size)?;
+        let path = self.store.object_path(&digest);
         let kept = self.store.open_object(&digest)?;
         let complete = match kept.filter(|object| object.size == self.size) {
             Some(object) => {
+                // It may have been renamed here, by an attempt that failed since.
+                self.store.sync_parent(&path)?;
                 disk.unlink(&self.paths.data)?;
                 Some(object)
             }
             None => {
-                let path = self.store.object_path(&digest);
                 self.store.make_parent(&path)?;
                 disk.rename(&self.paths.data, &path)?;
                 self.data.set_mode(0o444)?;
-                if let Some(parent) = path.parent() {
-                    disk.sync_dir(parent)?;
-                }
+                self.store.sync_parent(&path)?;
                 self.store.open_object(&digest)?
             }
         };

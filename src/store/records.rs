@@ -1,6 +1,7 @@
 //! What the store knows of references: records, trees, holds, pins.
 
 use std::{
+    fs::File,
     path::{Path, PathBuf},
     time::SystemTime,
 };
@@ -49,8 +50,18 @@ pub struct Record {
 #[derive(Debug)]
 #[must_use = "dropped at once, it holds nothing"]
 pub struct Hold {
-    _reference: Option<FileLock>,
-    _tree: Option<FileLock>,
+    reference: Option<FileLock>,
+    tree: Option<FileLock>,
+}
+
+impl Hold {
+    /// The locked files: whoever has a copy of their descriptors holds it, too.
+    pub fn files(&self) -> impl Iterator<Item = &File> {
+        [&self.reference, &self.tree]
+            .into_iter()
+            .flatten()
+            .map(FileLock::file)
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -152,6 +163,14 @@ impl Store {
         Ok(artifact.map(|artifact| (record, artifact)))
     }
 
+    /// An artifact by its digest, whatever references mean by now. A damaged tree counts as absent.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn generation(&self, digest: &Digest) -> Result<Option<Artifact>> {
+        self.read_tree(digest)
+    }
+
     /// All records, by reference. Damaged ones are left out.
     ///
     /// # Errors
@@ -250,8 +269,23 @@ impl Store {
             self.disk.touch(&path)?;
         }
         Ok(Hold {
-            _reference: lock,
-            _tree: tree.flatten(),
+            reference: lock,
+            tree: tree.flatten(),
+        })
+    }
+
+    /// Keeps a generation from eviction while the guard lives, in any process.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn hold_generation(&self, digest: &Digest) -> Result<Hold> {
+        let tree = match self.writable {
+            true => self.lock_tree(digest, Span::Shared, true)?,
+            false => None,
+        };
+        Ok(Hold {
+            reference: None,
+            tree,
         })
     }
 

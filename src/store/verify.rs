@@ -83,7 +83,7 @@ struct Check {
 
 impl Store {
     /// Hashes complete objects from the disk (not from the page cache, where it can be dropped),
-    /// and checks trees, records, chunk maps and indexes. With `repair`, what is damaged is removed; who
+    /// and checks trees, records, chunk maps, located ids and indexes. With `repair`, what is damaged is removed; who
     /// wants it fetches it again. `progress` stops the run by saying false.
     ///
     /// # Errors
@@ -110,6 +110,7 @@ impl Store {
                     Ok(())
                 })?;
                 self.verify_maps(repair, &mut report)?;
+                self.verify_located(repair, &mut report)?;
                 for path in self.image_paths()? {
                     self.verify_image(path, repair, &mut report, &mut layers)?;
                 }
@@ -353,6 +354,25 @@ impl Store {
                         report,
                     )?;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the records that say which content a located id has.
+    fn verify_located(&self, repair: bool, report: &mut VerifyReport) -> Result<()> {
+        let mut bad = Vec::new();
+        self.each_sharded(&self.root.join("located"), |key, path, _| {
+            if self.located(&ObjectId::Located(key))?.is_none() {
+                bad.push(path);
+            }
+            Ok(())
+        })?;
+        for path in bad {
+            // Unless it was collected meanwhile.
+            if self.disk.stat(&path)?.is_some() {
+                let what = "its checksum does not fit";
+                self.damaged(path, what, Vec::new(), repair, report)?;
             }
         }
         Ok(())

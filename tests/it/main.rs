@@ -1,9 +1,11 @@
 //! Tests that need nothing but a temporary directory.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod bad_bytes;
 mod corpus;
 mod decode;
 mod digests;
+mod disk_faults;
 mod erofs;
 mod fetch;
 mod fs;

@@ -32,6 +32,8 @@ pub(crate) enum Fault {
     Long,
     /// The first byte of the body is wrong.
     Flip,
+    /// This bit of the body is wrong, counted round and round.
+    FlipBit(usize),
     /// Nothing is ever answered.
     Stall,
 }
@@ -153,6 +155,10 @@ impl Source for Scripted {
             Some(Fault::Short(at)) => body.truncate(at as usize),
             Some(Fault::Long) => body.push(0),
             Some(Fault::Flip) => body[0] ^= 1,
+            Some(Fault::FlipBit(bit)) => {
+                let len = body.len();
+                body[bit / 8 % len] ^= 1 << (bit % 8);
+            }
         }
         if self.always_wrong.load(Ordering::Relaxed) {
             body[0] ^= 1;

@@ -4,8 +4,10 @@
 
 mod artifacts;
 mod crash;
+pub(crate) mod failing;
 mod images;
 mod import;
+pub(crate) mod integrity;
 mod model;
 mod objects;
 mod processes;

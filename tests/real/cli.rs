@@ -17,17 +17,23 @@ use crate::{
     sources::bytes,
 };
 
+mod chaos;
 mod commands;
 mod consumers;
 mod demo;
+mod disk;
 mod faults;
 mod forged;
 mod hostile;
 mod interrupted;
+mod matrix;
+mod memory;
 mod models;
 mod mounts;
+mod offline;
 mod private;
 mod secrets;
+mod survive;
 
 /// Longest time that anything but a server may take.
 const LIMIT: &str = "120";

@@ -12,6 +12,7 @@ mod layers;
 mod mount;
 mod native;
 mod oci_models;
+mod proxy;
 mod pushed;
 mod registry;
 #[path = "../it/scripted_source.rs"]

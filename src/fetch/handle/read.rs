@@ -20,8 +20,6 @@ use crate::{
 const OTHER_PROCESS: Duration = Duration::from_millis(5);
 /// How long a reader waits for what another process has claimed.
 const OTHER_PROCESS_PATIENCE: Duration = Duration::from_millis(200);
-/// After the disk was full, reads go straight to the origin for this long before trying again.
-const FULL_DISK: Duration = Duration::from_secs(5);
 
 /// How often one who follows looks again, should nothing wake him.
 const FOLLOW: Duration = Duration::from_millis(50);
@@ -135,16 +133,9 @@ impl Handle {
         bytes: &Range<u64>,
         data: &mut [u8],
     ) -> Result<(), FetchError> {
-        if self
-            .full_since
-            .lock()
-            .is_some_and(|since| since.elapsed() < FULL_DISK)
-        {
-            return Err(FetchError::new(
-                self,
-                FetchErrorKind::NoSpace,
-                &"the disk is full",
-            ));
+        if self.avoids_disk() && !self.copy_present(partial, bytes, data).unwrap_or(false) {
+            let why = "the disk is full, or fails";
+            return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
         }
         let mut carriers = self.demand(partial, chunk::covering(bytes))?;
         self.note(bytes, partial);

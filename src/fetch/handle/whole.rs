@@ -51,10 +51,13 @@ impl Handle {
                     )
                 });
             }
-            State::Streamed => {
-                let why = "the store could not make a place for it";
-                return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
-            }
+            State::Streamed => match self.find_place().await {
+                Some(partial) => partial,
+                None => {
+                    let why = "the store could not make a place for it";
+                    return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
+                }
+            },
             State::Partial(partial) => partial,
         };
         loop {
@@ -177,7 +180,7 @@ impl Handle {
         let _demand = (class == Class::Demand).then(|| engine.gate.enter());
         let mut routes_tried = 0;
         let mut data = Vec::with_capacity((bytes.end - bytes.start) as usize);
-        let mut retry = Retry::new(engine.config.patience);
+        let mut retry = Retry::new(engine.config.patience, self.trouble.gave());
         while (data.len() as u64) < bytes.end - bytes.start {
             let before = data.len();
             let route = self.route();
@@ -230,7 +233,7 @@ impl Handle {
                 }
                 return Err(FetchError::source(self, &failure));
             };
-            self.trouble.note(&retry, &failure);
+            self.trouble.note(&retry, &failure, pause);
             metrics::global().fetch_retries.add(1);
             tokio::time::sleep(pause).await;
         }
@@ -316,7 +319,7 @@ impl Handle {
         match stored {
             Ok(_) => Ok(()),
             Err(Some(e)) if cannot_keep(e.kind()) && !self.strict() => {
-                tracing::debug!(object = %self.id(), "served without being stored");
+                self.avoid_disk(&e);
                 Ok(())
             }
             Err(Some(e)) => Err(FetchError::store(self, &e)),

@@ -14,7 +14,7 @@ use super::{
 };
 use hearth::{
     disk::Disk,
-    store::{CollectOptions, ImageRecord, VerifyScope},
+    store::{CollectOptions, ImageRecord, VerifyScope, hash_file},
 };
 
 /// What the store has acknowledged, and what may be there.
@@ -33,8 +33,17 @@ struct Expected {
     indexes: BTreeMap<Digest, (Vec<Vec<u8>>, usize)>,
     /// Images that may be recorded, and whether they are acknowledged.
     images: Vec<(ImageRecord, bool)>,
+    /// Pins, and whether they must be there; `None` while they are being made or removed.
+    pins: BTreeMap<(String, &'static str), Option<bool>>,
+    /// Images of roots that may be there, and whether they are acknowledged.
+    roots: Vec<(Digest, Vec<u8>, bool)>,
+    /// Artifacts that are there with all their content; or, if they need not be there, that are not
+    /// there or are so with all their content.
+    kept: Vec<(Artifact, [Vec<u8>; 2], bool)>,
     /// Whether the store itself was acknowledged.
     made: bool,
+    /// Whether the scenario is at work on what other tests look at.
+    preparing: bool,
 }
 
 /// Runs `scenario`; at each operation checks what a power failure would leave.
@@ -47,6 +56,9 @@ fn at_every_crash(scenario: impl FnOnce(Arc<dyn Disk>, &Path, &Arc<Mutex<Expecte
     let (from, shared, scratch) = (root.clone(), Arc::clone(&expected), dir.path().join("left"));
     let mut points = 0u64;
     sim.before_each(move |image, what| {
+        if shared.lock().unwrap().preparing {
+            return;
+        }
         points += 1;
         let kinds = [
             (Left::Nothing, Left::Nothing),
@@ -113,6 +125,7 @@ fn check(root: &Path, expected: &Expected, case: &str) {
         assert!(store.complete(id).unwrap().is_some(), "{case}");
     }
     check_images(&store, expected, case);
+    check_kept(&store, expected, case);
     let Some(first) = expected.artifacts.first() else {
         return;
     };
@@ -168,6 +181,45 @@ fn check_images(store: &Store, expected: &Expected, case: &str) {
             }
         }
     }
+}
+
+fn check_kept(store: &Arc<Store>, expected: &Expected, case: &str) {
+    for ((reference, owner), must) in &expected.pins {
+        let pinned = store.pins(reference).unwrap().iter().any(|o| o == owner);
+        let fits = must.is_none_or(|must| must == pinned);
+        assert!(
+            fits,
+            "{case}: {owner} pins {reference}: {pinned}, not {must:?}"
+        );
+    }
+    for (digest, image, acknowledged) in &expected.roots {
+        let found = std::fs::read(store.root_image(digest)).ok();
+        assert!(found.is_some() || !acknowledged, "{case}: a root is lost");
+        assert!(
+            found.is_none_or(|found| found == *image),
+            "{case}: a torn root"
+        );
+    }
+    if expected.kept.is_empty() {
+        return;
+    }
+    for round in ["at once", "after a collection"] {
+        for (artifact, contents, must) in &expected.kept {
+            let name = &artifact.reference;
+            let found = store.artifact(name).unwrap();
+            assert!(found.is_some() || !must, "{case}: {name} is lost {round}");
+            let Some((_, found)) = found else { continue };
+            assert_eq!(found, *artifact, "{case}");
+            for (object, right) in found.objects.iter().zip(contents) {
+                let complete = store.complete(&object.id).unwrap();
+                let found = complete.and_then(|c| hash_file(c.file(), |_| true).unwrap());
+                assert_eq!(found, Some(Digest::of(right)), "{case}: {name} {round}");
+            }
+        }
+        store.collect(&CollectOptions::default()).unwrap();
+    }
+    let report = store.verify(VerifyScope::All, false, |_| true).unwrap();
+    assert_eq!(report.damaged, [], "{case}");
 }
 
 fn make(disk: Arc<dyn Disk>, root: &Path, expected: &Mutex<Expected>) -> Arc<Store> {
@@ -354,6 +406,157 @@ fn indexes_and_images_survive_power_failures() {
             store.record_image(&image).unwrap();
             expected.lock().unwrap().images.last_mut().unwrap().1 = true;
         }
+    });
+}
+
+#[test]
+fn pins_and_roots_survive_power_failures() {
+    at_every_crash(|disk, root, expected| {
+        let store = make(disk, root, expected);
+        let pin = |reference: &str, owner, now: Option<bool>| {
+            let pin = (reference.to_owned(), owner);
+            expected.lock().unwrap().pins.insert(pin, now);
+        };
+        for (reference, owner) in [
+            ("hf://a/b", "pod/1"),
+            ("hf://a/b", "user"),
+            ("s3://c", "pod/1"),
+        ] {
+            pin(reference, owner, None);
+            store.pin(reference, owner).unwrap();
+            pin(reference, owner, Some(true));
+        }
+        pin("hf://a/b", "pod/1", None);
+        assert!(store.unpin("hf://a/b", "pod/1").unwrap());
+        pin("hf://a/b", "pod/1", Some(false));
+        for seed in [70, 71] {
+            let (digest, image) = (Digest::of(&[seed]), content(seed.into(), 10_000));
+            expected
+                .lock()
+                .unwrap()
+                .roots
+                .push((digest, image.clone(), false));
+            let written = store.write_root_image(&digest, |to| {
+                image.chunks(3000).try_for_each(|part| to.write_all(part))
+            });
+            written.unwrap();
+            expected.lock().unwrap().roots.last_mut().unwrap().2 = true;
+        }
+    });
+}
+
+/// By the watermarks, and by name: what goes goes as a whole, what is pinned or held stays.
+#[test]
+fn evictions_survive_power_failures() {
+    at_every_crash(|disk, root, expected| {
+        expected.lock().unwrap().preparing = true;
+        let store = make(Arc::clone(&disk), root, expected);
+        let shared = content(80, 6000);
+        for (at, name) in ["pinned", "held", "old", "older", "new"]
+            .into_iter()
+            .enumerate()
+        {
+            let own = content(81 + at as u64, 30_000);
+            let artifact = artifact(name, &[&shared, &own], at % 2 == 1);
+            store.record(&artifact).unwrap();
+            let contents = artifact.objects.iter().map(|o| o.id).zip([&shared, &own]);
+            let batch: Vec<_> = contents.map(|(id, b)| (id, b.clone().into())).collect();
+            store.put(&batch).unwrap();
+            let must = !name.starts_with("old");
+            let mut expected = expected.lock().unwrap();
+            expected.kept.push((artifact, [shared.clone(), own], must));
+        }
+        let old = image("old", &["base", "old"]);
+        store.record_image(&old).unwrap();
+        store
+            .put_index(&old.layers[1].blob, &content(90, 500))
+            .unwrap();
+        store.pin("pinned", "test").unwrap();
+        let _hold = store.hold("held").unwrap();
+        for (name, seconds) in [("pinned", 900), ("held", 800), ("older", 700), ("old", 600)] {
+            let name = Digest::of(name.as_bytes()).hex();
+            let record = store.root().join(format!("artifacts/{name}.json"));
+            let used = std::time::SystemTime::now() - std::time::Duration::from_secs(seconds);
+            std::fs::File::open(record)
+                .unwrap()
+                .set_modified(used)
+                .unwrap();
+        }
+        {
+            let mut expected = expected.lock().unwrap();
+            expected.pins.insert(("pinned".into(), "test"), Some(true));
+            expected.preparing = false;
+        }
+        let used = store.usage().unwrap().bytes();
+        let limited = hearth::store::Config {
+            max_bytes: Some(ByteSize(used - 5000)),
+            high_watermark: 0.9,
+            low_watermark: 0.8,
+            ..config()
+        };
+        let small = Store::open_on(disk, store.root(), &limited).unwrap();
+        let report = small.collect(&CollectOptions::default()).unwrap();
+        assert_eq!(report.evicted, ["older", "old"]);
+        expected.lock().unwrap().kept.last_mut().unwrap().2 = false;
+        assert!(store.remove("new").unwrap());
+        store.collect(&CollectOptions::default()).unwrap();
+        let left: Vec<_> = store
+            .records()
+            .unwrap()
+            .into_iter()
+            .map(|r| r.reference)
+            .collect();
+        assert_eq!(left, ["held", "pinned"]);
+    });
+}
+
+/// The whole of a warm with a pin: engine, dispatcher, batches of small files, verification.
+#[test]
+fn a_warm_survives_power_failures() {
+    use hearth::{
+        fetch::{self, Engine},
+        node::{Node, Progress},
+        source::{self, Sources},
+    };
+    let origin = tempfile::tempdir().unwrap();
+    for (name, seed, size) in [
+        ("a.bin", 100, MIB + 77),
+        ("b.json", 101, 300),
+        ("c.txt", 102, 9000),
+    ] {
+        std::fs::write(origin.path().join(name), content(seed, size)).unwrap();
+    }
+    let name = format!("file://{}", origin.path().display());
+    let reference = name.parse().unwrap();
+    at_every_crash(|disk, root, expected| {
+        let store = make(disk, root, expected);
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(async {
+            let engine = Engine::new(Arc::clone(&store), fetch::Config::default());
+            let node = Node::new(engine, Sources::new(source::Config::default()));
+            let artifact = node.inspect(&reference).await.unwrap();
+            let ids: Vec<_> = artifact.objects.iter().map(|o| o.id).collect();
+            {
+                let mut expected = expected.lock().unwrap();
+                for object in &artifact.objects {
+                    let location = object.recipe.location().unwrap();
+                    let bytes = std::fs::read(&location.path).unwrap();
+                    expected
+                        .objects
+                        .push((object.id, Digest::of(&bytes), bytes));
+                }
+                expected.artifacts.push(artifact);
+                expected.pins.insert((name.clone(), "test"), None);
+            }
+            let progress = Progress::default();
+            node.warm(&reference, Some("test"), &progress)
+                .await
+                .unwrap();
+            let mut expected = expected.lock().unwrap();
+            expected.complete.extend(ids);
+            expected.recorded = 1;
+            expected.pins.insert((name.clone(), "test"), Some(true));
+        });
     });
 }
 

@@ -1,0 +1,97 @@
+//! Past the disk: reads of what it has no room for, or does not give back, go to the origin.
+
+use std::{
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+
+use super::{Handle, State};
+use crate::{
+    fetch::{Class, FetchError, FetchErrorKind},
+    metrics,
+    store::Partial,
+};
+
+/// After the disk was full or failed, reads go to the origin for this long before it is tried again.
+const AVOID_DISK: Duration = Duration::from_secs(5);
+
+impl Handle {
+    /// What was `read`; from the origin where the disk is full, or fails.
+    pub(super) async fn or_through(
+        &self,
+        read: Result<Bytes, FetchError>,
+        bytes: Range<u64>,
+    ) -> Result<Bytes, FetchError> {
+        match read {
+            Err(error) if error.kind() == FetchErrorKind::NoSpace => {
+                self.avoid_disk(&error);
+                self.read_through(bytes).await
+            }
+            // Else it is the disk that has to be mended.
+            Err(error) if error.kind() == FetchErrorKind::Disk && !self.strict() => {
+                self.avoid_disk(&error);
+                self.read_through(bytes).await
+            }
+            other => other,
+        }
+    }
+
+    /// Reads go to the origin for a while.
+    pub(super) fn avoid_disk(&self, error: &dyn std::fmt::Display) {
+        if self.avoids_disk() {
+            return;
+        }
+        if self.engine.upgrade().is_some_and(|e| e.store.writable()) {
+            tracing::warn!(object = %self.id(), path = %self.name, %error, "reads go to the origin, past the disk");
+        }
+        *self.no_disk_since.lock() = Some(Instant::now());
+    }
+
+    pub(super) fn avoids_disk(&self) -> bool {
+        let since = *self.no_disk_since.lock();
+        since.is_some_and(|since| since.elapsed() < AVOID_DISK)
+    }
+
+    /// A place in the store for what had none.
+    pub(super) async fn find_place(self: &Arc<Self>) -> Option<Arc<Partial>> {
+        let handle = Arc::clone(self);
+        let looking = self.engine().ok()?.runtime.spawn_blocking(move || {
+            let failed = |e| FetchError::store(&handle, &e);
+            let store = Arc::clone(&handle.engine()?.store);
+            let partial = store.partial(handle.id(), handle.size()).map_err(failed)?;
+            {
+                let mut state = handle.state.write();
+                if matches!(*state, State::Streamed) {
+                    *state = State::Partial(Arc::clone(&partial));
+                }
+            }
+            // Another process may have completed it.
+            handle.look()?;
+            Ok::<_, FetchError>(partial)
+        });
+        match looking.await.ok()? {
+            Ok(partial) => Some(partial),
+            Err(error) => {
+                self.avoid_disk(&error);
+                None
+            }
+        }
+    }
+
+    /// Reads without storing: the disk is full, or fails.
+    pub(super) async fn read_through(&self, bytes: Range<u64>) -> Result<Bytes, FetchError> {
+        if self.strict() {
+            let why =
+                "the disk is full, and nothing may be served before it is stored and verified";
+            return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
+        }
+        let data = self.receive(bytes, Class::Demand).await?;
+        metrics::global()
+            .fetch_streamed_bytes
+            .add(data.len() as u64);
+        Ok(data)
+    }
+}

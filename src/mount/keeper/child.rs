@@ -1,0 +1,223 @@
+//! The server that a keeper runs: started again when it dies, slower and slower where it does so at once.
+
+use std::{
+    os::{fd::OwnedFd, unix::process::ExitStatusExt as _},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        socket::{AddressFamily, SockFlag, SockType, socketpair},
+    },
+    unistd::Pid,
+};
+
+/// A server that served for so long before it died is no failure.
+const SETTLED: Duration = Duration::from_millis(500);
+/// Failures in a row after which it is started again without a pause.
+const PATIENT: u32 = 3;
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How long it may take to end when it is asked to.
+const GRACE: Duration = Duration::from_secs(10);
+/// How long a process whose connection has ended may take to be dead.
+const DYING: Duration = Duration::from_secs(5);
+
+/// A server and what becomes of it.
+pub(super) struct Child {
+    make: Box<dyn FnMut() -> Command>,
+    process: Option<std::process::Child>,
+    peer: Option<u64>,
+    started: bool,
+    failures: u32,
+    serving: Option<Instant>,
+    /// Process, signal and status of the last one.
+    ended: Option<(u32, Option<i32>, Option<i32>)>,
+    /// When it is to be started.
+    start: Option<Instant>,
+    /// When it is to be killed.
+    kill: Option<Instant>,
+}
+
+/// A server just started.
+pub(super) struct Started {
+    pub(super) socket: OwnedFd,
+    pub(super) process: u32,
+}
+
+impl Child {
+    pub(super) fn new(make: Box<dyn FnMut() -> Command>) -> Self {
+        Self {
+            make,
+            process: None,
+            peer: None,
+            started: false,
+            failures: 0,
+            serving: None,
+            ended: None,
+            start: Some(Instant::now()),
+            kill: None,
+        }
+    }
+
+    /// Whether it runs or is going to.
+    pub(super) fn is_running(&self) -> bool {
+        self.process.is_some() || self.start.is_some()
+    }
+
+    pub(super) fn has_begun(&self) -> bool {
+        self.started
+    }
+
+    pub(super) fn is(&self, peer: u64) -> bool {
+        self.peer == Some(peer)
+    }
+
+    pub(super) fn connected(&mut self, peer: u64) {
+        self.peer = Some(peer);
+    }
+
+    /// When there is something to do.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.start.into_iter().chain(self.kill).min()
+    }
+
+    /// Starts or kills it, where it is time.
+    pub(super) fn tend(&mut self, now: Instant, stopping: bool) -> Option<Started> {
+        if self.kill.is_some_and(|at| now >= at) {
+            self.signal(Signal::SIGKILL);
+            self.kill = None;
+        }
+        if stopping {
+            self.start = None;
+            self.started = true;
+        }
+        self.start.take_if(|at| now >= *at)?;
+        self.started = true;
+        match self.spawn() {
+            Ok(started) => Some(started),
+            Err(error) => {
+                tracing::error!(%error, "the server cannot be started");
+                self.failures += 1;
+                self.start = Some(now + self.pause());
+                None
+            }
+        }
+    }
+
+    fn spawn(&mut self) -> std::io::Result<Started> {
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )?;
+        // As its standard input it needs no fd that other children could inherit.
+        let process = (self.make)().stdin(Stdio::from(theirs)).spawn()?;
+        let started = Started {
+            socket: ours,
+            process: process.id(),
+        };
+        self.process = Some(process);
+        Ok(started)
+    }
+
+    /// It serves.
+    pub(super) fn serves(&mut self) {
+        self.serving.get_or_insert_with(Instant::now);
+    }
+
+    /// Its connection has ended.
+    pub(super) fn died(&mut self) {
+        self.peer = None;
+        self.kill = None;
+        let Some(mut process) = self.process.take() else {
+            return;
+        };
+        let begun = Instant::now();
+        let status = loop {
+            match process.try_wait() {
+                Ok(Some(status)) => break Some(status),
+                Err(_) => break None,
+                Ok(None) if begun.elapsed() > DYING => {
+                    // It has lost us, and cannot be let serve beside another.
+                    let _ = process.kill();
+                    break process.wait().ok();
+                }
+                Ok(None) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        let served = self.serving.take().map(|since| since.elapsed());
+        match served.is_some_and(|served| served >= SETTLED) {
+            true => self.failures = 0,
+            false => self.failures += 1,
+        }
+        let signal = status.and_then(|status| status.signal());
+        let code = status.and_then(|status| status.code());
+        self.ended = Some((process.id(), signal, code));
+    }
+
+    /// There is something to serve, and nobody does: starts it again, now or after a pause.
+    pub(super) fn revive(&mut self, now: Instant) {
+        if self.is_running() {
+            return;
+        }
+        let pause = self.pause();
+        self.start = Some(now + pause);
+        if let Some((process, signal, code)) = self.ended.take() {
+            tracing::warn!(
+                process,
+                signal,
+                code,
+                ?pause,
+                "the server died and is started again"
+            );
+        }
+    }
+
+    fn pause(&self) -> Duration {
+        let Some(doublings) = self.failures.checked_sub(PATIENT + 1) else {
+            return Duration::ZERO;
+        };
+        let longer = FIRST_PAUSE.saturating_mul(1 << doublings.min(16));
+        longer.min(LONGEST_PAUSE)
+    }
+
+    /// Asks it to end; kills it if it does not.
+    pub(super) fn stop(&mut self) {
+        self.signal(Signal::SIGTERM);
+        self.kill.get_or_insert_with(|| Instant::now() + GRACE);
+    }
+
+    /// Ends it whatever it does: it may be stopped.
+    pub(super) fn kill(&mut self) {
+        self.signal(Signal::SIGKILL);
+    }
+
+    fn signal(&self, signal: Signal) {
+        if let Some(process) = &self.process {
+            // Not waited for yet, so the number is still its own.
+            let _ = kill(Pid::from_raw(process.id() as i32), signal);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_and_are_bounded() {
+        let mut child = Child::new(Box::new(|| Command::new("true")));
+        let mut pauses = Vec::new();
+        for _ in 0..40 {
+            pauses.push(child.pause());
+            child.failures += 1;
+        }
+        assert_eq!(pauses[..4], [Duration::ZERO; 4]);
+        assert_eq!(pauses[4..7], [100, 200, 400].map(Duration::from_millis));
+        assert!(pauses.is_sorted() && pauses[39] == LONGEST_PAUSE);
+    }
+}

@@ -1,0 +1,420 @@
+//! What a session remembers beyond its server, in a memfd that the keeper and every server of the
+//! session hold: what was said when it was mounted, and which files are open.
+//!
+//! ```text
+//!     0 "hrthsess"   8 format u32   12 slots u32   16 slots ever used u32   20 servers so far u32
+//!    24 length of the kernel's INIT u32   28 length of our answer u32 (0: none yet)
+//!    32 length of `about` u32
+//!  1024 INIT request   2048 INIT answer   4096 about: what is served, opaque here
+//! 65536 slots of 32 bytes: kind u32, backing id u32, inode u64, handle u64, zero [8]
+//! ```
+//!
+//! Words in the order of the machine: it never leaves it. A slot counts once its kind is written, which
+//! comes last, so a process that is killed leaves no half of one. It is written before the kernel is
+//! answered. A file handle is the number of the request that opened it; so an OPEN or RELEASE that the
+//! kernel sends again, because nobody knows whether it was answered, changes nothing the second time.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::FileExt as _,
+    },
+    sync::{Arc, atomic::Ordering},
+};
+
+use nix::{
+    fcntl::{FcntlArg, SealFlag, fcntl},
+    sys::memfd::{MFdFlags, memfd_create},
+};
+use parking_lot::Mutex;
+
+use crate::disk::SharedMap;
+
+/// Of the layout above. A server refuses any other.
+const FORMAT: u32 = 1;
+const MAGIC: [u8; 8] = *b"hrthsess";
+/// Most files open in one mount. What no file ever needed takes no memory.
+const SLOTS: u32 = 1 << 20;
+
+const HIGH: usize = 16 / 4;
+const SERVERS: usize = 20 / 4;
+const INIT: Field = Field {
+    length: 24,
+    at: 1024,
+    max: 1024,
+};
+const ANSWER: Field = Field {
+    length: 28,
+    at: 2048,
+    max: 1024,
+};
+const ABOUT: Field = Field {
+    length: 32,
+    at: 4096,
+    max: MAX_ABOUT,
+};
+const TABLE: usize = 65536;
+const SLOT: usize = 32;
+const LENGTH: u64 = (TABLE + SLOTS as usize * SLOT) as u64;
+
+/// Most bytes that [`State::about`] may have.
+pub(super) const MAX_ABOUT: usize = TABLE - 4096;
+
+struct Field {
+    length: usize,
+    at: usize,
+    max: usize,
+}
+
+/// The memory of a session.
+#[derive(Debug)]
+pub(super) struct State {
+    file: File,
+    map: SharedMap,
+    free: Mutex<Free>,
+}
+
+#[derive(Debug, Default)]
+struct Free {
+    slots: Vec<u32>,
+    high: u32,
+    /// Another process writes now.
+    frozen: bool,
+}
+
+/// Something the kernel holds, or waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) kind: Kind,
+    pub(super) ino: u64,
+    /// The number of the request, which is the handle of the file it opened.
+    pub(super) handle: u64,
+}
+
+/// What an [`Entry`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A file read through the server.
+    Cached,
+    /// A file read by the kernel itself, from this backing id.
+    Passthrough(u32),
+    /// A backing id that is being closed.
+    Closing(u32),
+    /// A request in a server's hands; noted where the kernel cannot send it again.
+    Working,
+}
+
+/// The place of an entry.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Slot(u32);
+
+impl State {
+    /// The memory of a new session, for which the kernel has sent `init`.
+    ///
+    /// # Errors
+    /// `about` is too long; what the system says.
+    pub(super) fn create(init: &[u8], about: &[u8]) -> io::Result<Self> {
+        let fd = memfd_create(
+            c"hearth-session",
+            MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+        )?;
+        let file = File::from(fd);
+        file.set_len(LENGTH)?;
+        // Whoever maps it must not be surprised.
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(seals))?;
+        let mut head = MAGIC.to_vec();
+        head.extend_from_slice(&FORMAT.to_ne_bytes());
+        head.extend_from_slice(&SLOTS.to_ne_bytes());
+        file.write_all_at(&head, 0)?;
+        let map = SharedMap::new(&file, LENGTH)?;
+        let state = Self {
+            file,
+            map,
+            free: Mutex::default(),
+        };
+        state.set(&INIT, init)?;
+        state.set(&ABOUT, about)?;
+        Ok(state)
+    }
+
+    /// The memory of a session that has had servers before. No other may be using it now.
+    ///
+    /// # Errors
+    /// It is not of the format that this version knows.
+    pub(super) fn open(fd: OwnedFd) -> io::Result<Self> {
+        let file = File::from(fd);
+        let refuse = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_owned());
+        let seals = fcntl(file.as_fd(), FcntlArg::F_GET_SEALS)?;
+        if !SealFlag::from_bits_truncate(seals).contains(SealFlag::F_SEAL_SHRINK) {
+            return Err(refuse("it is no memory of a session"));
+        }
+        let mut head = [0; 16];
+        file.read_exact_at(&mut head, 0)?;
+        let word =
+            |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        if head[..8] != MAGIC || word(8) != FORMAT || word(12) != SLOTS {
+            return Err(refuse(&format!(
+                "the session is of format {}, this version knows {FORMAT}",
+                word(8)
+            )));
+        }
+        let map = SharedMap::new(&file, LENGTH)?;
+        let state = Self {
+            file,
+            map,
+            free: Mutex::default(),
+        };
+        state.reload();
+        Ok(state)
+    }
+
+    /// Looks again what is free, once a server before this one has let go.
+    pub(super) fn reload(&self) {
+        let high = self.word(HIGH).min(SLOTS);
+        let free = (0..high).rev().filter(|&slot| self.read(slot).is_none());
+        *self.free.lock() = Free {
+            slots: free.collect(),
+            high,
+            frozen: false,
+        };
+    }
+
+    /// Another fd of the memory.
+    pub(super) fn fd(&self) -> io::Result<OwnedFd> {
+        self.file.try_clone().map(OwnedFd::from)
+    }
+
+    /// The kernel's INIT request.
+    pub(super) fn init(&self) -> io::Result<Vec<u8>> {
+        self.get(&INIT)
+    }
+
+    /// What was answered to it; empty before that.
+    pub(super) fn answer(&self) -> io::Result<Vec<u8>> {
+        self.get(&ANSWER)
+    }
+
+    pub(super) fn set_answer(&self, answer: &[u8]) -> io::Result<()> {
+        self.set(&ANSWER, answer)
+    }
+
+    /// What is served, for the next server.
+    pub(super) fn about(&self) -> io::Result<Vec<u8>> {
+        self.get(&ABOUT)
+    }
+
+    /// One more server begins; how many there were before.
+    pub(super) fn next_server(&self) -> u32 {
+        self.map.words()[SERVERS].fetch_add(1, Ordering::AcqRel)
+    }
+
+    /// Notes `entry`; `None` where too much is open.
+    pub(super) fn add(&self, entry: Entry) -> Option<Slot> {
+        let mut free = self.free.lock();
+        if free.frozen {
+            return None;
+        }
+        let slot = match free.slots.pop() {
+            Some(slot) => slot,
+            None if free.high < SLOTS => {
+                let slot = free.high;
+                free.high += 1;
+                self.map.words()[HIGH].store(free.high, Ordering::Release);
+                slot
+            }
+            None => return None,
+        };
+        let (kind, backing) = match entry.kind {
+            Kind::Cached => (1, 0),
+            Kind::Passthrough(id) => (2, id),
+            Kind::Closing(id) => (3, id),
+            Kind::Working => (4, 0),
+        };
+        let (ino, handle) = (entry.ino, entry.handle);
+        let words = self.slot(slot);
+        let halves = [
+            ino as u32,
+            (ino >> 32) as u32,
+            handle as u32,
+            (handle >> 32) as u32,
+        ];
+        words[1].store(backing, Ordering::Relaxed);
+        for (word, value) in words[2..6].iter().zip(halves) {
+            word.store(value, Ordering::Relaxed);
+        }
+        words[0].store(kind, Ordering::Release);
+        Some(Slot(slot))
+    }
+
+    /// The backing id of a passthrough entry is about to be closed.
+    pub(super) fn closing(&self, slot: &Slot) {
+        let free = self.free.lock();
+        if !free.frozen {
+            self.slot(slot.0)[0].store(3, Ordering::Release);
+        }
+    }
+
+    /// Forgets an entry.
+    pub(super) fn remove(&self, slot: Slot) {
+        let mut free = self.free.lock();
+        if !free.frozen {
+            self.slot(slot.0)[0].store(0, Ordering::Release);
+            free.slots.push(slot.0);
+        }
+    }
+
+    /// Lets go: nothing is noted or forgotten here any more.
+    pub(super) fn freeze(&self) {
+        self.free.lock().frozen = true;
+    }
+
+    /// All that is noted.
+    pub(super) fn entries(&self) -> Vec<(Slot, Entry)> {
+        let high = self.word(HIGH).min(SLOTS);
+        (0..high)
+            .filter_map(|slot| Some((Slot(slot), self.read(slot)?)))
+            .collect()
+    }
+
+    fn read(&self, slot: u32) -> Option<Entry> {
+        let words = self.slot(slot);
+        let kind = words[0].load(Ordering::Acquire);
+        let word = |at: usize| words[at].load(Ordering::Relaxed);
+        let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 1)) << 32;
+        let kind = match kind {
+            1 => Kind::Cached,
+            2 => Kind::Passthrough(word(1)),
+            3 => Kind::Closing(word(1)),
+            4 => Kind::Working,
+            _ => return None,
+        };
+        Some(Entry {
+            kind,
+            ino: long(2),
+            handle: long(4),
+        })
+    }
+
+    fn slot(&self, slot: u32) -> &[std::sync::atomic::AtomicU32] {
+        let at = (TABLE + slot as usize * SLOT) / 4;
+        &self.map.words()[at..at + SLOT / 4]
+    }
+
+    fn word(&self, at: usize) -> u32 {
+        self.map.words()[at].load(Ordering::Acquire)
+    }
+
+    fn set(&self, field: &Field, bytes: &[u8]) -> io::Result<()> {
+        if bytes.len() > field.max {
+            let message = format!("{} bytes are too many for a session", bytes.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        self.file.write_all_at(bytes, field.at as u64)?;
+        let length = &self.map.words()[field.length / 4];
+        length.store(bytes.len() as u32, Ordering::Release);
+        Ok(())
+    }
+
+    fn get(&self, field: &Field) -> io::Result<Vec<u8>> {
+        let length = self.word(field.length / 4) as usize;
+        let mut bytes = vec![0; length.min(field.max)];
+        self.file.read_exact_at(&mut bytes, field.at as u64)?;
+        Ok(bytes)
+    }
+}
+
+/// A request in hand; none any more when dropped.
+pub(super) struct Working(Option<(Arc<State>, Slot)>);
+
+impl Working {
+    /// Nothing has to be noted.
+    pub(super) const UNNOTED: Self = Self(None);
+
+    pub(super) fn on(state: &Arc<State>, request: u64) -> Self {
+        let slot = state.add(Entry {
+            kind: Kind::Working,
+            ino: 0,
+            handle: request,
+        });
+        Self(slot.map(|slot| (state.clone(), slot)))
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        if let Some((state, slot)) = self.0.take() {
+            state.remove(slot);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(kind: Kind, ino: u64) -> Entry {
+        let handle = ino << 33 | 2;
+        Entry { kind, ino, handle }
+    }
+
+    #[test]
+    fn a_successor_finds_what_was_noted() {
+        let state = State::create(b"init", b"about").unwrap();
+        assert!(state.answer().unwrap().is_empty());
+        state.set_answer(b"answer").unwrap();
+        let kinds = [Kind::Cached, Kind::Passthrough(9), Kind::Working];
+        let slots = kinds.map(|kind| state.add(entry(kind, 7)).unwrap());
+        let [cached, passthrough, _] = slots;
+        state.closing(&passthrough);
+        state.remove(cached);
+        let wide = entry(Kind::Passthrough(u32::MAX), u64::from(u32::MAX) + 3);
+        assert_eq!(state.add(wide).unwrap(), Slot(0), "places are used again");
+        assert_eq!(state.next_server(), 0);
+
+        let next = State::open(state.fd().unwrap()).unwrap();
+        assert_eq!(next.init().unwrap(), b"init");
+        assert_eq!(next.answer().unwrap(), b"answer");
+        assert_eq!(next.about().unwrap(), b"about");
+        assert_eq!(next.next_server(), 1);
+        let found: Vec<_> = next.entries().into_iter().map(|(_, entry)| entry).collect();
+        let expected = [wide, entry(Kind::Closing(9), 7), entry(Kind::Working, 7)];
+        assert_eq!(found, expected);
+        assert_eq!(next.add(entry(Kind::Cached, 1)).unwrap(), Slot(3));
+    }
+
+    #[test]
+    fn anything_else_is_no_session() {
+        let file = tempfile::tempfile().unwrap();
+        State::open(file.into()).unwrap_err();
+        let state = State::create(b"", b"").unwrap();
+        state.file.write_all_at(&9u32.to_ne_bytes(), 8).unwrap();
+        let error = State::open(state.fd().unwrap()).unwrap_err().to_string();
+        assert!(
+            error.contains("format 9") && error.contains("knows 1"),
+            "{error}"
+        );
+        State::create(b"", &vec![0; MAX_ABOUT + 1]).unwrap_err();
+        // Nobody can shorten what others have mapped.
+        state.file.set_len(0).unwrap_err();
+    }
+
+    #[test]
+    fn what_is_open_is_bounded() {
+        let state = Arc::new(State::create(b"", b"").unwrap());
+        for ino in 0..u64::from(SLOTS) {
+            assert!(state.add(entry(Kind::Cached, ino)).is_some());
+        }
+        assert!(state.add(entry(Kind::Cached, 1)).is_none());
+        state.remove(Slot(5));
+        drop(Working::on(&state, 3));
+        assert_eq!(state.add(entry(Kind::Cached, 1)), Some(Slot(5)));
+        // What is in other hands is left alone.
+        state.freeze();
+        state.remove(Slot(5));
+        assert!(state.add(entry(Kind::Cached, 1)).is_none());
+        assert_eq!(state.entries().len(), SLOTS as usize);
+    }
+}

@@ -1,0 +1,355 @@
+//! A disk that fails from a given call on, until it is well again; and the store on it.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    path::Path,
+    sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst},
+};
+
+use super::*;
+use hearth::{
+    disk::{self, Disk, DiskError, DiskFile, Open, RealDisk, Space, Stat},
+    store::{CollectOptions, StoreError, StoreErrorKind, VerifyScope, hash_file},
+};
+
+#[derive(Debug)]
+struct Plan {
+    calls: AtomicU64,
+    from: AtomicU64,
+    errno: AtomicI32,
+    failed: AtomicBool,
+}
+
+/// Wraps the real disk; never syncs.
+#[derive(Debug, Clone)]
+pub(crate) struct FailingDisk(Arc<Plan>);
+
+/// What a call does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Call {
+    /// Takes space, or makes it durable: fails on a full disk.
+    Write,
+    /// Gives space back.
+    Remove,
+    Read,
+}
+
+impl FailingDisk {
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(Plan {
+            calls: AtomicU64::new(0),
+            from: AtomicU64::new(u64::MAX),
+            errno: AtomicI32::new(0),
+            failed: AtomicBool::new(false),
+        }))
+    }
+
+    /// Fails with `errno` after `calls` more calls that may fail so.
+    pub(crate) fn fail_after(&self, calls: u64, errno: i32) {
+        self.0.errno.store(errno, SeqCst);
+        self.0.failed.store(false, SeqCst);
+        self.0.from.store(self.0.calls.load(SeqCst) + calls, SeqCst);
+    }
+
+    pub(crate) fn heal(&self) {
+        self.0.from.store(u64::MAX, SeqCst);
+        self.0.errno.store(0, SeqCst);
+    }
+
+    /// Whether a call has failed since `fail_after`.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.0.failed.load(SeqCst)
+    }
+
+    fn call(&self, call: Call, what: &Path) -> disk::Result<()> {
+        let errno = self.0.errno.load(SeqCst);
+        let may_fail = match call {
+            Call::Write => true,
+            // A file system that cannot be read any more.
+            Call::Read | Call::Remove => errno == libc::EIO,
+        };
+        if !may_fail || self.0.calls.fetch_add(1, SeqCst) < self.0.from.load(SeqCst) {
+            return Ok(());
+        }
+        self.0.failed.store(true, SeqCst);
+        let error = std::io::Error::from_raw_os_error(errno);
+        Err(DiskError::new("use", what, error))
+    }
+}
+
+#[derive(Debug)]
+struct FailingFile {
+    disk: FailingDisk,
+    path: std::path::PathBuf,
+    inner: Arc<dyn DiskFile>,
+}
+
+impl FailingFile {
+    fn call(&self, call: Call) -> disk::Result<()> {
+        self.disk.call(call, &self.path)
+    }
+}
+
+impl Disk for FailingDisk {
+    fn open(&self, path: &Path, how: Open) -> disk::Result<Arc<dyn DiskFile>> {
+        let makes = matches!(how, Open::Create | Open::New) && !path.exists();
+        self.call(if makes { Call::Write } else { Call::Read }, path)?;
+        Ok(Arc::new(FailingFile {
+            disk: self.clone(),
+            path: path.to_owned(),
+            inner: RealDisk.open(path, how)?,
+        }))
+    }
+    fn rename(&self, from: &Path, to: &Path) -> disk::Result<()> {
+        self.call(Call::Write, to)?;
+        RealDisk.rename(from, to)
+    }
+    fn rename_new(&self, from: &Path, to: &Path) -> disk::Result<bool> {
+        self.call(Call::Write, to)?;
+        RealDisk.rename_new(from, to)
+    }
+    fn link(&self, from: &Path, to: &Path) -> disk::Result<bool> {
+        self.call(Call::Write, to)?;
+        RealDisk.link(from, to)
+    }
+    fn unlink(&self, path: &Path) -> disk::Result<bool> {
+        self.call(Call::Remove, path)?;
+        RealDisk.unlink(path)
+    }
+    fn create_dir(&self, path: &Path) -> disk::Result<bool> {
+        self.call(Call::Write, path)?;
+        RealDisk.create_dir(path)
+    }
+    fn remove_dir(&self, path: &Path) -> disk::Result<bool> {
+        self.call(Call::Remove, path)?;
+        RealDisk.remove_dir(path)
+    }
+    fn sync_dir(&self, path: &Path) -> disk::Result<()> {
+        self.call(Call::Write, path)
+    }
+    fn list(&self, path: &Path) -> disk::Result<Vec<OsString>> {
+        self.call(Call::Read, path)?;
+        RealDisk.list(path)
+    }
+    fn stat(&self, path: &Path) -> disk::Result<Option<Stat>> {
+        self.call(Call::Read, path)?;
+        RealDisk.stat(path)
+    }
+    fn touch(&self, path: &Path) -> disk::Result<()> {
+        self.call(Call::Remove, path)?;
+        RealDisk.touch(path)
+    }
+    fn space(&self, path: &Path) -> disk::Result<Space> {
+        RealDisk.space(path)
+    }
+    fn writable(&self, path: &Path) -> bool {
+        RealDisk.writable(path)
+    }
+    fn boot_id(&self) -> disk::Result<[u8; 16]> {
+        RealDisk.boot_id()
+    }
+}
+
+impl DiskFile for FailingFile {
+    fn file(&self) -> &File {
+        self.inner.file()
+    }
+    fn write_at(&self, data: &[u8], offset: u64) -> disk::Result<()> {
+        let failed = self.call(Call::Write);
+        // What fails has written a part, of whole blocks where it went past the page cache.
+        let part = match failed {
+            Ok(()) => data,
+            Err(_) => &data[..data.len() / 8192 * 4096],
+        };
+        self.inner.write_at(part, offset)?;
+        failed
+    }
+    fn sync_data(&self) -> disk::Result<()> {
+        self.call(Call::Write)
+    }
+    fn sync_fs(&self) -> disk::Result<()> {
+        self.call(Call::Write)
+    }
+    fn set_len(&self, len: u64) -> disk::Result<()> {
+        self.call(Call::Write)?;
+        self.inner.set_len(len)
+    }
+    fn allocate(&self, len: u64) -> disk::Result<()> {
+        self.call(Call::Write)?;
+        self.inner.allocate(len)
+    }
+    fn set_mode(&self, mode: u32) -> disk::Result<()> {
+        self.call(Call::Remove)?;
+        self.inner.set_mode(mode)
+    }
+    fn stat(&self) -> disk::Result<Stat> {
+        self.call(Call::Read)?;
+        self.inner.stat()
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> disk::Result<()> {
+        self.call(Call::Read)?;
+        self.inner.read_at(buf, offset)
+    }
+}
+
+/// What the scenario stores.
+struct Goods {
+    large: Vec<u8>,
+    small: Vec<Vec<u8>>,
+    files: Vec<Vec<u8>>,
+    known: Artifact,
+    image: hearth::store::ImageRecord,
+}
+
+impl Goods {
+    fn new() -> Self {
+        let large = content(1, MIB + 5000);
+        let small = vec![content(2, 5000), content(3, 10)];
+        let files = (10..22).map(|seed| content(seed, 700)).collect();
+        let known = artifact("hf://a/b", &[&large, &small[0], &small[1]], true);
+        let image = images::image("hf://a/b", &["base", "top"]);
+        Self {
+            large,
+            small,
+            files,
+            known,
+            image,
+        }
+    }
+
+    /// Does everything that changes a store; may be done again.
+    fn store(&self, store: &Arc<Store>) -> Result<(), StoreError> {
+        store.record(&self.known)?;
+        let _hold = store.hold("hf://a/b")?;
+        store.pin("hf://a/b", "test")?;
+        store.pin("hf://a/b", "passing")?;
+        store.unpin("hf://a/b", "passing")?;
+        let ids: Vec<_> = self.known.objects.iter().map(|o| o.id).collect();
+        let small = ids[1..].iter().zip(&self.small);
+        let small: Vec<_> = small.map(|(id, b)| (*id, b.clone().into())).collect();
+        store.put(&small)?;
+        if store.complete(&ids[0])?.is_none() {
+            let partial = store.partial(&ids[0], self.large.len() as u64)?;
+            partial.allocate()?;
+            while let Some(lease) = partial.claim(0..partial.chunks())? {
+                for at in lease.chunks() {
+                    lease.commit(at, chunk_of(&self.large, at), WriteMode::Cached)?;
+                }
+                partial.checkpoint()?;
+            }
+            partial.finish(Digest::of(&self.large), partial.generation())?;
+        }
+        let import = store.import()?;
+        for bytes in &self.files {
+            let mut file = import.begin(bytes.len() as u64)?;
+            file.write(bytes)?;
+            file.finish()?;
+        }
+        import.commit()?;
+        store.put_index(&self.image.layers[0].blob, &self.small[0])?;
+        store.record_image(&self.image)?;
+        let root = self.known.digest();
+        store.write_root_image(&root, |to| to.write_all(&self.small[0]))?;
+        drop(import);
+        store.remove("old")?;
+        store.collect(&CollectOptions::default())?;
+        Ok(())
+    }
+
+    /// Nothing in the store is torn, whatever is there.
+    fn check_sound(&self, store: &Arc<Store>, case: &str) {
+        let report = store.verify(VerifyScope::All, false, |_| true).unwrap();
+        assert_eq!(report.damaged, [], "{case}");
+        let root = std::fs::read(store.root_image(&self.known.digest())).ok();
+        assert!(root.is_none_or(|found| found == self.small[0]), "{case}");
+        let id = self.known.objects[0].id;
+        if store.complete(&id).unwrap().is_none() {
+            let partial = store.partial(&id, self.large.len() as u64).unwrap();
+            for at in (0..partial.chunks()).filter(|at| partial.present(*at)) {
+                let mut found = vec![0; chunk_of(&self.large, at).len()];
+                partial.read_at(&mut found, at * CHUNK_SIZE).unwrap();
+                assert!(found == chunk_of(&self.large, at), "{case}: chunk {at}");
+            }
+        }
+    }
+
+    /// Everything is there.
+    fn check_whole(&self, store: &Arc<Store>, case: &str) {
+        self.check_sound(store, case);
+        let (record, found) = store.artifact("hf://a/b").unwrap().unwrap();
+        assert_eq!(
+            (found, record.pins),
+            (self.known.clone(), vec!["test".to_owned()]),
+            "{case}"
+        );
+        let contents = [&self.large, &self.small[0], &self.small[1]];
+        for (object, right) in self.known.objects.iter().zip(contents) {
+            let complete = store.complete(&object.id).unwrap().unwrap();
+            let found = hash_file(complete.file(), |_| true).unwrap();
+            assert_eq!(found, Some(Digest::of(right)), "{case}");
+        }
+        assert_eq!(
+            store.image("hf://a/b").unwrap().as_ref(),
+            Some(&self.image),
+            "{case}"
+        );
+        let index = store.index(&self.image.layers[0].blob).unwrap();
+        assert!(index.as_ref() == Some(&self.small[0]), "{case}");
+        // Nothing of the failed attempts is left, as far as a collection may know.
+        assert_eq!(store.usage().unwrap().partials, 0, "{case}");
+        let imports = std::fs::read_dir(store.root().join("imports")).unwrap();
+        assert_eq!(imports.count(), 0, "{case}");
+    }
+}
+
+#[test]
+fn a_store_bears_a_disk_that_is_full_at_any_call() {
+    at_calls(libc::ENOSPC, StoreErrorKind::NoSpace, 1);
+}
+
+/// Every third call: here reading fails too.
+#[test]
+fn a_store_bears_a_disk_that_breaks_at_any_call() {
+    at_calls(libc::EIO, StoreErrorKind::Io, 3);
+}
+
+#[test]
+fn a_store_bears_a_disk_that_turns_read_only() {
+    at_calls(libc::EROFS, StoreErrorKind::ReadOnly, 4);
+}
+
+fn at_calls(errno: i32, kind: StoreErrorKind, step: usize) {
+    let goods = Goods::new();
+    for calls in (0u64..).step_by(step) {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = FailingDisk::new();
+        let root = dir.path().join("store");
+        let store = Store::open_on(Arc::new(disk.clone()), &root, &config()).unwrap();
+        store.record(&artifact("old", &[b"old"], false)).unwrap();
+        disk.fail_after(calls, errno);
+        let done = goods.store(&store);
+        let case = format!("after {calls} calls: {done:?}");
+        if !disk.has_failed() {
+            done.unwrap();
+            assert!(calls > 100, "{calls}");
+            break;
+        }
+        if let Err(error) = done {
+            assert_eq!(error.kind(), kind, "{case}");
+            assert!(
+                error.to_string().contains(dir.path().to_str().unwrap()),
+                "{case}"
+            );
+            assert!(error.hint().is_some(), "{case}");
+        }
+        // Who looks meanwhile sees nothing torn, nor does who comes after a restart.
+        goods.check_sound(&super::open(dir.path()), &case);
+        disk.heal();
+        goods.check_sound(&store, &case);
+        goods
+            .store(&store)
+            .unwrap_or_else(|error| panic!("{case}: then {error}"));
+        goods.check_whole(&store, &case);
+    }
+}

@@ -1,0 +1,36 @@
+//! The short forms of `tests/survive` and `tests/soak`, which say more about themselves.
+
+use super::*;
+
+fn script(name: &str, arguments: &[&str]) -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests")
+        .join(name);
+    let mut command = tool("python3", &[path.to_str().unwrap()]);
+    command.args(arguments);
+    command.args(["--hearth", env!("CARGO_BIN_EXE_hearth")]);
+    let out = Done::of(&mut command).ok();
+    println!("{out}");
+    serde_json::from_str(&out).unwrap()
+}
+
+#[test]
+fn a_mount_survives_its_server() {
+    let small = ["--mib", "12", "--small", "60", "--workers", "1"];
+    let said = script(
+        "survive",
+        &[&["--kills", "8", "--seed", "7"][..], &small].concat(),
+    );
+    assert_eq!(
+        (&said["kills"], &said["wrong"], &said["errors"]),
+        (&8.into(), &0.into(), &0.into())
+    );
+    assert!(said["operations"].as_u64().unwrap() > 500, "{said}");
+}
+
+#[test]
+fn half_a_minute_of_everything() {
+    let said = script("soak", &["0.5", "--seed", "7"]);
+    assert_eq!(said["problems"], serde_json::json!([]));
+    assert!(said["operations"].as_u64().unwrap() > 100, "{said}");
+}
