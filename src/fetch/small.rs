@@ -4,8 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
-    time::{Instant, timeout_at},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    time::{Instant, sleep_until},
 };
 
 use crate::{
@@ -44,12 +44,16 @@ pub(super) struct SmallObjects {
     queue: mpsc::Sender<Put>,
     /// Bytes that may still be held in memory.
     room: Arc<Semaphore>,
+    /// Somebody has begun to wait for what was put patiently.
+    hurry: Arc<Notify>,
 }
 
 impl SmallObjects {
     pub(super) fn new(store: Arc<Store>, runtime: &tokio::runtime::Handle) -> Self {
         let (queue, mut waiting) = mpsc::channel::<Put>(BATCH);
         let blocking = runtime.clone();
+        let hurry = Arc::new(Notify::new());
+        let hurried = Arc::clone(&hurry);
         runtime.spawn(async move {
             while let Some(first) = waiting.recv().await {
                 let mut batch = vec![first];
@@ -58,7 +62,11 @@ impl SmallObjects {
                     let next = match waiting.try_recv() {
                         Ok(next) => Some(next),
                         Err(_) if batch.iter().any(|put| put.urgency == Urgency::Waiting) => None,
-                        Err(_) => timeout_at(until, waiting.recv()).await.ok().flatten(),
+                        Err(_) => tokio::select! {
+                            next = waiting.recv() => next,
+                            () = hurried.notified() => None,
+                            () = sleep_until(until) => None,
+                        },
                     };
                     match next {
                         Some(next) => batch.push(next),
@@ -75,7 +83,13 @@ impl SmallObjects {
         Self {
             queue,
             room: Arc::new(Semaphore::new(HELD)),
+            hurry,
         }
+    }
+
+    /// What was put is waited for now.
+    pub(super) fn hurry(&self) {
+        self.hurry.notify_one();
     }
 
     /// Room to hold `len` bytes in memory until they are stored; `None` where much is held already.

@@ -29,7 +29,7 @@ use crate::{
 const HOLD_OFF: Duration = Duration::from_secs(1);
 const LONGEST_HOLD_OFF: Duration = Duration::from_secs(300);
 /// How often one who waits for the store looks again, should nothing wake him.
-const KEPT: Duration = Duration::from_millis(500);
+const KEPT: Duration = Duration::from_millis(100);
 
 impl Handle {
     /// The whole object, complete and verified.
@@ -104,6 +104,9 @@ impl Handle {
             let changed = self.changed_within(KEPT);
             if !matches!(&*self.state.read(), State::Held(_)) {
                 return;
+            }
+            if let Some(engine) = self.engine.upgrade() {
+                engine.small.hurry();
             }
             changed.await;
         }
