@@ -108,20 +108,18 @@ impl<B: Registered> Opens<B> {
             }
         };
         let Open { handles, mode } = open.get_mut();
-        if !handles.contains_key(&handle) {
+        if let hash_map::Entry::Vacant(place) = handles.entry(handle) {
             let kind = match mode {
                 Mode::Cached(_) => Kind::Cached,
                 Mode::Passthrough { backing, .. } => Kind::Passthrough(backing.id()),
             };
-            match self.state.add(Entry { kind, ino, handle }) {
-                Some(slot) => drop(handles.insert(handle, slot)),
-                None => {
-                    if handles.is_empty() {
-                        open.remove();
-                    }
-                    return None;
+            let Some(slot) = self.state.add(Entry { kind, ino, handle }) else {
+                if handles.is_empty() {
+                    open.remove();
                 }
-            }
+                return None;
+            };
+            place.insert(slot);
         }
         let others = handles.len() > 1;
         Some(match mode {

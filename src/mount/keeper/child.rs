@@ -1,14 +1,17 @@
 //! The server that a keeper runs: started again when it dies, slower and slower where it does so at once.
 
 use std::{
-    os::{fd::OwnedFd, unix::process::ExitStatusExt as _},
+    os::{
+        fd::OwnedFd,
+        unix::process::{CommandExt as _, ExitStatusExt as _},
+    },
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use nix::{
     sys::{
-        signal::{Signal, kill},
+        signal::{SigSet, Signal, kill},
         socket::{AddressFamily, SockFlag, SockType, socketpair},
     },
     unistd::Pid,
@@ -115,7 +118,12 @@ impl Child {
             SockFlag::SOCK_CLOEXEC,
         )?;
         // As its standard input it needs no fd that other children could inherit.
-        let process = (self.make)().stdin(Stdio::from(theirs)).spawn()?;
+        let mut command = (self.make)();
+        command.stdin(Stdio::from(theirs));
+        // SAFETY: one system call, allowed between fork and exec. The signals that the keeper reads from a
+        // descriptor are blocked, and would stay so.
+        unsafe { command.pre_exec(|| Ok(SigSet::empty().thread_set_mask()?)) };
+        let process = command.spawn()?;
         let started = Started {
             socket: ours,
             process: process.id(),
