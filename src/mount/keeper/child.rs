@@ -18,9 +18,9 @@ use nix::{
 };
 
 /// A server that served for so long before it died is no failure.
-const SETTLED: Duration = Duration::from_millis(500);
+const SETTLED: Duration = Duration::from_millis(100);
 /// Failures in a row after which it is started again without a pause.
-const PATIENT: u32 = 3;
+const PATIENT: u32 = 5;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// How long it may take to end when it is asked to.
@@ -224,8 +224,8 @@ mod tests {
             pauses.push(child.pause());
             child.failures += 1;
         }
-        assert_eq!(pauses[..4], [Duration::ZERO; 4]);
-        assert_eq!(pauses[4..7], [100, 200, 400].map(Duration::from_millis));
+        assert_eq!(pauses[..6], [Duration::ZERO; 6]);
+        assert_eq!(pauses[6..9], [100, 200, 400].map(Duration::from_millis));
         assert!(pauses.is_sorted() && pauses[39] == LONGEST_PAUSE);
     }
 }
