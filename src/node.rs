@@ -28,9 +28,8 @@ pub use self::{
 use crate::{
     digest::Digest,
     fetch::{Class, Engine, FetchError, FetchErrorKind},
-    image::{ImageError, ImageErrorKind},
     reference::{HubRepo, Locator, Reference},
-    source::{Layered, Source, SourceError, SourceErrorKind, Sources},
+    source::{Layered, Source, SourceErrorKind, Sources},
     store::{Complete, Hold, Reservation, Store, StoreError, StoreErrorKind},
     tree::{Artifact, Object},
 };

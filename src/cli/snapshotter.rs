@@ -1,8 +1,13 @@
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use super::{Context, output};
 use crate::{
     daemon::{self, ImageRoots},
+    mount::keeper::Link,
     snapshotter::{self, Listener, Settings, Snapshotter},
 };
 
@@ -50,6 +55,10 @@ pub(super) struct Args {
     /// that the kubelet does not collect it. The containerd 1.6.20 of Debian 12 does not know the label
     #[arg(long, value_name = "PATH")]
     containerd: Option<PathBuf>,
+    /// Have FUSE mounts in the keeper that listens here (`hearth keeper`): then containers on images that
+    /// are still arriving outlive this process, too, and the next one goes on with them
+    #[arg(long, value_name = "PATH")]
+    keeper: Option<PathBuf>,
 }
 
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
@@ -60,20 +69,16 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     };
     let runtime = context.runtime()?;
     runtime.block_on(async {
-        let root = settings.root.clone();
         let node = context.node()?;
         let mount = context.config.mount.clone();
         let store = Arc::clone(node.store());
         // It mounts something to see whether that works.
-        let roots = tokio::task::spawn_blocking(move || ImageRoots::new(node, mount)).await?;
-        let snapshotter = Snapshotter::open(settings, Arc::new(roots))?;
-        snapshotter::check_overlay(&root)?;
-        let listener = Listener::bind(&args.address)?;
-        output::note(&format!(
-            "snapshotter on {}, snapshots in {}",
-            listener.path().display(),
-            root.display()
-        ));
+        let keeper = args.keeper.as_deref().map(Link::connect).transpose()?;
+        let keeper = keeper.map(Arc::new);
+        let roots = move || ImageRoots::new(node, mount, keeper);
+        let roots = Arc::new(tokio::task::spawn_blocking(roots).await?);
+        // Before anything else: containers may be waiting.
+        roots.adopt().await;
         // Ends with the runtime.
         if let Some(containerd) = args.containerd {
             let pinned = async move || {
@@ -85,11 +90,33 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         }
         let mut stopped = None;
         let stop = async { stopped = Some(super::interrupted().await) };
-        snapshotter::serve(snapshotter, listener, stop).await?;
+        let served = serve(settings, roots.clone(), &args.address, stop).await;
+        // However it ends: what the keeper has is for the next process.
+        roots.leave().await;
+        served?;
         // To be told to stop is how it ends.
         match stopped {
             Some(Err(error)) => Err(error),
             _ => Ok(ExitCode::SUCCESS),
         }
     })
+}
+
+async fn serve(
+    settings: Settings,
+    roots: Arc<ImageRoots>,
+    address: &Path,
+    stop: impl Future<Output = ()> + Send,
+) -> anyhow::Result<()> {
+    let root = settings.root.clone();
+    let snapshotter = Snapshotter::open(settings, roots)?;
+    snapshotter::check_overlay(&root)?;
+    let listener = Listener::bind(address)?;
+    output::note(&format!(
+        "snapshotter on {}, snapshots in {}",
+        listener.path().display(),
+        root.display()
+    ));
+    snapshotter::serve(snapshotter, listener, stop).await?;
+    Ok(())
 }

@@ -6,27 +6,30 @@
 //! that starts after that gets the native root. One chain id may so have two mounts at a time, in
 //! `<store>/run/roots/<chain>/{lazy,native}`; both go when nobody needs the chain any more.
 //!
-//! Native roots outlive this process and are taken over by the next one. FUSE mounts die with it, and
-//! are made anew when the snapshotter asks for them again.
+//! Native roots outlive this process and are taken over by the next one. So are FUSE mounts where a keeper
+//! has them; else they die with it, and are made anew when the snapshotter asks for them again.
 //!
 //! A claimed image is pinned until containerd has removed its snapshots: the claim was for good.
 
 use std::{
     collections::{BTreeSet, HashMap},
     fs,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     digest::Digest,
     fs::{Fetched, View},
     image::erofs,
     mount::{
-        self, Mount,
+        self, Mount, MountError,
+        keeper::{Link, Orphan},
         native::{self, Support},
     },
     node::{Node, NodeError, Progress, Resolved, Start},
@@ -40,9 +43,20 @@ use crate::{
 pub struct ImageRoots {
     node: Node,
     config: mount::Config,
+    keeper: Option<Arc<Link>>,
     /// How complete images are mounted natively, or why they are not.
     native: Result<Support, String>,
     chains: Mutex<HashMap<Digest, Arc<tokio::sync::Mutex<Chain>>>>,
+}
+
+/// What the keeper remembers of a mount.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct About {
+    chain: String,
+    reference: String,
+    /// Of the artifact: it fixes all inode numbers.
+    digest: String,
 }
 
 /// The mounts of one chain id.
@@ -67,8 +81,8 @@ impl Drop for Lazy {
 }
 
 impl ImageRoots {
-    /// Roots of what `node` knows.
-    pub fn new(node: Node, config: mount::Config) -> Self {
+    /// Roots of what `node` knows; the FUSE mounts among them are had by `keeper`, where there is one.
+    pub fn new(node: Node, config: mount::Config, keeper: Option<Arc<Link>>) -> Self {
         let native = native::available(node.store().root());
         if let Err(why) = &native {
             tracing::warn!(error = %why, "complete images are served by FUSE, too");
@@ -76,8 +90,72 @@ impl ImageRoots {
         Self {
             node,
             config,
+            keeper,
             native: native.map_err(|why| why.to_string()),
             chains: Mutex::default(),
+        }
+    }
+
+    /// Takes over what the keeper has of a process before this one. What cannot be served yet waits there;
+    /// it is logged, and no error of this process.
+    pub async fn adopt(&self) {
+        let Some(keeper) = self.keeper.clone() else {
+            return;
+        };
+        let found = tokio::task::spawn_blocking(move || -> Result<_, MountError> {
+            let mut found = Vec::new();
+            for kept in keeper.sessions()? {
+                let orphan = keeper.show(kept.dir())?;
+                // Others may have mounts there, too.
+                if let Ok(about) = serde_json::from_slice::<About>(orphan.about()) {
+                    found.push((orphan, about));
+                }
+            }
+            Ok(found)
+        });
+        let found = match found.await {
+            Ok(Ok(found)) => found,
+            Ok(Err(error)) => {
+                tracing::error!(%error, "what the keeper has is not taken over");
+                return;
+            }
+            Err(_) => return,
+        };
+        for (orphan, about) in found {
+            let (chain, image) = (about.chain.clone(), about.reference.clone());
+            match self.adopt_one(orphan, about).await {
+                Ok(()) => tracing::info!(chain, image, "goes on being served"),
+                Err(error) => tracing::error!(chain, image, %error, "waits for a server"),
+            }
+        }
+    }
+
+    async fn adopt_one(&self, orphan: Orphan, about: About) -> anyhow::Result<()> {
+        let (id, digest) = (about.chain.parse()?, about.digest.parse()?);
+        let reference: Reference = about.reference.parse()?;
+        let resolved = self.node.resume(&reference, &digest).await?;
+        let chain = self.chain(&id);
+        let mut chain = chain.lock().await;
+        let lazy = self.serve_lazy(&id, resolved, Some(orphan)).await;
+        chain.lazy = Some(lazy.map_err(anyhow::Error::new)?);
+        Ok(())
+    }
+
+    /// Leaves what the keeper has to the next process; the rest is unmounted when this is dropped.
+    pub async fn leave(&self) {
+        if self.keeper.is_none() {
+            return;
+        }
+        let chains: Vec<_> = self.chains.lock().values().cloned().collect();
+        for chain in chains {
+            let Some(lazy) = chain.lock().await.lazy.take() else {
+                continue;
+            };
+            lazy.fill.abort();
+            let left = tokio::task::spawn_blocking(move || lazy.mount.leave()).await;
+            if let Ok(Err(error)) = left {
+                tracing::warn!(%error, "a mount was left without a word");
+            }
         }
     }
 
@@ -162,10 +240,21 @@ impl ImageRoots {
         }
     }
 
-    /// Mounts an image that is still to come.
-    async fn mount_lazy(&self, id: &Digest, resolved: Resolved) -> Result<Lazy, RootsError> {
+    /// Mounts an image that is still to come, or goes on serving what a process before this one has
+    /// mounted of it.
+    async fn serve_lazy(
+        &self,
+        id: &Digest,
+        resolved: Resolved,
+        orphan: Option<Orphan>,
+    ) -> Result<Lazy, RootsError> {
         let name = resolved.artifact.reference.clone();
-        let hold = self.node.hold(&name).await.map_err(|e| of_node(&e))?;
+        let digest = resolved.artifact.digest();
+        let hold = match orphan.is_some() {
+            true => self.node.hold_generation(&digest).await,
+            false => self.node.hold(&name).await,
+        };
+        let hold = hold.map_err(|e| of_node(&e))?;
         let dir = self.dir(id, "lazy");
         let failed = |why: String| RootsError::new(RootsErrorKind::Failed, why);
         let start = self.node.start(&resolved).await.map_err(|e| of_node(&e))?;
@@ -179,14 +268,28 @@ impl ImageRoots {
             .map_err(|e| failed(e.to_string()))?;
         let (config, runtime) = (self.config.clone(), tokio::runtime::Handle::current());
         let store = Arc::clone(self.node.store());
+        let keeper = self.keeper.clone();
+        let about = About {
+            chain: id.to_string(),
+            reference: name.clone(),
+            digest: digest.to_string(),
+        };
         let mounting = tokio::task::spawn_blocking(move || -> anyhow::Result<Mount> {
+            let view = Arc::new(view);
+            if let (Some(orphan), Some(keeper)) = (orphan, &keeper) {
+                return Ok(Mount::adopt(view, orphan, &config, runtime, keeper)?);
+            }
             // Left by a process that was killed.
             if dir.symlink_metadata().is_err() || mount::find(&dir)?.is_some() {
                 let _ = mount::unmount(&dir, true);
             }
             store::run_dir(store.root())?;
             fs::create_dir_all(&dir)?;
-            Ok(Mount::new(Arc::new(view), &dir, &config, runtime)?)
+            let Some(keeper) = keeper else {
+                return Ok(Mount::new(view, &dir, &config, runtime)?);
+            };
+            let about = serde_json::to_string(&about)?;
+            Ok(Mount::kept(view, &dir, &config, runtime, &keeper, &about)?)
         });
         let mount = match mounting.await {
             Ok(mount) => mount.map_err(|e| failed(format!("{e:#}")))?,
@@ -194,6 +297,12 @@ impl ImageRoots {
         };
         let mount = Arc::new(mount);
         let served = Arc::downgrade(&mount);
+        if let Some(keeper) = &self.keeper {
+            // While no server is there, it must not be collected either.
+            let files: Vec<_> = hold.files().map(|file| file.as_fd()).collect();
+            let held = keeper.hold(mount.dir(), &files);
+            held.map_err(|e| failed(e.to_string()))?;
+        }
         let node = self.node.clone();
         let fill = tokio::spawn(async move {
             if let Err(error) = node.fill(&resolved, &Progress::default()).await
@@ -337,7 +446,7 @@ impl Roots for ImageRoots {
         if let Some(lazy) = &chain.lazy {
             return Ok(found(lazy.mount.dir()));
         }
-        let lazy = self.mount_lazy(chain_id, resolved).await?;
+        let lazy = self.serve_lazy(chain_id, resolved, None).await?;
         let dir = lazy.mount.dir().to_owned();
         chain.lazy = Some(lazy);
         Ok(found(&dir))

@@ -292,9 +292,9 @@ pub(super) fn drop_pages(device: &Device, inodes: RangeInclusive<u64>) -> io::Re
         ForkResult::Child => unsafe {
             libc::dup2(fd, 0);
             if libc::syscall(libc::SYS_close_range, 1, libc::c_uint::MAX, 0) != 0 {
-                (1..65536).for_each(|fd| {
+                for fd in 1..65536 {
                     libc::close(fd);
-                });
+                }
             }
             let mut failed = 0;
             for ino in inodes {
