@@ -1,6 +1,7 @@
 //! Images that hearth serves: warmed before, or never seen and indexed; and through the mirror.
 
 use std::{
+    ffi::OsStr,
     fs,
     path::Path,
     process::{Command, Stdio},
@@ -166,6 +167,63 @@ async fn an_image_never_seen_runs_before_it_is_pulled() {
     kubelet.remove_pod(&pod).await;
     kubelet.remove_image(&app).await;
     bed.wait_for("collection", |bed| bed.records() == 0 && bed.dirs() == 0);
+}
+
+/// With a keeper a container on an image that is still arriving sees nothing of a snapshotter that is
+/// killed, but a pause.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_on_an_arriving_image_outlives_the_snapshotter() {
+    let source = tempfile::tempdir().unwrap();
+    let image = Image::make(source.path(), "outlived");
+    let registry = registry(&image);
+    let app = format!("127.0.0.1:{}/app:1", registry.port);
+    let other = source.path().join("other");
+    run(&mut hearth(&other, &format!("index push oci://{app}")));
+    let mut bed = Bed::new(Some(Cri {
+        sandbox_image: &app,
+        labels: true,
+    }));
+    let store = bed.path("store");
+    let socket = bed.path("keeper.sock");
+    let mut keeper = Command::new(env!("CARGO_BIN_EXE_hearth"))
+        .arg("--store")
+        .arg(&store)
+        .args(["keeper", "--socket"])
+        .arg(&socket)
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    bed.wait_for("the keeper", |_| socket.exists());
+    let arguments = [OsStr::new("--keeper"), socket.as_os_str()];
+    bed.start_snapshotter_with(&arguments);
+    bed.start_containerd();
+    let mut kubelet = Kubelet::new(&bed).await;
+    kubelet.pull(&app).await;
+    let pod = kubelet.run_pod().await;
+    let one = kubelet.run(&pod, "one", &app).await;
+    assert_eq!(kubelet.exec(&one, "cat /data/salt").await, "outlived");
+    let found = mounts(&store.join("run"));
+    assert!(
+        found.iter().any(|(_, kind)| kind.starts_with("fuse")),
+        "{found:?}"
+    );
+    bed.kill_snapshotter();
+    bed.start_snapshotter_with(&arguments);
+    bed.wait_connected();
+    // Never read before, so it takes the new process.
+    let seen = kubelet.exec(&one, LOOK).await;
+    assert_eq!(seen, format!("{SEEN}outlivedtwo4711\n"));
+    assert_eq!(
+        mounts(&store.join("run")),
+        found,
+        "the mount is still the same"
+    );
+    kubelet.remove_pod(&pod).await;
+    kubelet.remove_image(&app).await;
+    bed.wait_for("collection", |bed| bed.records() == 0 && bed.dirs() == 0);
+    bed.wait_for("unmounting", |_| mounts(&store.join("run")).is_empty());
+    keeper.kill().unwrap();
+    keeper.wait().unwrap();
 }
 
 #[test]
