@@ -7,6 +7,7 @@
 pub mod chunk;
 pub mod cli;
 pub mod config;
+pub mod csi;
 pub mod daemon;
 pub mod digest;
 pub mod disk;
@@ -20,6 +21,7 @@ pub mod mount;
 pub mod node;
 pub mod reference;
 pub mod snapshotter;
+pub mod socket;
 pub mod source;
 pub mod store;
 pub mod tree;

@@ -8,7 +8,7 @@
 //! content of its own; so containerd fetches and unpacks nothing. What stands on a claimed snapshot
 //! gets the node's merged tree as its one lower directory, below ordinary layers if there are any.
 //!
-//! `service` speaks gRPC, `socket` listens, `records` is what is on the disk, `held` counts who
+//! `service` speaks gRPC, `records` is what is on the disk, `held` counts who
 //! needs which tree, `mounts`, `filter` and `usage` do what containerd's packages of that name do.
 //! Called by `daemon` and `cli`.
 //!
@@ -28,7 +28,6 @@ mod mounts;
 mod records;
 mod roots;
 mod service;
-mod socket;
 mod table;
 mod usage;
 
@@ -46,7 +45,6 @@ pub use self::{
     mounts::{Mount, check_overlay},
     roots::{Hints, NoRoots, Root, Roots, RootsError, RootsErrorKind, Usage},
     service::serve,
-    socket::{Listener, ServeError},
 };
 use self::{
     filter::Filters,
@@ -54,6 +52,7 @@ use self::{
     records::{Record, Records, Time},
     table::{Line, Table},
 };
+pub use crate::socket::{Listener, ServeError};
 use crate::{
     digest::Digest,
     disk::{Disk, DiskError, RealDisk},

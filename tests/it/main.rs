@@ -1,6 +1,7 @@
 //! Tests that need nothing but a temporary directory.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod csi;
 mod decode;
 mod erofs;
 mod fetch;
