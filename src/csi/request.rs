@@ -329,17 +329,18 @@ pub(super) fn want(field: &str, attributes: &Map, config: &Config) -> Result<Wan
         if repo.revision.as_deref().is_some_and(|r| r != revision) {
             return Err(wrong("revision", "is not the one in `source`".into()));
         }
-        repo.revision = Some(revision.to_owned());
+        repo.revision = (revision != "main").then(|| revision.to_owned());
     }
     reference.filter.include.append(&mut include);
     reference.filter.exclude.append(&mut exclude);
-    let canonical = reference.to_string();
-    match canonical.parse::<Reference>() {
-        Ok(parsed) if parsed == reference => {}
-        Ok(_) => {
-            return Err(wrong("revision", "is no revision".into()));
-        }
-        Err(error) => return Err(wrong("source", error.to_string())),
+    // What it says as a whole must mean that, too: then it is what a record of it means.
+    let locator = reference.locator.clone();
+    let reference: Reference = reference
+        .to_string()
+        .parse()
+        .map_err(|e: crate::reference::ParseReferenceError| wrong("source", e.to_string()))?;
+    if reference.locator != locator {
+        return Err(wrong("revision", "is no revision".into()));
     }
     if layout == Layout::Hub && !matches!(reference.locator, Locator::Hub(_)) {
         return Err(wrong("layout", "hub is for hf:// sources".into()));

@@ -19,6 +19,7 @@ use crate::{
 
 mod commands;
 mod consumers;
+mod csi;
 mod demo;
 mod faults;
 mod interrupted;
