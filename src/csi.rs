@@ -39,8 +39,11 @@ use self::{
     records::{Claim, Created, Published, Records},
     request::{Create, Publish},
 };
-use crate::disk::{Disk, RealDisk};
 pub use crate::socket::{Listener, ServeError};
+use crate::{
+    disk::{Disk, RealDisk},
+    metrics,
+};
 
 /// The name of the driver.
 pub const NAME: &str = "csi.hearth.dev";
@@ -58,8 +61,8 @@ pub struct Config {
 /// How a driver works.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Where its records are; made where it is not there.
-    pub dir: PathBuf,
+    /// The store; records are in its `run/csi`. Nothing is published inside it.
+    pub store: PathBuf,
     /// What the cluster calls this node.
     pub node_id: String,
     /// The configuration.
@@ -120,7 +123,7 @@ impl Driver {
     /// runtime.
     ///
     /// # Errors
-    /// A node id that is none; a directory that cannot be written.
+    /// A node id that is none; a directory that cannot be written, or that another process serves.
     pub async fn open(
         settings: Settings,
         models: Arc<dyn Models>,
@@ -140,11 +143,12 @@ impl Driver {
         targets: Arc<dyn Targets>,
     ) -> Result<Arc<Self>> {
         request::check_node_id(&settings.node_id)?;
-        let dir = settings.dir.clone();
+        let dir = settings.store.join("run/csi");
         let (records, published, created) = blocking(move || Records::open(disk, &dir)).await??;
         let owners: BTreeSet<_> = published.iter().map(|p| p.claim.owner()).collect();
         let in_use: BTreeSet<_> = published.iter().map(|p| p.model.clone()).collect();
         models.sweep(&owners, &in_use).await;
+        metrics::global().csi_volumes.add(published.len() as u64);
         let state = State {
             published: published.into_iter().map(|p| (p.claim.id(), p)).collect(),
             created: created.into_iter().map(|c| (c.volume(), c)).collect(),
@@ -215,7 +219,10 @@ impl Driver {
             }
             Err(_) => Err(CsiError::new(
                 CsiErrorKind::Aborted,
-                format!("another call about volume {volume} is under way"),
+                format!(
+                    "another call about {} is under way",
+                    volume.trim_start_matches('\0')
+                ),
             )),
         }
     }
@@ -246,6 +253,10 @@ impl Driver {
     /// Opens the model of a volume and records that it is published.
     async fn begin(self: &Arc<Self>, asked: &Publish) -> Result<Begun> {
         let _change = self.change(&asked.volume).await?;
+        // Nor may another volume be on its way to the same target. No volume has such a name.
+        let _target = self
+            .change(&format!("\0{}", asked.target.display()))
+            .await?;
         let claim = Claim::new(asked);
         if let Some(before) = self.published(&claim.id()) {
             if before.claim != claim {
@@ -265,6 +276,7 @@ impl Driver {
                 new: false,
             });
         }
+        self.check_outside(&asked.target)?;
         self.check_target(asked)?;
         self.prepare_target(&asked.target).await?;
         let user = claim.user();
@@ -341,6 +353,17 @@ impl Driver {
         }
     }
 
+    /// What is mounted in the store is not for clients to move.
+    fn check_outside(&self, target: &Path) -> Result<()> {
+        match target.starts_with(&self.settings.store) {
+            true => Err(CsiError::invalid(format!(
+                "target_path {} is inside the store",
+                target.display()
+            ))),
+            false => Ok(()),
+        }
+    }
+
     /// Nothing else is published at the target.
     fn check_target(&self, asked: &Publish) -> Result<()> {
         let state = self.state.lock();
@@ -389,7 +412,9 @@ impl Driver {
         blocking(move || {
             this.records.write_published(&record)?;
             let id = record.claim.id();
-            this.state.lock().published.insert(id, record);
+            if this.state.lock().published.insert(id, record).is_none() {
+                metrics::global().csi_volumes.add(1);
+            }
             Ok(())
         })
         .await?
@@ -400,6 +425,7 @@ impl Driver {
     /// # Errors
     /// What the system says.
     pub(crate) async fn unpublish(self: &Arc<Self>, volume: &str, target: &Path) -> Result<()> {
+        self.check_outside(target)?;
         let _change = self.change(volume).await?;
         match self.published(&records::id(volume, target)) {
             Some(record) => self.remove(&record).await,
@@ -425,7 +451,9 @@ impl Driver {
         let (this, id) = (Arc::clone(self), record.claim.id());
         blocking(move || {
             this.records.remove_published(&id)?;
-            this.state.lock().published.remove(&id);
+            if this.state.lock().published.remove(&id).is_some() {
+                metrics::global().csi_volumes.sub(1);
+            }
             Ok::<_, CsiError>(())
         })
         .await??;

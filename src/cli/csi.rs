@@ -50,7 +50,7 @@ pub(super) struct Args {
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     crate::mount::available()?;
     let settings = Settings {
-        dir: context.root.join("run/csi"),
+        store: context.root.clone(),
         node_id: args.node_id,
         config: context.config.csi.clone(),
     };

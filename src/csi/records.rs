@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     io::{self, Read as _},
     path::{Path, PathBuf},
     sync::Arc,
@@ -15,7 +16,7 @@ use super::{
 };
 use crate::{
     digest::Digest,
-    disk::{Disk, DiskError, Open},
+    disk::{Disk, DiskError, Open, Span, lock_file},
     source::Keys,
 };
 
@@ -151,20 +152,30 @@ impl Created {
 pub(super) struct Records {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
+    /// Holds the lock.
+    _lock: File,
 }
 
 type Found = (Records, Vec<Published>, Vec<Created>);
 
 impl Records {
     pub(super) fn open(disk: Arc<dyn Disk>, dir: &Path) -> Result<Found, CsiError> {
-        let this = Self {
-            disk,
-            dir: dir.to_owned(),
-        };
         for kind in [PUBLISHED, CREATED] {
             let dir = dir.join(kind);
             std::fs::create_dir_all(&dir).map_err(|e| DiskError::new("make directory", &dir, e))?;
         }
+        let fail = |e: io::Error| DiskError::new("lock", dir, e);
+        let lock = disk.open(&dir.join("lock"), Open::Create)?;
+        let lock = lock.file().try_clone().map_err(fail)?;
+        if !lock_file(&lock, Span::Exclusive, false).map_err(fail)? {
+            let message = format!("volumes of {} are served by another process", dir.display());
+            return Err(CsiError::new(CsiErrorKind::FailedPrecondition, message));
+        }
+        let this = Self {
+            disk,
+            dir: dir.to_owned(),
+            _lock: lock,
+        };
         let mut published: Vec<Published> = this.load(PUBLISHED)?;
         published.retain(|record| {
             let known = record.want().is_ok();

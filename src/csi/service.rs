@@ -6,11 +6,12 @@ use async_trait::async_trait;
 use tonic::{Code, Request, Response, Status};
 
 use super::{
-    CsiError, CsiErrorKind, Driver, NAME,
+    CsiError, CsiErrorKind, Driver, NAME, finish,
     request::{self, Create, Publish},
 };
 use crate::{
     r#gen::csi::v1::{self as api, controller_server, identity_server, node_server},
+    metrics,
     socket::{Listener, ServeError},
 };
 
@@ -54,6 +55,7 @@ fn status(error: &CsiError) -> Status {
         CsiErrorKind::Unavailable => Code::Unavailable,
         CsiErrorKind::Internal => Code::Internal,
     };
+    metrics::global().csi_failures.add(1);
     tracing::warn!(%error, ?code, "a request failed");
     Status::new(code, error.to_string())
 }
@@ -100,8 +102,9 @@ impl controller_server::Controller for Service {
     ) -> Answer<api::CreateVolumeResponse> {
         let config = &self.0.settings().config;
         let made = async {
-            let made = self.0.create(Create::new(request.into_inner(), config)?);
-            let made = made.await?;
+            let asked = Create::new(request.into_inner(), config)?;
+            let driver = Arc::clone(&self.0);
+            let made = finish(async move { driver.create(asked).await }).await?;
             Ok(api::CreateVolumeResponse {
                 volume: Some(api::Volume {
                     capacity_bytes: made.capacity,
@@ -120,7 +123,8 @@ impl controller_server::Controller for Service {
     ) -> Answer<api::DeleteVolumeResponse> {
         let deleted = async {
             let volume = request::volume_id(request.into_inner().volume_id)?;
-            self.0.delete(&volume).await?;
+            let driver = Arc::clone(&self.0);
+            finish(async move { driver.delete(&volume).await }).await?;
             Ok(api::DeleteVolumeResponse {})
         };
         answer(deleted.await)
@@ -216,7 +220,8 @@ impl node_server::Node for Service {
         let gone = async {
             let volume = request::volume_id(asked.volume_id)?;
             let target = request::path("target_path", &asked.target_path)?;
-            self.0.unpublish(&volume, &target).await?;
+            let driver = Arc::clone(&self.0);
+            finish(async move { driver.unpublish(&volume, &target).await }).await?;
             Ok(api::NodeUnpublishVolumeResponse {})
         };
         answer(gone.await)

@@ -287,12 +287,14 @@ impl Models for SharedModels {
         if let Some(digest) = generation
             && let Some(slot) = self.existing(&model_id(&digest, want))
         {
-            let slot = slot.lock().await;
-            if let Some(served) = &slot.served
-                && slot.users.contains(&user.id)
+            let mut slot = slot.lock().await;
+            let is_user = slot.users.contains(&user.id);
+            if let Some(served) = &mut slot.served
+                && is_user
                 && served.is_alive()
             {
                 self.renew(served, want).await?;
+                served.go_on();
                 return Ok(served.model.clone());
             }
         }
@@ -310,21 +312,24 @@ impl Models for SharedModels {
         self.pin(&reference, &user.owner).await?;
         let id = model_id(&resolved.artifact.digest(), want);
         let slot = self.slot(&id);
-        let mut slot = slot.lock().await;
+        let mut slot = slot.lock_owned().await;
         match &mut slot.served {
             Some(served) if served.is_alive() => {
                 if let (Some(held), Some(keys)) = (&served.credentials, &want.keys) {
                     // The origin has just taken them.
                     held.replace(keys.clone());
                 }
-                if served.fill.has_failed() {
-                    served.fill = Fill::start(served.node.clone(), served.resolved.clone());
-                }
+                served.go_on();
             }
             served => {
                 *served = None;
-                let new = self.serve(&id, want, node, resolved, credentials).await;
-                *served = Some(new.inspect_err(|_| self.tidy(&id))?);
+                match self.serve(&id, want, node, resolved, credentials).await {
+                    Ok(new) => *served = Some(new),
+                    Err(error) => {
+                        self.tidy(&id, slot);
+                        return Err(error);
+                    }
+                }
             }
         }
         slot.users.insert(user.id.clone());
@@ -353,7 +358,7 @@ impl Models for SharedModels {
         let Some(slot) = self.existing(model) else {
             return;
         };
-        let mut slot = slot.lock().await;
+        let mut slot = slot.lock_owned().await;
         slot.users.remove(user);
         if !slot.users.is_empty() {
             return;
@@ -368,12 +373,7 @@ impl Models for SharedModels {
             }
             drop(served);
         }
-        self.tidy(model);
-        // Whoever waits for this one has a clone of it, and makes the model anew in it.
-        let mut slots = self.slots.lock();
-        if slots.get(model).is_some_and(|s| Arc::strong_count(s) == 2) {
-            slots.remove(model);
-        }
+        self.tidy(model, slot);
     }
 
     async fn unpin(&self, reference: &str, owner: &str) {
@@ -449,9 +449,18 @@ impl Models for SharedModels {
 }
 
 impl SharedModels {
-    /// Removes the directory of a model that is not mounted.
-    fn tidy(&self, id: &str) {
+    /// Removes what there is of a model that is not mounted.
+    fn tidy(&self, id: &str, slot: tokio::sync::OwnedMutexGuard<Slot>) {
+        if slot.served.is_some() {
+            return;
+        }
         let _ = fs::remove_dir(self.dir.join(id));
+        let mut slots = self.slots.lock();
+        drop(slot);
+        // Whoever waits for this one has it, too, and makes the model anew in it.
+        if slots.get(id).is_some_and(|s| Arc::strong_count(s) == 1) {
+            slots.remove(id);
+        }
     }
 }
 
@@ -459,11 +468,13 @@ impl Served {
     fn is_alive(&self) -> bool {
         !self.mount.has_ended()
     }
-}
 
-impl Fill {
-    fn has_failed(&self) -> bool {
-        matches!(*self.state.borrow(), Filling::Failed(_))
+    /// Has the background fetch tried again where it failed.
+    fn go_on(&mut self) {
+        let has_failed = matches!(*self.fill.state.borrow(), Filling::Failed(_));
+        if has_failed {
+            self.fill = Fill::start(self.node.clone(), self.resolved.clone());
+        }
     }
 }
 

@@ -564,7 +564,7 @@ mod tests {
             let reference: Reference = "hf://o/n".parse().unwrap();
             let Locator::Hub(repo) = &reference.locator else { unreachable!() };
             static SOURCE: std::sync::OnceLock<HubSource> = std::sync::OnceLock::new();
-            let source = SOURCE.get_or_init(|| HubSource::new(repo, &Config::default()).unwrap());
+            let source = SOURCE.get_or_init(|| HubSource::new(repo, &Config::default(), None).unwrap());
             let mut listing = Listing::new(&reference, "r".into()).unwrap();
             let lfs = lfs.map(|(oid, size)| Lfs { oid, size });
             let entry = Entry { kind: "file".into(), path: path.clone(), oid, size, lfs };

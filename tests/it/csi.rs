@@ -227,14 +227,17 @@ impl Bed {
         bed
     }
 
-    async fn start(&mut self) {
-        let settings = Settings {
-            dir: self.dir.path().join("run"),
+    fn settings(&self) -> Settings {
+        Settings {
+            store: self.dir.path().join("store"),
             node_id: "node-1".into(),
             config: self.config.clone(),
-        };
+        }
+    }
+
+    async fn start(&mut self) {
         let (models, marks) = (self.models.clone(), self.marks.clone());
-        let driver = Driver::open(settings, models, marks).await.unwrap();
+        let driver = Driver::open(self.settings(), models, marks).await.unwrap();
         let path = self.dir.path().join("csi.sock");
         let address = format!("unix://{}", path.display());
         let listener = Listener::bind(Path::new(&address)).unwrap();
@@ -328,7 +331,7 @@ impl Bed {
         let state = self.models.state();
         assert!(state.users.is_empty(), "{:?}", state.users);
         assert!(state.pins.is_empty(), "{:?}", state.pins);
-        let records = std::fs::read_dir(self.dir.path().join("run/published")).unwrap();
+        let records = std::fs::read_dir(self.dir.path().join("store/run/csi/published")).unwrap();
         assert_eq!(records.count(), 0);
     }
 }

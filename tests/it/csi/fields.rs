@@ -37,6 +37,7 @@ fn flags(flags: &'static [&'static str]) -> Change {
 /// What is wrong with a request to publish, and what the answer says.
 fn wrongs(bed: &Bed) -> Vec<(Change, &'static str)> {
     let pods = bed.target("");
+    let store = bed.dir.path().join("store").display().to_string();
     std::fs::write(bed.target("file"), "").unwrap();
     std::os::unix::fs::symlink("/etc", bed.target("link")).unwrap();
     vec![
@@ -67,7 +68,11 @@ fn wrongs(bed: &Bed) -> Vec<(Change, &'static str)> {
         (target(format!("{pods}file/mount")), "Not a directory"),
         (target(format!("{pods}link")), "no directory"),
         (
-            target(format!("/proc/self/{}", "x".repeat(300))),
+            target(format!("{store}/run/csi/mounts/x")),
+            "is inside the store",
+        ),
+        (
+            target(format!("{pods}{}", "x".repeat(300))),
             "File name too long",
         ),
         (
@@ -297,6 +302,12 @@ async fn the_other_calls_refuse_what_is_wrong() {
     let bed = Bed::new().await;
     let long = "x".repeat(10_000);
     let target = bed.target("a");
+    let inside = bed.dir.path().join("store/run/csi/mounts/x");
+    let (code, why) = bed
+        .unpublished("v", inside.to_str().unwrap())
+        .await
+        .unwrap_err();
+    assert_eq!(code, Code::InvalidArgument, "{why}");
     for (volume, path) in [
         ("", &*target),
         (&*long, &*target),

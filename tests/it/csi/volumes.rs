@@ -258,6 +258,35 @@ async fn calls_at_once_do_what_one_does() {
 }
 
 #[tokio::test]
+async fn two_volumes_do_not_fight_for_a_target() {
+    let bed = Bed::new().await;
+    let gate = bed.models.gate.write().await;
+    let calls: Vec<_> = (0..8)
+        .map(|n| {
+            let asked = bed.publish(&format!("v{n}"), "a");
+            let mut node = bed.node();
+            tokio::spawn(async move { node.node_publish_volume(asked).await })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    drop(gate);
+    let mut winners = 0;
+    for call in calls {
+        match call.await.unwrap() {
+            Ok(_) => winners += 1,
+            Err(status) => assert_eq!(status.code(), Code::AlreadyExists, "{status:?}"),
+        }
+    }
+    assert_eq!((winners, bed.models.state().pins.len()), (1, 1));
+    for n in 0..8 {
+        bed.unpublished(&format!("v{n}"), &bed.target("a"))
+            .await
+            .unwrap();
+    }
+    bed.assert_empty();
+}
+
+#[tokio::test]
 async fn the_next_process_goes_on() {
     let mut bed = Bed::new().await;
     bed.published(bed.publish("v", "a")).await.unwrap();
@@ -266,10 +295,14 @@ async fn the_next_process_goes_on() {
     // Its mounts are gone with it, and a record is half written.
     bed.models.state().users.clear();
     bed.marks.mounted.lock().unwrap().clear();
-    let records = bed.dir.path().join("run/published");
+    let records = bed.dir.path().join("store/run/csi/published");
     std::fs::write(records.join("x.new"), "{").unwrap();
     std::fs::write(records.join("y.json"), "{").unwrap();
     bed.restart().await;
+    let settings = bed.settings();
+    let second = Driver::open(settings, bed.models.clone(), bed.marks.clone()).await;
+    let second = second.err().unwrap().to_string();
+    assert!(second.contains("another process"), "{second}");
     let (owners, models) = bed.models.state().swept.clone().unwrap();
     assert_eq!((owners.len(), models.len()), (2, 1));
     for _ in 0..500 {
@@ -383,7 +416,7 @@ async fn secrets_are_used_and_never_written() {
     asked.secrets = map(&[("token", "hf_neu")]);
     bed.published(asked).await.unwrap();
     assert_eq!(bed.models.state().token.as_deref(), Some("hf_neu"));
-    for entry in std::fs::read_dir(bed.dir.path().join("run/published")).unwrap() {
+    for entry in std::fs::read_dir(bed.dir.path().join("store/run/csi/published")).unwrap() {
         let text = std::fs::read_to_string(entry.unwrap().path()).unwrap();
         assert!(!text.contains("hf_"), "{text}");
     }
