@@ -65,8 +65,10 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         output::note(&format!("csi on {}", listener.path().display()));
         let mut stopped = None;
         let stop = async { stopped = Some(super::interrupted().await) };
-        csi::serve(driver, listener, stop).await?;
+        let served = csi::serve(driver, listener, stop).await;
+        // However it ends: what the keeper has is for the next process.
         models.leave_all().await;
+        served?;
         // To be told to stop is how it ends.
         match stopped {
             Some(Err(error)) => Err(error),

@@ -9,7 +9,10 @@ use std::{
     fs,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -43,6 +46,8 @@ pub struct SharedModels {
     dir: PathBuf,
     keeper: Option<Arc<Link>>,
     slots: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Slot>>>>,
+    /// Nothing is mounted any more: the next process does.
+    left: AtomicBool,
 }
 
 /// A model and who needs it.
@@ -125,6 +130,7 @@ impl SharedModels {
             dir,
             keeper,
             slots: Mutex::default(),
+            left: AtomicBool::new(false),
         });
         if let Some(mut leaves) = leaves {
             // A successor asks for them, one by one.
@@ -139,8 +145,9 @@ impl SharedModels {
         this
     }
 
-    /// Leaves all mounts to the next process, where a keeper has them.
+    /// Leaves all mounts to the next process, where a keeper has them. Nothing is mounted from now on.
     pub async fn leave_all(&self) {
+        self.left.store(true, Relaxed);
         if self.keeper.is_some() {
             let slots: Vec<_> = self.slots.lock().keys().cloned().collect();
             for id in slots {
@@ -313,6 +320,10 @@ impl Models for SharedModels {
         let id = model_id(&resolved.artifact.digest(), want);
         let slot = self.slot(&id);
         let mut slot = slot.lock_owned().await;
+        if self.left.load(Relaxed) {
+            let message = "this process is ending";
+            return Err(ModelError::new(ModelErrorKind::Unavailable, message));
+        }
         match &mut slot.served {
             Some(served) if served.is_alive() => {
                 if let (Some(held), Some(keys)) = (&served.credentials, &want.keys) {
