@@ -174,7 +174,10 @@ fn wrongs(bed: &Bed) -> Vec<(Change, &'static str)> {
             ),
             "more than 64",
         ),
-        (context("revision", "a/../b"), "revi"),
+        (
+            context("revision", "a/../b"),
+            "expected a branch, tag or commit",
+        ),
         (
             Box::new(|a| {
                 a.volume_context

@@ -312,6 +312,24 @@ fn lazy_volumes_do_not_wait_and_complete_ones_do() {
 }
 
 #[test]
+fn strict_volumes_are_mounts_of_their_own() {
+    let web = Web::slow("4m");
+    let model = web.model("m", 4, 2);
+    let csi = Csi::new();
+    let plain = csi.publish("plain", &model);
+    let asked = csi.asked("strict", &[("source", &model), ("verify", "strict")]);
+    let strict = asked.target_path.clone();
+    csi.try_publish(asked).unwrap();
+    assert_ne!(connections(&plain), connections(&strict));
+    assert_same(&strict, &web.path("m"));
+    assert_same(&plain, &web.path("m"));
+    csi.unpublish("plain");
+    assert_same(&strict, &web.path("m"));
+    csi.unpublish("strict");
+    csi.assert_empty();
+}
+
+#[test]
 fn an_origin_that_is_down_shows() {
     let web = Web::slow("200k");
     let model = web.model("m", 8, 1);
