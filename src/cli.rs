@@ -6,6 +6,7 @@
 mod completions;
 mod config;
 mod control;
+mod csi;
 mod demo;
 mod gc;
 mod index;
@@ -98,6 +99,7 @@ enum Command {
     Verify(verify::Args),
     Index(index::Args),
     Snapshotter(snapshotter::Args),
+    Csi(csi::Args),
     Mirror(mirror::Args),
     Keeper(keeper::Args),
     Config(config::Args),
@@ -143,6 +145,7 @@ pub fn main() -> ExitCode {
         Command::Gc(args) => gc::run(&context, args),
         Command::Verify(args) => verify::run(&context, args),
         Command::Index(args) => index::run(&context, args),
+        Command::Csi(args) => csi::run(&context, args),
         Command::Mirror(args) => mirror::run(&context, args),
         Command::Keeper(args) => keeper::run(&context, args),
         Command::Snapshotter(args) => snapshotter::run(&context, args),

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{fetch, mirror, mount, source, store};
+use crate::{csi, fetch, mirror, mount, source, store};
 
 /// Longest configuration file read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -21,6 +21,7 @@ pub struct Config {
     pub fetch: fetch::Config,
     pub mount: mount::Config,
     pub mirror: mirror::Config,
+    pub csi: csi::Config,
 }
 
 /// A configuration file that cannot be used.

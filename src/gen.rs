@@ -25,3 +25,9 @@ pub mod containerd {
         }
     }
 }
+
+/// The Container Storage Interface.
+pub mod csi {
+    /// `csi.v1`.
+    pub mod v1;
+}

@@ -10,6 +10,7 @@ pub mod config;
 #[cfg(test)]
 #[path = "../tests/it/corpus/replay.rs"]
 mod corpus;
+pub mod csi;
 pub mod daemon;
 pub mod digest;
 pub mod disk;
@@ -23,6 +24,7 @@ pub mod mount;
 pub mod node;
 pub mod reference;
 pub mod snapshotter;
+pub mod socket;
 pub mod source;
 pub mod store;
 pub mod tree;

@@ -382,6 +382,11 @@ impl Mount {
         let _ = self.ended.clone().wait_for(|ended| *ended).await;
     }
 
+    /// Whether it is unmounted.
+    pub fn has_ended(&self) -> bool {
+        *self.ended.borrow()
+    }
+
     /// Unmounts; fine where it is unmounted already. `lazy` detaches it at once, and what is open
     /// below stays readable until it is closed, as long as this process lives.
     ///

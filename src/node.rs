@@ -27,9 +27,9 @@ pub use self::{
 };
 use crate::{
     digest::Digest,
-    fetch::{Class, Engine, FetchError, FetchErrorKind},
+    fetch::{self, Class, Engine, FetchError, FetchErrorKind, VerifyPolicy},
     reference::{HubRepo, Locator, Reference},
-    source::{Layered, Source, SourceErrorKind, Sources},
+    source::{Credentials, Layered, Source, SourceErrorKind, Sources},
     store::{Complete, Hold, Reservation, Store, StoreError, StoreErrorKind},
     tree::{Artifact, Object},
 };
@@ -102,6 +102,28 @@ impl Node {
     /// A node over an engine (and its store) and sources.
     pub fn new(engine: Engine, sources: Sources) -> Self {
         Self { sources, engine }
+    }
+
+    /// This node, opening origins with `credentials`.
+    #[must_use]
+    pub fn with_credentials(&self, credentials: Credentials) -> Self {
+        Self {
+            sources: self.sources.with_credentials(credentials),
+            engine: self.engine.clone(),
+        }
+    }
+
+    /// This node with another policy of what may be served before the whole is verified. Both share the store.
+    #[must_use]
+    pub fn with_verify(&self, verify: VerifyPolicy) -> Self {
+        let config = fetch::Config {
+            verify,
+            ..self.engine.config().clone()
+        };
+        Self {
+            sources: self.sources.clone(),
+            engine: Engine::new(Arc::clone(self.store()), config),
+        }
     }
 
     /// The store.

@@ -8,7 +8,7 @@
 //! content of its own; so containerd fetches and unpacks nothing. What stands on a claimed snapshot
 //! gets the node's merged tree as its one lower directory, below ordinary layers if there are any.
 //!
-//! `service` speaks gRPC, `socket` listens, `records` is what is on the disk, `held` counts who
+//! `service` speaks gRPC, `records` is what is on the disk, `held` counts who
 //! needs which tree, `mounts`, `filter` and `usage` do what containerd's packages of that name do.
 //! `pinned` is the other way round: it tells containerd which images are to stay.
 //! Called by `daemon` and `cli`.
@@ -30,7 +30,6 @@ mod pinned;
 mod records;
 mod roots;
 mod service;
-mod socket;
 mod table;
 mod usage;
 
@@ -49,7 +48,6 @@ pub use self::{
     pinned::keep_pinned,
     roots::{Hints, NoRoots, Root, Roots, RootsError, RootsErrorKind, Usage},
     service::serve,
-    socket::{Listener, ServeError, is_trusted},
 };
 use self::{
     filter::Filters,
@@ -57,6 +55,7 @@ use self::{
     records::{Record, Records, Time},
     table::{Line, Table},
 };
+pub use crate::socket::{Listener, ServeError};
 use crate::{
     digest::Digest,
     disk::{Disk, DiskError, RealDisk},

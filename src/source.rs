@@ -12,9 +12,11 @@ mod hub;
 mod listing;
 mod object;
 mod oci;
+mod own;
 mod web;
 
 pub(crate) use self::oci::tarwalk;
+pub use self::own::{AwsKeys, Credentials, Keys};
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -364,6 +366,8 @@ pub struct Sources {
     open: Arc<Mutex<HashMap<String, Weak<dyn Source>>>>,
     /// Where credentials for registries are, and what plugins have answered.
     keychain: oci::Keychain,
+    /// What opens origins instead of what this node has.
+    credentials: Option<Credentials>,
 }
 
 impl Sources {
@@ -374,6 +378,16 @@ impl Sources {
             keychain: oci::Keychain::new(&config),
             config: Arc::new(config),
             open: Arc::default(),
+            credentials: None,
+        }
+    }
+
+    /// Sources that use `credentials` where they have some for an origin, and share nothing with others.
+    #[must_use]
+    pub fn with_credentials(&self, credentials: Credentials) -> Self {
+        Self {
+            credentials: Some(credentials),
+            ..self.clone()
         }
     }
 
@@ -382,30 +396,40 @@ impl Sources {
     /// # Errors
     /// Settings in the environment that cannot be used.
     pub fn open(&self, reference: &Reference) -> Result<Arc<dyn Source>, SourceError> {
+        if let Some(credentials) = &self.credentials {
+            let source = own::OwnSource::new(self, &reference.locator, credentials)?;
+            return Ok(Arc::new(source));
+        }
         let Some(origin) = origin(&reference.locator) else {
-            return self.make(&reference.locator);
+            return self.make(&reference.locator, &Keys::default());
         };
         let mut open = self.open.lock();
         if let Some(source) = open.get(&origin).and_then(Weak::upgrade) {
             return Ok(source);
         }
-        let source = self.make(&reference.locator)?;
+        let source = self.make(&reference.locator, &Keys::default())?;
         open.retain(|_, source| source.strong_count() > 0);
         open.insert(origin, Arc::downgrade(&source));
         Ok(source)
     }
 
-    fn make(&self, locator: &Locator) -> Result<Arc<dyn Source>, SourceError> {
+    fn make(&self, locator: &Locator, keys: &Keys) -> Result<Arc<dyn Source>, SourceError> {
         let config = &self.config;
         Ok(match locator {
-            Locator::S3(bucket) => Arc::new(object::ObjectSource::s3(&bucket.bucket, config)?),
+            Locator::S3(bucket) => Arc::new(object::ObjectSource::s3(
+                &bucket.bucket,
+                config,
+                keys.aws.as_ref(),
+            )?),
             Locator::Gcs(bucket) => Arc::new(object::ObjectSource::gcs(&bucket.bucket, config)?),
             Locator::Azure(bucket) => {
                 Arc::new(object::ObjectSource::azure(&bucket.bucket, config)?)
             }
             Locator::File(path) => Arc::new(file::FileSource::new(path, config)),
-            Locator::Http(url) => Arc::new(http::HttpSource::new(url, config)?),
-            Locator::Hub(repo) => Arc::new(hub::HubSource::new(repo, config)?),
+            Locator::Http(url) => Arc::new(http::HttpSource::new(&keys.open(url), config)?),
+            Locator::Hub(repo) => {
+                Arc::new(hub::HubSource::new(repo, config, keys.hub_token.clone())?)
+            }
             Locator::Oci(oci) => Arc::new(oci::OciSource::new(oci, config, &self.keychain)?),
         })
     }

@@ -15,7 +15,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{digest::Digest, mount::Stats, snapshotter::is_trusted, store::run_dir};
+use crate::{digest::Digest, mount::Stats, socket::is_trusted, store::run_dir};
 
 /// Longest answer taken, in bytes.
 const MAX_ANSWER: u64 = 1 << 20;

@@ -1,27 +1,25 @@
 //! gRPC: decodes, calls [`Snapshotter`], answers. Errors are logged here, once.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc};
 
 use async_trait::async_trait;
-use futures_util::StreamExt as _;
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Code, Request, Response, Status};
 
 use super::{
-    Kind, Listener, Mount, Result, ServeError, SnapshotError, SnapshotErrorKind, Snapshotter,
+    Kind, Mount, Result, SnapshotError, SnapshotErrorKind, Snapshotter,
     filter::Filters,
     records::{Record, Time},
-    socket::is_trusted,
 };
-use crate::r#gen::containerd::{
-    services::snapshots::v1::{self as api, snapshots_server},
-    types,
+use crate::{
+    r#gen::containerd::{
+        services::snapshots::v1::{self as api, snapshots_server},
+        types,
+    },
+    socket::{Listener, ServeError},
 };
 
 /// Snapshots in one message of a list, as containerd's own service does it.
 const LIST_BATCH: usize = 100;
-/// How long requests under way may take once it is to stop.
-const DRAIN: Duration = Duration::from_secs(10);
 
 /// Serves `snapshotter` on `listener` until `stop`; then finishes what is under way.
 ///
@@ -32,32 +30,9 @@ pub async fn serve(
     listener: Listener,
     stop: impl Future<Output = ()> + Send,
 ) -> std::result::Result<(), ServeError> {
-    let (stopped, drained) = tokio::sync::oneshot::channel();
-    let stop = async {
-        stop.await;
-        let _ = stopped.send(());
-    };
-    let (incoming, socket) = listener.into_parts();
-    let trusted = UnixListenerStream::new(incoming)
-        .filter(|stream| std::future::ready(stream.as_ref().map_or(true, is_trusted)));
-    let serving = tonic::transport::Server::builder()
-        .add_service(snapshots_server::SnapshotsServer::new(Service(snapshotter)))
-        .serve_with_incoming_shutdown(trusted, stop);
-    let late = async {
-        match drained.await {
-            Ok(()) => tokio::time::sleep(DRAIN).await,
-            Err(_) => std::future::pending().await,
-        }
-    };
-    let done = tokio::select! {
-        done = serving => done.map_err(|e| ServeError::Ended(e.to_string())),
-        () = late => {
-            tracing::warn!("requests under way are given up");
-            Ok(())
-        }
-    };
-    drop(socket);
-    done
+    let service = snapshots_server::SnapshotsServer::new(Service(snapshotter));
+    let router = tonic::transport::Server::builder().add_service(service);
+    listener.serve(router, stop).await
 }
 
 struct Service(Arc<Snapshotter>);

@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     digest::{Digest, ObjectId, from_hex},
-    reference::{HubKind, HubRepo, Locator, Reference},
+    reference::{HubKind, HubRepo, Locator, Reference, Secret},
     tree::{Artifact, Location},
 };
 
@@ -51,6 +51,8 @@ pub(super) struct HubSource {
     config: Config,
     kind: HubKind,
     id: String,
+    /// A token that is not of this node.
+    own_token: Option<Secret>,
     auth: RwLock<Option<Arc<Auth>>>,
 }
 
@@ -81,13 +83,18 @@ struct Lfs {
 }
 
 impl HubSource {
-    pub(super) fn new(repo: &HubRepo, config: &Config) -> Result<Self, SourceError> {
+    pub(super) fn new(
+        repo: &HubRepo,
+        config: &Config,
+        own_token: Option<Secret>,
+    ) -> Result<Self, SourceError> {
         let source = Self {
             web: Web::new(config)?,
             settings: Settings::read(config, &process_env)?,
             config: config.clone(),
             kind: repo.kind,
             id: repo.id.clone(),
+            own_token,
             auth: RwLock::default(),
         };
         source.renew_auth()?;
@@ -96,7 +103,11 @@ impl HubSource {
 
     /// Reads the token anew.
     fn renew_auth(&self) -> Result<(), SourceError> {
-        let auth = match token(&self.config, &process_env)? {
+        let found = match &self.own_token {
+            Some(own) => Some(own.clone()),
+            None => token(&self.config, &process_env)?,
+        };
+        let auth = match found {
             None => None,
             Some(token) => Some(Auth::bearer(&self.settings.endpoint, &token).ok_or_else(
                 || {
@@ -572,7 +583,7 @@ mod tests {
             let reference: Reference = "hf://o/n".parse().unwrap();
             let Locator::Hub(repo) = &reference.locator else { unreachable!() };
             static SOURCE: std::sync::OnceLock<HubSource> = std::sync::OnceLock::new();
-            let source = SOURCE.get_or_init(|| HubSource::new(repo, &Config::default()).unwrap());
+            let source = SOURCE.get_or_init(|| HubSource::new(repo, &Config::default(), None).unwrap());
             let mut listing = Listing::new(&reference, "r".into()).unwrap();
             let lfs = lfs.map(|(oid, size)| Lfs { oid, size });
             let entry = Entry { kind: "file".into(), path: path.clone(), oid, size, lfs };

@@ -27,7 +27,7 @@ use tokio::time::timeout;
 
 use self::transport::Probe;
 use super::{
-    ByteStream, Config, Source, SourceError, SourceErrorKind,
+    AwsKeys, ByteStream, Config, Source, SourceError, SourceErrorKind,
     listing::{Listed, Listing, short},
 };
 use crate::{
@@ -59,9 +59,13 @@ impl fmt::Debug for ObjectSource {
 }
 
 impl ObjectSource {
-    /// An S3 bucket.
-    pub(super) fn s3(bucket: &str, config: &Config) -> Result<Self, SourceError> {
-        let (store, endpoint) = environment::s3(bucket, config)?;
+    /// An S3 bucket; with `keys` instead of those of the environment.
+    pub(super) fn s3(
+        bucket: &str,
+        config: &Config,
+        keys: Option<&AwsKeys>,
+    ) -> Result<Self, SourceError> {
+        let (store, endpoint) = environment::s3(bucket, config, keys)?;
         Ok(Self::over(
             store,
             format!("s3://{bucket}"),

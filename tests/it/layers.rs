@@ -7,13 +7,13 @@ const LAYERS: &[&[&str]] = &[
     &["cli"],
     &["daemon"],
     &["config"],
-    &["snapshotter", "mirror"],
+    &["csi", "snapshotter", "mirror"],
     &["mount"],
     &["node", "fs"],
     &["fetch"],
     &["image"],
     &["store", "source"],
-    &["disk", "tree"],
+    &["disk", "tree", "socket"],
     &["reference", "digest", "chunk"],
 ];
 /// Imported by any room, imports none.

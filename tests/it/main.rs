@@ -3,6 +3,7 @@
 
 mod bad_bytes;
 mod corpus;
+mod csi;
 mod decode;
 mod digests;
 mod disk_faults;

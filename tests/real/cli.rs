@@ -20,6 +20,7 @@ use crate::{
 mod chaos;
 mod commands;
 mod consumers;
+mod csi;
 mod demo;
 mod disk;
 mod faults;

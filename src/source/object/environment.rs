@@ -9,30 +9,45 @@
 
 mod profile;
 
-use std::{env, fs, time::Duration};
+use std::{env, fs, sync::Arc, time::Duration};
 
 use object_store::{
-    Certificate, ClientConfigKey, RetryConfig,
-    aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey as S3Key},
+    Certificate, ClientConfigKey, RetryConfig, StaticCredentialProvider,
+    aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey as S3Key, AwsCredential},
     azure::{AzureConfigKey, MicrosoftAzure, MicrosoftAzureBuilder},
     gcp::{GoogleCloudStorage, GoogleCloudStorageBuilder, GoogleConfigKey},
 };
 
 use super::{
-    super::{Config, SourceError, SourceErrorKind, install_tls},
+    super::{AwsKeys, Config, SourceError, SourceErrorKind, install_tls},
     transport::Connector,
 };
 
-/// A client for the S3 bucket `bucket`, and where it is.
-pub(super) fn s3(bucket: &str, config: &Config) -> Result<(AmazonS3, String), SourceError> {
+/// A client for the S3 bucket `bucket`, and where it is; with `keys` instead of those of the environment.
+pub(super) fn s3(
+    bucket: &str,
+    config: &Config,
+    keys: Option<&AwsKeys>,
+) -> Result<(AmazonS3, String), SourceError> {
     let what = format!("s3://{bucket}");
     let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket);
     if truthy("AWS_NO_SIGN_REQUEST") {
         builder = builder.with_skip_signature(true);
     }
+    if let Some(keys) = keys {
+        let own = AwsCredential {
+            key_id: keys.access_key_id.expose().to_owned(),
+            secret_key: keys.secret_access_key.expose().to_owned(),
+            token: keys.session_token.as_ref().map(|t| t.expose().to_owned()),
+        };
+        builder = builder
+            .with_skip_signature(false)
+            .with_credentials(Arc::new(StaticCredentialProvider::new(own)));
+    }
     let get = |builder: &AmazonS3Builder, key| builder.get_config_value(&key);
     let anonymous = get(&builder, S3Key::SkipSignature).is_some_and(|v| is_true(&v));
-    let configured = anonymous
+    let configured = keys.is_some()
+        || anonymous
         || [
             S3Key::AccessKeyId,
             S3Key::SecretAccessKey,

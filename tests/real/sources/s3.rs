@@ -1,5 +1,10 @@
 //! Buckets of S3: listings, keys, credentials, certificates, proxies.
 
+use hearth::{
+    reference::Secret,
+    source::{AwsKeys, Credentials, Keys},
+};
+
 use super::*;
 
 #[test]
@@ -259,5 +264,63 @@ fn proxies_of_the_environment_are_used() {
         );
         let error = direct.resolve(&reference).await.unwrap_err();
         assert_eq!(error.kind(), SourceErrorKind::NotFound, "{error}");
+    });
+}
+
+/// Keys of a request go before those of the node, and newer ones before older.
+#[test]
+fn s3_uses_keys_that_come_with_a_request() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    set_env(&[
+        ("AWS_ENDPOINT_URL", url.as_str()),
+        ("AWS_ACCESS_KEY_ID", "NODE"),
+        ("AWS_SECRET_ACCESS_KEY", "secret-of-the-node"),
+        ("AWS_SESSION_TOKEN", "session-of-the-node"),
+        ("AWS_REGION", "us-east-1"),
+    ]);
+    let (tell, heads) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut head = Vec::new();
+            let mut part = [0; 4096];
+            while !head.windows(4).any(|w| w == b"\r\n\r\n") {
+                let read = stream.read(&mut part).unwrap();
+                assert_ne!(read, 0);
+                head.extend_from_slice(&part[..read]);
+            }
+            let answer = "HTTP/1.1 403 Forbidden\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+            stream.write_all(answer.as_bytes()).unwrap();
+            tell.send(String::from_utf8(head).unwrap()).unwrap();
+        }
+    });
+    let keys = |id: &str, token: Option<&str>| Keys {
+        aws: Some(AwsKeys {
+            access_key_id: Secret::new(id),
+            secret_access_key: Secret::new("geheim"),
+            session_token: token.map(Secret::new),
+        }),
+        ..Keys::default()
+    };
+    let credentials = Credentials::new(keys("FIRST", None));
+    let sources = Sources::new(Config::default()).with_credentials(credentials.clone());
+    let reference = "s3://bucket/m/".parse().unwrap();
+    let source = sources.open(&reference).unwrap();
+    run(async {
+        for (id, token) in [("FIRST", None), ("SECOND", Some("session-of-the-pod"))] {
+            credentials.replace(keys(id, token));
+            let error = source.resolve(&reference).await.unwrap_err();
+            assert_eq!(error.kind(), SourceErrorKind::Denied);
+            assert!(!format!("{error} {source:?}").contains("geheim"));
+            let head = heads.try_iter().last().unwrap();
+            assert!(head.contains(&format!("Credential={id}/")), "{head}");
+            assert!(!head.contains("of-the-node"), "{head}");
+            assert_eq!(
+                head.contains("session-of-the-pod"),
+                token.is_some(),
+                "{head}"
+            );
+        }
     });
 }

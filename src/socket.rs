@@ -1,4 +1,8 @@
-//! The socket that containerd connects to.
+//! socket: gRPC over a unix socket, for the faces that are asked so (containerd, the kubelet).
+//!
+//! A socket is of mode 0600 before anybody can connect, replaces one on which nobody listens, and never one on which
+//! somebody does. Serving ends with what is under way, within bounds. Nothing here survives a crash but the name of the
+//! socket, which the next process replaces. Called by `snapshotter` and `csi`.
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -11,12 +15,18 @@ use std::{
         },
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
+use futures_util::StreamExt as _;
 use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::server::Router;
 
 /// Longest path of a socket, in bytes (unix(7), `sun_path`).
 const MAX_PATH: usize = 107;
+/// How long requests under way may take once it is to stop.
+const DRAIN: Duration = Duration::from_secs(10);
 
 /// Why a socket cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -31,7 +41,7 @@ pub enum ServeError {
     #[error("cannot listen on {}: {source}", path.display())]
     System { path: PathBuf, source: io::Error },
     /// Serving ended.
-    #[error("the snapshotter stopped serving: {0}")]
+    #[error("serving ended: {0}")]
     Ended(String),
 }
 
@@ -44,7 +54,7 @@ pub struct Listener {
 
 /// The name of a socket; removed when dropped.
 #[derive(Debug)]
-pub(super) struct Socket {
+struct Socket {
     path: PathBuf,
     inode: u64,
 }
@@ -109,8 +119,39 @@ impl Listener {
         &self.socket.path
     }
 
-    pub(super) fn into_parts(self) -> (UnixListener, Socket) {
-        (self.listener, self.socket)
+    /// Serves `router` until `stop`; then finishes what is under way.
+    ///
+    /// # Errors
+    /// A transport that fails.
+    pub async fn serve(
+        self,
+        router: Router,
+        stop: impl Future<Output = ()> + Send,
+    ) -> Result<(), ServeError> {
+        let Self { listener, socket } = self;
+        let (stopped, drained) = tokio::sync::oneshot::channel();
+        let stop = async {
+            stop.await;
+            let _ = stopped.send(());
+        };
+        let trusted = UnixListenerStream::new(listener)
+            .filter(|stream| std::future::ready(stream.as_ref().map_or(true, is_trusted)));
+        let serving = router.serve_with_incoming_shutdown(trusted, stop);
+        let late = async {
+            match drained.await {
+                Ok(()) => tokio::time::sleep(DRAIN).await,
+                Err(_) => std::future::pending().await,
+            }
+        };
+        let done = tokio::select! {
+            done = serving => done.map_err(|e| ServeError::Ended(e.to_string())),
+            () = late => {
+                tracing::warn!("requests under way are given up");
+                Ok(())
+            }
+        };
+        drop(socket);
+        done
     }
 }
 

@@ -1,0 +1,585 @@
+//! csi: the driver `csi.hearth.dev` of the Container Storage Interface, over a unix socket.
+//!
+//! A volume is a reference ([`Want`]); it is the same tree for everybody, and read-only. The node has one mount of each
+//! model (see [`Models`]); what is published is a read-only bind mount of that. `service` speaks gRPC, `request` reads
+//! what is asked, `records` is what is on the disk, `target` binds. Called by `daemon` and `cli`.
+//!
+//! Invariants: what is published has a record, which is durable before the target is mounted and goes after it is
+//! unmounted; a record keeps its model mounted and pinned. One change of a volume at a time; a change that was begun is
+//! finished though the client goes away. A volume keeps the generation that it was first published with. Secrets are
+//! in memory only.
+//!
+//! What survives a crash: the records. The next process opens the models again, taking the mounts over where they are
+//! kept, and binds again what lost its mount.
+
+mod error;
+mod models;
+mod records;
+mod request;
+mod service;
+mod target;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+pub use self::{
+    error::{CsiError, CsiErrorKind},
+    models::{Layout, Mode, Model, ModelError, ModelErrorKind, Models, Status, User, Want},
+    service::serve,
+    target::{Binds, Flags, Targets},
+};
+use self::{
+    records::{Claim, Created, Published, Records},
+    request::{Create, Publish},
+};
+pub use crate::socket::{Listener, ServeError};
+use crate::{
+    disk::{Disk, RealDisk},
+    metrics,
+};
+
+/// The name of the driver.
+pub const NAME: &str = "csi.hearth.dev";
+/// How long a call waits for another one about the same volume.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Settings of this room (`[csi]`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Let volumes be directories of this node (`file://`): whoever may make a pod can then read them.
+    pub allow_files: bool,
+}
+
+/// How a driver works.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The store; records are in its `run/csi`. Nothing is published inside it.
+    pub store: PathBuf,
+    /// What the cluster calls this node.
+    pub node_id: String,
+    /// The configuration.
+    pub config: Config,
+}
+
+type Result<T> = std::result::Result<T, CsiError>;
+
+/// The volumes of this node.
+pub struct Driver {
+    settings: Settings,
+    models: Arc<dyn Models>,
+    targets: Arc<dyn Targets>,
+    records: Records,
+    state: Mutex<State>,
+    /// One change of a volume at a time.
+    changes: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+#[derive(Default)]
+struct State {
+    /// By [`Published::id`].
+    published: BTreeMap<String, Published>,
+    /// By volume.
+    created: BTreeMap<String, Created>,
+}
+
+/// A volume whose model is open and recorded.
+struct Begun {
+    model: Model,
+    record: Published,
+    /// Whether this call made the record.
+    new: bool,
+}
+
+/// The right to change a volume.
+struct Change<'a> {
+    of: &'a Driver,
+    volume: String,
+    held: Option<tokio::sync::OwnedMutexGuard<()>>,
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        self.held = None;
+        let mut changes = self.of.changes.lock();
+        if changes
+            .get(&self.volume)
+            .is_some_and(|lock| Arc::strong_count(lock) == 1)
+        {
+            changes.remove(&self.volume);
+        }
+    }
+}
+
+impl Driver {
+    /// Opens the records of a directory, and what they say is published, in the background. Must be called within a
+    /// runtime.
+    ///
+    /// # Errors
+    /// A node id that is none; a directory that cannot be written, or that another process serves.
+    pub async fn open(
+        settings: Settings,
+        models: Arc<dyn Models>,
+        targets: Arc<dyn Targets>,
+    ) -> Result<Arc<Self>> {
+        Self::open_on(Arc::new(RealDisk), settings, models, targets).await
+    }
+
+    /// As [`Driver::open`], with records kept by way of `disk`.
+    ///
+    /// # Errors
+    /// As [`Driver::open`].
+    pub async fn open_on(
+        disk: Arc<dyn Disk>,
+        settings: Settings,
+        models: Arc<dyn Models>,
+        targets: Arc<dyn Targets>,
+    ) -> Result<Arc<Self>> {
+        request::check_node_id(&settings.node_id)?;
+        let dir = settings.store.join("run/csi");
+        let (records, published, created) = blocking(move || Records::open(disk, &dir)).await??;
+        let owners: BTreeSet<_> = published.iter().map(|p| p.claim.owner()).collect();
+        let in_use: BTreeSet<_> = published.iter().map(|p| p.model.clone()).collect();
+        models.sweep(&owners, &in_use).await;
+        metrics::global().csi_volumes.add(published.len() as u64);
+        let state = State {
+            published: published.into_iter().map(|p| (p.claim.id(), p)).collect(),
+            created: created.into_iter().map(|c| (c.volume(), c)).collect(),
+        };
+        let this = Arc::new(Self {
+            settings,
+            models,
+            targets,
+            records,
+            state: Mutex::new(state),
+            changes: Mutex::default(),
+        });
+        this.bring_back();
+        Ok(this)
+    }
+
+    /// What it was opened with.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Has everything that is published served again.
+    fn bring_back(self: &Arc<Self>) {
+        let published: Vec<_> = self.state.lock().published.values().cloned().collect();
+        for record in published {
+            let this = Arc::clone(self);
+            tokio::spawn(async move {
+                if let Err(error) = this.bring_one_back(&record).await {
+                    let (volume, target) = (&record.claim.volume, record.claim.target.display());
+                    tracing::warn!(volume, %target, %error, "a volume is not served until it is published again");
+                }
+            });
+        }
+    }
+
+    async fn bring_one_back(self: &Arc<Self>, record: &Published) -> Result<()> {
+        let _change = self.change(&record.claim.volume).await?;
+        // It may be gone, or be back, by now.
+        if self.published(&record.claim.id()).as_ref() != Some(record) {
+            return Ok(());
+        }
+        let (model, record) = self.reopen(record, &record.want()?).await?;
+        match record.claim.mode {
+            Mode::Complete if !self.is_attached(&model, &record).await => Ok(()),
+            _ => self.attach(&model, &record).await,
+        }
+    }
+
+    fn published(&self, id: &str) -> Option<Published> {
+        self.state.lock().published.get(id).cloned()
+    }
+
+    /// Waits until this call is the only one to change `volume`.
+    async fn change(&self, volume: &str) -> Result<Change<'_>> {
+        let mut change = Change {
+            of: self,
+            volume: volume.to_owned(),
+            held: None,
+        };
+        let lock = {
+            let mut changes = self.changes.lock();
+            Arc::clone(changes.entry(volume.to_owned()).or_default())
+        };
+        match tokio::time::timeout(PATIENCE, lock.lock_owned()).await {
+            Ok(held) => {
+                change.held = Some(held);
+                Ok(change)
+            }
+            Err(_) => Err(CsiError::new(
+                CsiErrorKind::Aborted,
+                format!(
+                    "another call about {} is under way",
+                    volume.trim_start_matches('\0')
+                ),
+            )),
+        }
+    }
+
+    /// Has a volume mounted on its target; fine where it is.
+    ///
+    /// # Errors
+    /// A target where something else is; what the origin or the system says.
+    pub(crate) async fn publish(self: &Arc<Self>, asked: Publish) -> Result<()> {
+        let asked = Arc::new(asked);
+        let (this, begun) = (Arc::clone(self), Arc::clone(&asked));
+        let begun = finish(async move { this.begin(&begun).await }).await?;
+        let Begun { model, record, new } = begun;
+        if asked.want.mode == Mode::Complete
+            && let Err(error) = self.models.complete(&model.id).await
+        {
+            let error = CsiError::of_model(&asked.volume, &error);
+            if new && !error.kind().may_pass() {
+                let this = Arc::clone(self);
+                finish(async move { this.give_up(&record).await }).await?;
+            }
+            return Err(error);
+        }
+        let this = Arc::clone(self);
+        finish(async move { this.complete(&model, &record, new).await }).await
+    }
+
+    /// Opens the model of a volume and records that it is published.
+    async fn begin(self: &Arc<Self>, asked: &Publish) -> Result<Begun> {
+        let _change = self.change(&asked.volume).await?;
+        // Nor may another volume be on its way to the same target. No volume has such a name.
+        let _target = self
+            .change(&format!("\0{}", asked.target.display()))
+            .await?;
+        let claim = Claim::new(asked);
+        if let Some(before) = self.published(&claim.id()) {
+            if before.claim != claim {
+                return Err(CsiError::new(
+                    CsiErrorKind::AlreadyExists,
+                    format!(
+                        "volume {} is published at {} already, with other attributes",
+                        asked.volume,
+                        asked.target.display()
+                    ),
+                ));
+            }
+            let (model, record) = self.reopen(&before, &asked.want).await?;
+            return Ok(Begun {
+                model,
+                record,
+                new: false,
+            });
+        }
+        self.check_outside(&asked.target)?;
+        self.check_target(asked)?;
+        self.prepare_target(&asked.target).await?;
+        let user = claim.user();
+        let opened = self.models.open(&asked.want, None, &user).await;
+        let model = opened.map_err(|e| CsiError::of_model(&asked.volume, &e))?;
+        let record = Published::new(claim, &asked.want, &model);
+        if let Err(error) = self.record(record.clone()).await {
+            self.let_go(&record).await;
+            return Err(error);
+        }
+        Ok(Begun {
+            model,
+            record,
+            new: true,
+        })
+    }
+
+    /// The model of what is published, opened again where that is needed.
+    async fn reopen(
+        self: &Arc<Self>,
+        record: &Published,
+        want: &Want,
+    ) -> Result<(Model, Published)> {
+        let user = record.claim.user();
+        let failed = |e: ModelError| CsiError::of_model(&record.claim.volume, &e);
+        let opened = self.models.open(want, Some(record.generation), &user).await;
+        match opened {
+            Err(gone) if gone.kind() == ModelErrorKind::Gone => {
+                // Collected while nobody had it open.
+                tracing::warn!(volume = record.claim.volume, error = %gone, "published as it is now");
+                let model = self.models.open(want, None, &user).await.map_err(failed)?;
+                let now = Published::new(record.claim.clone(), want, &model);
+                self.record(now.clone()).await?;
+                if model.id != record.model {
+                    self.models.close(&record.model, &user.id).await;
+                }
+                Ok((model, now))
+            }
+            Ok(model) => Ok((model, record.clone())),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// Mounts the target of what was begun, unless it was unpublished meanwhile.
+    async fn complete(
+        self: &Arc<Self>,
+        model: &Model,
+        record: &Published,
+        new: bool,
+    ) -> Result<()> {
+        let _change = self.change(&record.claim.volume).await?;
+        if self.published(&record.claim.id()).as_ref() != Some(record) {
+            return Err(CsiError::new(
+                CsiErrorKind::Aborted,
+                format!("volume {} was unpublished meanwhile", record.claim.volume),
+            ));
+        }
+        let attached = self.attach(model, record).await;
+        if attached.is_err()
+            && new
+            && let Err(error) = self.remove(record).await
+        {
+            tracing::warn!(volume = record.claim.volume, %error, "a failed publication is left");
+        }
+        attached
+    }
+
+    /// Takes back what was begun and cannot be completed.
+    async fn give_up(self: &Arc<Self>, record: &Published) -> Result<()> {
+        let _change = self.change(&record.claim.volume).await?;
+        match self.published(&record.claim.id()).as_ref() == Some(record) {
+            true => self.remove(record).await,
+            false => Ok(()),
+        }
+    }
+
+    /// What is mounted in the store is not for clients to move.
+    fn check_outside(&self, target: &Path) -> Result<()> {
+        match target.starts_with(&self.settings.store) {
+            true => Err(CsiError::invalid(format!(
+                "target_path {} is inside the store",
+                target.display()
+            ))),
+            false => Ok(()),
+        }
+    }
+
+    /// Nothing else is published at the target.
+    fn check_target(&self, asked: &Publish) -> Result<()> {
+        let state = self.state.lock();
+        let other = state
+            .published
+            .values()
+            .map(|other| &other.claim)
+            .find(|other| other.target == asked.target && other.volume != asked.volume);
+        match other {
+            Some(other) => Err(CsiError::new(
+                CsiErrorKind::AlreadyExists,
+                format!(
+                    "volume {} is published at {}",
+                    other.volume,
+                    asked.target.display()
+                ),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    async fn prepare_target(&self, target: &Path) -> Result<()> {
+        let (targets, path) = (Arc::clone(&self.targets), target.to_owned());
+        blocking(move || targets.check(&path)).await?
+    }
+
+    async fn is_attached(&self, model: &Model, record: &Published) -> bool {
+        let (targets, model, target) = (
+            Arc::clone(&self.targets),
+            model.clone(),
+            record.claim.target.clone(),
+        );
+        blocking(move || targets.is_attached(&model, &target))
+            .await
+            .unwrap_or(false)
+    }
+
+    async fn attach(&self, model: &Model, record: &Published) -> Result<()> {
+        let (targets, model) = (Arc::clone(&self.targets), model.clone());
+        let (target, flags) = (record.claim.target.clone(), record.claim.flags);
+        blocking(move || targets.attach(&model, &target, flags)).await?
+    }
+
+    async fn record(self: &Arc<Self>, record: Published) -> Result<()> {
+        let this = Arc::clone(self);
+        blocking(move || {
+            this.records.write_published(&record)?;
+            let id = record.claim.id();
+            if this.state.lock().published.insert(id, record).is_none() {
+                metrics::global().csi_volumes.add(1);
+            }
+            Ok(())
+        })
+        .await?
+    }
+
+    /// Has nothing of a volume mounted on its target; fine where nothing is.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) async fn unpublish(self: &Arc<Self>, volume: &str, target: &Path) -> Result<()> {
+        self.check_outside(target)?;
+        let _change = self.change(volume).await?;
+        match self.published(&records::id(volume, target)) {
+            Some(record) => self.remove(&record).await,
+            None => {
+                // Its record was lost: what is mounted goes, unless it is another volume's.
+                let other = self
+                    .state
+                    .lock()
+                    .published
+                    .values()
+                    .any(|p| p.claim.target == target);
+                if other {
+                    return Ok(());
+                }
+                self.detach(target, false).await
+            }
+        }
+    }
+
+    /// Takes back what was published. The volume is this call's to change.
+    async fn remove(self: &Arc<Self>, record: &Published) -> Result<()> {
+        self.detach(&record.claim.target, true).await?;
+        let (this, id) = (Arc::clone(self), record.claim.id());
+        blocking(move || {
+            this.records.remove_published(&id)?;
+            if this.state.lock().published.remove(&id).is_some() {
+                metrics::global().csi_volumes.sub(1);
+            }
+            Ok::<_, CsiError>(())
+        })
+        .await??;
+        self.let_go(record).await;
+        Ok(())
+    }
+
+    async fn detach(&self, target: &Path, ours: bool) -> Result<()> {
+        let (targets, target) = (Arc::clone(&self.targets), target.to_owned());
+        blocking(move || targets.detach(&target, ours)).await?
+    }
+
+    /// Gives the model of a record back, and the pin where that was the last one.
+    async fn let_go(&self, record: &Published) {
+        let (claim, user) = (&record.claim, record.claim.user());
+        self.models.close(&record.model, &user.id).await;
+        let others = self.state.lock().published.values().any(|other| {
+            let other = &other.claim;
+            other.volume == claim.volume
+                && other.reference == claim.reference
+                && other.target != claim.target
+        });
+        if !others {
+            self.models.unpin(&claim.reference, &user.owner).await;
+        }
+    }
+
+    /// How what is published at `path` does.
+    ///
+    /// # Errors
+    /// Nothing of this volume is published there.
+    pub(crate) async fn stats(&self, volume: &str, path: &Path) -> Result<Status> {
+        let Some(record) = self.published(&records::id(volume, path)) else {
+            return Err(CsiError::new(
+                CsiErrorKind::NotFound,
+                format!("volume {volume} is not published at {}", path.display()),
+            ));
+        };
+        let Some((model, mut status)) = self.models.status(&record.model).await else {
+            return Ok(Status {
+                trouble: Some("its model is not served".into()),
+                ..Status::default()
+            });
+        };
+        if !self.is_attached(&model, &record).await {
+            status.trouble = Some(format!("nothing is mounted on {}", path.display()));
+        }
+        Ok(status)
+    }
+
+    /// Makes a volume of a class, or finds the one of that name.
+    ///
+    /// # Errors
+    /// One of that name that is another.
+    pub(crate) async fn create(self: &Arc<Self>, asked: Create) -> Result<Created> {
+        let new = Created::new(&asked);
+        let volume = new.volume();
+        let _change = self.change(&volume).await?;
+        let before = self.state.lock().created.get(&volume).cloned();
+        if let Some(before) = before {
+            return match before.suits(&asked) {
+                true => Ok(before),
+                false => Err(CsiError::new(
+                    CsiErrorKind::AlreadyExists,
+                    format!(
+                        "a volume {:?} exists with another size or other parameters",
+                        new.name
+                    ),
+                )),
+            };
+        }
+        let (this, made) = (Arc::clone(self), new.clone());
+        blocking(move || {
+            this.records.write_created(&made)?;
+            this.state.lock().created.insert(made.volume(), made);
+            Ok::<_, CsiError>(())
+        })
+        .await??;
+        Ok(new)
+    }
+
+    /// The volume of this id, where this process's records have it.
+    pub(crate) fn created(&self, volume: &str) -> Option<Created> {
+        self.state.lock().created.get(volume).cloned()
+    }
+
+    /// Forgets a volume; fine where there is none. Content stays until the store needs the space.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub(crate) async fn delete(self: &Arc<Self>, volume: &str) -> Result<()> {
+        let _change = self.change(volume).await?;
+        let (this, volume) = (Arc::clone(self), volume.to_owned());
+        blocking(move || {
+            let known = this.state.lock().created.contains_key(&volume);
+            if known {
+                this.records.remove_created(&volume)?;
+                this.state.lock().created.remove(&volume);
+            }
+            Ok(())
+        })
+        .await?
+    }
+
+    /// Whether volumes can be published.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn ready(&self) -> Result<()> {
+        let ready = self.models.ready();
+        ready.map_err(|e| CsiError::new(CsiErrorKind::FailedPrecondition, e.to_string()))
+    }
+}
+
+/// Runs `work` to its end, even if the client goes away meanwhile.
+async fn finish<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    match tokio::spawn(work).await {
+        Ok(done) => done,
+        Err(failed) => Err(CsiError::new(CsiErrorKind::Internal, failed.to_string())),
+    }
+}
+
+/// Runs what may wait for the disk or the kernel off the async threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| CsiError::new(CsiErrorKind::Internal, e.to_string()))
+}

@@ -1,0 +1,604 @@
+//! Models, mounted for the CSI driver: each once, in `<store>/run/csi/mounts/<model>`, however many volumes are of it.
+//!
+//! A model is a generation in a layout; its name is made of these, so the next process finds the same one in the same
+//! place. With a keeper the mounts outlive this process, and are taken over by the next one; without, they end with it,
+//! and are made anew.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use crate::{
+    csi::{Layout, Model, ModelError, ModelErrorKind, Models, Status, User, Want},
+    digest::Digest,
+    fetch::{FetchErrorKind, VerifyPolicy},
+    fs::{Fetched, View, hub},
+    mount::{self, Mount, keeper::Link},
+    node::{Node, NodeError, Progress, Resolved},
+    reference::Locator,
+    source::{Credentials, SourceErrorKind},
+    store::{Hold, Reservation, StoreErrorKind},
+};
+
+/// How long the background fetch leaves the origin to whoever opens the first file.
+const HEAD_START: Duration = Duration::from_millis(100);
+/// How pins of volumes begin.
+const PINS: &str = "csi-";
+
+/// Serves the models that volumes are of.
+pub struct SharedModels {
+    node: Node,
+    /// The same, serving only what is verified as a whole; made when it is first needed.
+    strict: OnceLock<Node>,
+    config: mount::Config,
+    dir: PathBuf,
+    keeper: Option<Arc<Link>>,
+    slots: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Slot>>>>,
+    /// Nothing is mounted any more: the next process does.
+    left: AtomicBool,
+}
+
+/// A model and who needs it.
+#[derive(Default)]
+struct Slot {
+    users: BTreeSet<String>,
+    served: Option<Served>,
+}
+
+/// A mounted model and what belongs to it.
+struct Served {
+    model: Model,
+    mount: Arc<Mount>,
+    node: Node,
+    resolved: Resolved,
+    credentials: Option<Credentials>,
+    fill: Fill,
+    _holds: Vec<Hold>,
+}
+
+/// The background fetch of a model.
+struct Fill {
+    task: tokio::task::JoinHandle<()>,
+    progress: Arc<Progress>,
+    state: watch::Receiver<Filling>,
+}
+
+/// How far the background fetch is.
+#[derive(Debug, Clone)]
+enum Filling {
+    Going,
+    Done,
+    Failed(ModelError),
+}
+
+impl Drop for Fill {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Fill {
+    fn start(node: Node, resolved: Resolved) -> Self {
+        let progress = Arc::new(Progress::default());
+        let (tell, state) = watch::channel(Filling::Going);
+        let shown = Arc::clone(&progress);
+        let task = tokio::spawn(async move {
+            tokio::time::sleep(HEAD_START).await;
+            let filled = async {
+                let _room: Reservation = node.admit(&resolved.artifact).await?;
+                node.fill(&resolved, &shown).await
+            };
+            match filled.await {
+                Ok(()) => tell.send_replace(Filling::Done),
+                Err(error) if error.is_cancelled() => return,
+                Err(error) => {
+                    let (model, error) = (&resolved.artifact.reference, of_node(&error));
+                    tracing::warn!(model, %error, "only what is read is fetched");
+                    tell.send_replace(Filling::Failed(error))
+                }
+            };
+        });
+        Self {
+            task,
+            progress,
+            state,
+        }
+    }
+}
+
+impl SharedModels {
+    /// Models of `node`, kept by `keeper` where there is one. Must be called within a runtime.
+    pub fn new(node: Node, config: mount::Config, keeper: Option<Arc<Link>>) -> Arc<Self> {
+        let dir = node.store().root().join("run/csi/mounts");
+        let leaves = keeper.as_ref().and_then(|keeper| keeper.leaves());
+        let this = Arc::new(Self {
+            node,
+            strict: OnceLock::new(),
+            config,
+            dir,
+            keeper,
+            slots: Mutex::default(),
+            left: AtomicBool::new(false),
+        });
+        if let Some(mut leaves) = leaves {
+            // A successor asks for them, one by one.
+            let models = Arc::downgrade(&this);
+            tokio::spawn(async move {
+                while let Some(dir) = leaves.recv().await {
+                    let Some(this) = models.upgrade() else { return };
+                    this.leave(&dir).await;
+                }
+            });
+        }
+        this
+    }
+
+    /// Leaves all mounts to the next process, where a keeper has them. Nothing is mounted from now on.
+    pub async fn leave_all(&self) {
+        self.left.store(true, Relaxed);
+        if self.keeper.is_some() {
+            let slots: Vec<_> = self.slots.lock().keys().cloned().collect();
+            for id in slots {
+                self.leave(&self.dir.join(id)).await;
+            }
+        }
+    }
+
+    async fn leave(&self, dir: &Path) {
+        let id = dir.file_name().unwrap_or_default().to_string_lossy();
+        let Some(slot) = self.slots.lock().get(&*id).cloned() else {
+            return;
+        };
+        let Some(served) = slot.lock().await.served.take() else {
+            return;
+        };
+        drop(served.fill);
+        let mount = served.mount;
+        let left = tokio::task::spawn_blocking(move || mount.leave()).await;
+        if let Ok(Err(error)) = left {
+            tracing::warn!(%error, "a mount was not left in order");
+        }
+    }
+
+    fn slot(&self, id: &str) -> Arc<tokio::sync::Mutex<Slot>> {
+        Arc::clone(self.slots.lock().entry(id.to_owned()).or_default())
+    }
+
+    fn existing(&self, id: &str) -> Option<Arc<tokio::sync::Mutex<Slot>>> {
+        self.slots.lock().get(id).cloned()
+    }
+
+    /// The node that serves as `want` says.
+    fn node(&self, want: &Want, credentials: Option<&Credentials>) -> Node {
+        let is_strict = self.node.engine().config().verify == VerifyPolicy::Strict;
+        let node = match want.strict && !is_strict {
+            true => self
+                .strict
+                .get_or_init(|| self.node.with_verify(VerifyPolicy::Strict)),
+            false => &self.node,
+        };
+        match credentials {
+            Some(credentials) => node.with_credentials(credentials.clone()),
+            None => node.clone(),
+        }
+    }
+
+    /// Mounts a model, or takes its mount over.
+    async fn serve(
+        &self,
+        id: &str,
+        want: &Want,
+        node: Node,
+        resolved: Resolved,
+        credentials: Option<Credentials>,
+    ) -> Result<Served, ModelError> {
+        let artifact = Arc::clone(&resolved.artifact);
+        let digest = artifact.digest();
+        let mut holds = Vec::new();
+        match node.hold(&artifact.reference).await {
+            Ok(hold) => holds.push(hold),
+            // The generation suffices.
+            Err(error) => tracing::debug!(%error, "its reference is not recorded any more"),
+        }
+        let hold = node.hold_generation(&digest).await;
+        holds.push(hold.map_err(|e| of_node(&e))?);
+        let view = view(&node, &resolved, want)?;
+        let (config, runtime) = (self.config.clone(), tokio::runtime::Handle::current());
+        let (dir, keeper) = (self.dir.join(id), self.keeper.clone());
+        let about = serde_json::json!({ "digest": digest.to_string() }).to_string();
+        let files: Vec<_> = holds
+            .iter()
+            .flat_map(Hold::files)
+            .filter_map(|file| file.try_clone().ok())
+            .collect();
+        let mounted = blocking(move || {
+            let mount = mount_on(&dir, view, &config, runtime, keeper.as_ref(), &about)?;
+            if let Some(keeper) = &keeper {
+                // While no process is there, it must not be collected either.
+                let files: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+                keeper.hold(mount.dir(), &files)?;
+            }
+            Ok(mount)
+        });
+        let mount = mounted.await?;
+        let model = Model {
+            id: id.to_owned(),
+            reference: artifact.reference.clone(),
+            generation: digest,
+            dir: mount.dir().to_owned(),
+            connection: mount.connection(),
+        };
+        Ok(Served {
+            model,
+            mount: Arc::new(mount),
+            fill: Fill::start(node.clone(), resolved.clone()),
+            node,
+            resolved,
+            credentials,
+            _holds: holds,
+        })
+    }
+
+    async fn pin(&self, reference: &str, owner: &str) -> Result<(), ModelError> {
+        let store = Arc::clone(self.node.store());
+        let (reference, owner) = (reference.to_owned(), owner.to_owned());
+        blocking(move || match store.pin(&reference, &owner) {
+            // Nothing can be evicted either.
+            Err(error) if error.kind() == StoreErrorKind::ReadOnly => Ok(()),
+            done => Ok(done?),
+        })
+        .await
+    }
+
+    /// Uses the keys of `want` for what is served, if the origin takes them.
+    async fn renew(&self, served: &Served, want: &Want) -> Result<(), ModelError> {
+        let (Some(held), Some(keys)) = (&served.credentials, &want.keys) else {
+            return Ok(());
+        };
+        if held.are(keys) {
+            return Ok(());
+        }
+        let node = self.node(want, Some(&Credentials::new(keys.clone())));
+        node.inspect(&want.reference)
+            .await
+            .map_err(|e| of_node(&e))?;
+        held.replace(keys.clone());
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Models for SharedModels {
+    fn ready(&self) -> Result<(), ModelError> {
+        mount::available().map_err(|e| ModelError::new(ModelErrorKind::Failed, e.to_string()))
+    }
+
+    async fn open(
+        &self,
+        want: &Want,
+        generation: Option<Digest>,
+        user: &User,
+    ) -> Result<Model, ModelError> {
+        if let Some(digest) = generation
+            && let Some(slot) = self.existing(&model_id(&digest, want))
+        {
+            let mut slot = slot.lock().await;
+            let is_user = slot.users.contains(&user.id);
+            if let Some(served) = &mut slot.served
+                && is_user
+                && served.is_alive()
+            {
+                self.renew(served, want).await?;
+                served.go_on();
+                return Ok(served.model.clone());
+            }
+        }
+        let credentials = want.keys.clone().map(Credentials::new);
+        let node = self.node(want, credentials.as_ref());
+        let resolved = match &generation {
+            Some(digest) => node.resume(&want.reference, digest).await,
+            None => node.resolve(&want.reference).await,
+        };
+        let resolved = resolved.map_err(|e| match (&e, generation) {
+            (NodeError::Unknown(_), Some(_)) => ModelError::new(ModelErrorKind::Gone, describe(&e)),
+            _ => of_node(&e),
+        })?;
+        let reference = resolved.artifact.reference.clone();
+        self.pin(&reference, &user.owner).await?;
+        let id = model_id(&resolved.artifact.digest(), want);
+        let slot = self.slot(&id);
+        let mut slot = slot.lock_owned().await;
+        if self.left.load(Relaxed) {
+            let message = "this process is ending";
+            return Err(ModelError::new(ModelErrorKind::Unavailable, message));
+        }
+        match &mut slot.served {
+            Some(served) if served.is_alive() => {
+                if let (Some(held), Some(keys)) = (&served.credentials, &want.keys) {
+                    // The origin has just taken them.
+                    held.replace(keys.clone());
+                }
+                served.go_on();
+            }
+            served => {
+                *served = None;
+                match self.serve(&id, want, node, resolved, credentials).await {
+                    Ok(new) => *served = Some(new),
+                    Err(error) => {
+                        self.tidy(&id, slot);
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        slot.users.insert(user.id.clone());
+        match &slot.served {
+            Some(served) => Ok(served.model.clone()),
+            None => Err(ModelError::new(ModelErrorKind::Failed, "it is being left")),
+        }
+    }
+
+    async fn complete(&self, model: &str) -> Result<(), ModelError> {
+        let gone = || ModelError::new(ModelErrorKind::Unavailable, "it is not served any more");
+        let slot = self.existing(model).ok_or_else(gone)?;
+        let mut state = match &slot.lock().await.served {
+            Some(served) => served.fill.state.clone(),
+            None => return Err(gone()),
+        };
+        drop(slot);
+        let done = state.wait_for(|state| !matches!(state, Filling::Going));
+        match &*done.await.map_err(|_| gone())? {
+            Filling::Failed(error) => Err(error.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    async fn close(&self, model: &str, user: &str) {
+        let Some(slot) = self.existing(model) else {
+            return;
+        };
+        let mut slot = slot.lock_owned().await;
+        slot.users.remove(user);
+        if !slot.users.is_empty() {
+            return;
+        }
+        if let Some(served) = slot.served.take() {
+            let mount = Arc::clone(&served.mount);
+            let unmounted = tokio::task::spawn_blocking(move || {
+                mount.unmount(false).or_else(|_| mount.unmount(true))
+            });
+            if let Ok(Err(error)) = unmounted.await {
+                tracing::warn!(%error, "a model stays mounted");
+            }
+            drop(served);
+        }
+        self.tidy(model, slot);
+    }
+
+    async fn unpin(&self, reference: &str, owner: &str) {
+        let store = Arc::clone(self.node.store());
+        let (name, owner) = (reference.to_owned(), owner.to_owned());
+        let unpinned = tokio::task::spawn_blocking(move || store.unpin(&name, &owner)).await;
+        match unpinned {
+            Ok(Err(error)) if error.kind() != StoreErrorKind::ReadOnly => {
+                tracing::warn!(reference, %error, "it stays pinned");
+            }
+            _ => {}
+        }
+    }
+
+    async fn status(&self, model: &str) -> Option<(Model, Status)> {
+        let slot = self.existing(model)?;
+        let slot = slot.lock().await;
+        let served = slot.served.as_ref()?;
+        let artifact = &served.resolved.artifact;
+        let shown = served.fill.progress.snapshot();
+        let bytes = artifact.size();
+        let filling = served.fill.state.borrow().clone();
+        let trouble = match &filling {
+            _ if !served.is_alive() => Some("its mount is gone".to_owned()),
+            Filling::Failed(error) => Some(error.to_string()),
+            Filling::Done => None,
+            Filling::Going => shown
+                .as_ref()
+                .and_then(|s| Some(s.trouble.as_ref()?.error.clone())),
+        };
+        let present = match filling {
+            Filling::Done => bytes,
+            _ => shown.map_or(0, |s| s.present_bytes),
+        };
+        let status = Status {
+            bytes,
+            present,
+            inodes: artifact.tree.inodes().len() as u64,
+            trouble,
+        };
+        Some((served.model.clone(), status))
+    }
+
+    async fn sweep(&self, owners: &BTreeSet<String>, models: &BTreeSet<String>) {
+        let (store, owners) = (Arc::clone(self.node.store()), owners.clone());
+        let (dir, models, keeper) = (self.dir.clone(), models.clone(), self.keeper.clone());
+        let swept = blocking(move || {
+            for info in mount::mounted().map_err(|e| failed(e.to_string()))? {
+                let name = info.mountpoint.strip_prefix(&dir).ok();
+                if let Some(id) = name.and_then(Path::to_str)
+                    && !models.contains(id)
+                {
+                    let kept = keeper.as_ref().map(|k| k.abort(&info.mountpoint));
+                    if !matches!(kept, Some(Ok(()))) {
+                        mount::unmount(&info.mountpoint, true)?;
+                    }
+                    let _ = fs::remove_dir(&info.mountpoint);
+                }
+            }
+            for record in store.records()? {
+                for pin in record.pins {
+                    if pin.starts_with(PINS) && !owners.contains(&pin) {
+                        store.unpin(&record.reference, &pin)?;
+                    }
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = swept.await {
+            tracing::warn!(%error, "what an earlier process left stays");
+        }
+    }
+}
+
+impl SharedModels {
+    /// Removes what there is of a model that is not mounted.
+    fn tidy(&self, id: &str, slot: tokio::sync::OwnedMutexGuard<Slot>) {
+        if slot.served.is_some() {
+            return;
+        }
+        let _ = fs::remove_dir(self.dir.join(id));
+        let mut slots = self.slots.lock();
+        drop(slot);
+        // Whoever waits for this one has it, too, and makes the model anew in it.
+        if slots.get(id).is_some_and(|s| Arc::strong_count(s) == 1) {
+            slots.remove(id);
+        }
+    }
+}
+
+impl Served {
+    fn is_alive(&self) -> bool {
+        !self.mount.has_ended()
+    }
+
+    /// Has the background fetch tried again where it failed.
+    fn go_on(&mut self) {
+        let has_failed = matches!(*self.fill.state.borrow(), Filling::Failed(_));
+        if has_failed {
+            self.fill = Fill::start(self.node.clone(), self.resolved.clone());
+        }
+    }
+}
+
+/// The name of a model: the same in every process.
+fn model_id(digest: &Digest, want: &Want) -> String {
+    let strict = if want.strict { "-strict" } else { "" };
+    format!("{}-{}{strict}", &digest.hex()[..32], want.layout)
+}
+
+fn view(node: &Node, resolved: &Resolved, want: &Want) -> Result<Arc<View>, ModelError> {
+    let artifact = Arc::clone(&resolved.artifact);
+    let contents = |artifact| {
+        let source = Arc::clone(&resolved.source);
+        Arc::new(Fetched::new(node.engine().clone(), source, artifact))
+    };
+    let view = match (&want.reference.locator, want.layout) {
+        (Locator::Hub(repo), Layout::Hub) => {
+            let layout =
+                hub::layout(&artifact, repo, &repo.path).map_err(|e| failed(e.to_string()))?;
+            let artifact = Arc::new(layout.artifact);
+            let contents = contents(Arc::clone(&artifact));
+            View::with_upper(artifact, contents, &layout.shadows, Default::default())
+        }
+        _ => View::new(Arc::clone(&artifact), contents(artifact)),
+    };
+    view.map(Arc::new).map_err(|e| failed(e.to_string()))
+}
+
+fn mount_on(
+    dir: &Path,
+    view: Arc<View>,
+    config: &mount::Config,
+    runtime: tokio::runtime::Handle,
+    keeper: Option<&Arc<Link>>,
+    about: &str,
+) -> Result<Mount, ModelError> {
+    if let Some(keeper) = keeper {
+        let mut kept = keeper.sessions()?.into_iter();
+        if kept.any(|kept| kept.dir() == dir) {
+            let orphan = keeper.show(dir)?;
+            return Ok(Mount::adopt(view, orphan, config, runtime, keeper)?);
+        }
+    }
+    // Of a process that is gone, and that no keeper has: whoever reads it reads nothing any more.
+    while mount::find(dir)?.is_some() {
+        mount::unmount(dir, true)?;
+    }
+    fs::create_dir_all(dir).map_err(|e| failed(format!("{}: {e}", dir.display())))?;
+    Ok(match keeper {
+        Some(keeper) => Mount::kept(view, dir, config, runtime, keeper, about)?,
+        None => Mount::new(view, dir, config, runtime)?,
+    })
+}
+
+/// Runs what may wait for the disk or the kernel off the async threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ModelError> + Send + 'static,
+) -> Result<T, ModelError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => Err(failed(error.to_string())),
+    }
+}
+
+fn failed(why: String) -> ModelError {
+    ModelError::new(ModelErrorKind::Failed, why)
+}
+
+impl From<mount::MountError> for ModelError {
+    fn from(error: mount::MountError) -> Self {
+        failed(error.to_string())
+    }
+}
+
+impl From<crate::store::StoreError> for ModelError {
+    fn from(error: crate::store::StoreError) -> Self {
+        of_node(&error.into())
+    }
+}
+
+fn of_node(error: &NodeError) -> ModelError {
+    let kind = match error {
+        NodeError::Resolve { source, .. } => match source.kind() {
+            SourceErrorKind::NotFound => ModelErrorKind::NotFound,
+            SourceErrorKind::Denied => ModelErrorKind::Denied,
+            SourceErrorKind::Invalid => ModelErrorKind::Invalid,
+            SourceErrorKind::Throttled
+            | SourceErrorKind::Unavailable
+            | SourceErrorKind::Changed
+            | SourceErrorKind::Corrupt => ModelErrorKind::Unavailable,
+        },
+        NodeError::Fetch { source, .. } => match source.kind() {
+            FetchErrorKind::NoSpace => ModelErrorKind::NoSpace,
+            FetchErrorKind::Denied => ModelErrorKind::Denied,
+            FetchErrorKind::NotFound => ModelErrorKind::NotFound,
+            FetchErrorKind::Unavailable | FetchErrorKind::Changed => ModelErrorKind::Unavailable,
+            _ => ModelErrorKind::Failed,
+        },
+        NodeError::Store(error) if error.kind() == StoreErrorKind::NoSpace => {
+            ModelErrorKind::NoSpace
+        }
+        _ => ModelErrorKind::Failed,
+    };
+    ModelError::new(kind, describe(error))
+}
+
+/// An error with its causes.
+fn describe(error: &NodeError) -> String {
+    let mut message = error.to_string();
+    let mut next = std::error::Error::source(error);
+    while let Some(cause) = next {
+        message = format!("{message}: {cause}");
+        next = cause.source();
+    }
+    message
+}

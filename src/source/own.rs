@@ -1,0 +1,173 @@
+//! Credentials that come with a request, instead of being this node's.
+
+use std::{fmt, ops::Range, sync::Arc};
+
+use parking_lot::Mutex;
+use url::Url;
+
+use super::{
+    Attached, Attachment, ByteStream, Layered, ManifestBytes, Source, SourceError, Sources,
+};
+use crate::{
+    digest::Digest,
+    reference::{HttpUrl, Locator, Reference, Secret},
+    tree::{Artifact, Location},
+};
+
+/// What opens origins. What is missing is taken from the environment, as without.
+#[derive(Debug, Clone, Default)]
+pub struct Keys {
+    /// A token for the Hub.
+    pub hub_token: Option<Secret>,
+    /// A user name and a password, for http(s).
+    pub basic: Option<(Secret, Secret)>,
+    /// For S3.
+    pub aws: Option<AwsKeys>,
+}
+
+impl Keys {
+    /// `url` with the user and password, where there are some.
+    pub(super) fn open(&self, url: &HttpUrl) -> HttpUrl {
+        let mut url = url.clone();
+        if let Some((user, password)) = &self.basic {
+            let full = url.secret.as_ref().map(Secret::expose).map(Url::parse);
+            let mut full = full.and_then(Result::ok).unwrap_or(url.public.clone());
+            // Both fail only for URLs without host.
+            let _ = full.set_username(user.expose());
+            let _ = full.set_password(Some(password.expose()));
+            url.secret = Some(Secret::new(full));
+        }
+        url
+    }
+}
+
+impl PartialEq for Keys {
+    fn eq(&self, other: &Self) -> bool {
+        fn exposed(keys: &Keys) -> [Option<&str>; 6] {
+            let (basic, aws) = (keys.basic.as_ref(), keys.aws.as_ref());
+            [
+                keys.hub_token.as_ref().map(Secret::expose),
+                basic.map(|(user, _)| user.expose()),
+                basic.map(|(_, password)| password.expose()),
+                aws.map(|aws| aws.access_key_id.expose()),
+                aws.map(|aws| aws.secret_access_key.expose()),
+                aws.and_then(|aws| aws.session_token.as_ref().map(Secret::expose)),
+            ]
+        }
+        exposed(self) == exposed(other)
+    }
+}
+
+/// An access key for S3.
+#[derive(Debug, Clone)]
+pub struct AwsKeys {
+    pub access_key_id: Secret,
+    pub secret_access_key: Secret,
+    pub session_token: Option<Secret>,
+}
+
+/// Keys that newer ones can take the place of, while sources use them. Clones are the same.
+#[derive(Clone, Default)]
+pub struct Credentials(Arc<Mutex<(u64, Keys)>>);
+
+impl Credentials {
+    /// These keys.
+    pub fn new(keys: Keys) -> Self {
+        Self(Arc::new(Mutex::new((0, keys))))
+    }
+
+    /// Whether it is these.
+    pub fn are(&self, keys: &Keys) -> bool {
+        self.0.lock().1 == *keys
+    }
+
+    /// From now on it is these.
+    pub fn replace(&self, keys: Keys) {
+        let mut held = self.0.lock();
+        *held = (held.0 + 1, keys);
+    }
+
+    fn now(&self) -> (u64, Keys) {
+        self.0.lock().clone()
+    }
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Credentials(***)")
+    }
+}
+
+/// A source that is made anew when its credentials were replaced.
+#[derive(Debug)]
+pub(super) struct OwnSource {
+    sources: Sources,
+    locator: Locator,
+    credentials: Credentials,
+    made: Mutex<(u64, Arc<dyn Source>)>,
+}
+
+impl OwnSource {
+    pub(super) fn new(
+        sources: &Sources,
+        locator: &Locator,
+        credentials: &Credentials,
+    ) -> Result<Self, SourceError> {
+        let (version, keys) = credentials.now();
+        let made = sources.make(locator, &keys)?;
+        Ok(Self {
+            sources: sources.clone(),
+            locator: locator.clone(),
+            credentials: credentials.clone(),
+            made: Mutex::new((version, made)),
+        })
+    }
+
+    fn now(&self) -> Result<Arc<dyn Source>, SourceError> {
+        let (version, keys) = self.credentials.now();
+        let mut made = self.made.lock();
+        if made.0 != version {
+            *made = (version, self.sources.make(&self.locator, &keys)?);
+        }
+        Ok(Arc::clone(&made.1))
+    }
+}
+
+#[async_trait::async_trait]
+impl Source for OwnSource {
+    async fn resolve(&self, reference: &Reference) -> Result<Artifact, SourceError> {
+        self.now()?.resolve(reference).await
+    }
+
+    async fn read(
+        &self,
+        location: &Location,
+        range: Range<u64>,
+    ) -> Result<ByteStream, SourceError> {
+        self.now()?.read(location, range).await
+    }
+
+    async fn layered(&self, reference: &Reference) -> Result<Option<Layered>, SourceError> {
+        self.now()?.layered(reference).await
+    }
+
+    async fn manifest(&self, wanted: &str) -> Result<ManifestBytes, SourceError> {
+        self.now()?.manifest(wanted).await
+    }
+
+    async fn small_blob(&self, digest: &Digest, limit: u64) -> Result<Arc<[u8]>, SourceError> {
+        self.now()?.small_blob(digest, limit).await
+    }
+
+    async fn blob_size(&self, digest: &Digest) -> Result<u64, SourceError> {
+        self.now()?.blob_size(digest).await
+    }
+
+    async fn attached(&self, subject: &Digest, kind: &str) -> Result<Vec<Attached>, SourceError> {
+        self.now()?.attached(subject, kind).await
+    }
+
+    async fn attach(&self, subject: &Digest, what: Attachment) -> Result<Digest, SourceError> {
+        self.now()?.attach(subject, what).await
+    }
+}

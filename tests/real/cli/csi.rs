@@ -1,0 +1,594 @@
+//! `hearth csi`: a real process on its socket, a real gRPC client, real mounts of what a web server has.
+
+use std::collections::HashMap;
+
+use hearth::r#gen::csi::v1::{
+    self as api,
+    node_client::NodeClient,
+    volume_capability::{AccessMode, AccessType, MountVolume, access_mode::Mode as Access},
+};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::signal::Signal,
+};
+use tokio::runtime::Runtime;
+use tonic::{Code, Status, transport::Channel};
+
+use super::*;
+use crate::hub::Stub;
+
+/// The directory of the kubelet: a mount of its own, whose mounts are seen elsewhere.
+struct Pods(PathBuf);
+
+impl Pods {
+    fn new(dir: PathBuf) -> Self {
+        fs::create_dir_all(&dir).unwrap();
+        let none = None::<&str>;
+        mount(Some(&dir), &dir, none, MsFlags::MS_BIND, none).unwrap();
+        let pods = Self(dir);
+        let shared = MsFlags::MS_SHARED | MsFlags::MS_REC;
+        mount(none, &pods.0, none, shared, none).unwrap();
+        pods
+    }
+}
+
+impl Drop for Pods {
+    fn drop(&mut self) {
+        for info in hearth::mount::mounted().unwrap_or_default() {
+            if info.mountpoint.starts_with(&self.0) {
+                let _ = umount2(&info.mountpoint, MntFlags::MNT_DETACH);
+            }
+        }
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// A driver under way, and a client of it.
+struct Csi {
+    server: Option<Running>,
+    keeper: Option<Running>,
+    options: String,
+    runtime: Runtime,
+    pods: Pods,
+    bed: Bed,
+}
+
+impl Csi {
+    fn new() -> Self {
+        Self::on(Bed::new(), false)
+    }
+
+    fn on(bed: Bed, kept: bool) -> Self {
+        let pods = Pods::new(bed.path("pods"));
+        let socket = bed.path("csi.sock");
+        let mut options = format!("csi --node-id n --endpoint unix://{}", socket.display());
+        let keeper = kept.then(|| {
+            let socket = bed.path("keeper.sock");
+            let keeper = bed.start(&format!("keeper --socket {}", socket.display()));
+            wait_for("keeper", || socket.exists());
+            options += &format!(" --keeper {}", socket.display());
+            keeper
+        });
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        let mut csi = Self {
+            server: None,
+            keeper,
+            options,
+            runtime,
+            pods,
+            bed,
+        };
+        csi.start();
+        csi
+    }
+
+    fn start(&mut self) {
+        let mut server = self.bed.start(&self.options);
+        let begun = Instant::now();
+        while self.try_node().is_none() {
+            assert!(server.runs(), "{:?}", server.done());
+            assert!(begun.elapsed() < Duration::from_secs(60), "does not listen");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.server = Some(server);
+    }
+
+    fn stop(&mut self, signal: Signal) {
+        let server = self.server.take().unwrap();
+        server.signal(signal);
+        let done = server.done();
+        if signal == Signal::SIGTERM {
+            assert_eq!(done.code, Some(0), "{done:?}");
+        }
+    }
+
+    fn pid(&self) -> u32 {
+        let server = self.server.as_ref().unwrap();
+        server.child.as_ref().unwrap().id()
+    }
+
+    fn try_node(&self) -> Option<NodeClient<Channel>> {
+        let address = format!("unix://{}", self.bed.path("csi.sock").display());
+        let endpoint = tonic::transport::Endpoint::from_shared(address).unwrap();
+        let channel = self.runtime.block_on(endpoint.connect()).ok()?;
+        let mut node = NodeClient::new(channel);
+        // It listens before it serves.
+        let info = node.node_get_info(api::NodeGetInfoRequest {});
+        self.runtime.block_on(info).ok()?;
+        Some(node)
+    }
+
+    fn node(&self) -> NodeClient<Channel> {
+        self.try_node().unwrap()
+    }
+
+    fn target(&self, volume: &str) -> String {
+        let dir = self.pods.0.join(volume);
+        fs::create_dir_all(&dir).unwrap();
+        dir.join("mount").to_str().unwrap().to_owned()
+    }
+
+    /// A request as the kubelet makes it for a volume of a pod.
+    fn asked(&self, volume: &str, attributes: &[(&str, &str)]) -> api::NodePublishVolumeRequest {
+        api::NodePublishVolumeRequest {
+            volume_id: volume.into(),
+            target_path: self.target(volume),
+            volume_capability: Some(api::VolumeCapability {
+                access_type: Some(AccessType::Mount(MountVolume::default())),
+                access_mode: Some(AccessMode {
+                    mode: Access::SingleNodeWriter.into(),
+                }),
+            }),
+            readonly: true,
+            volume_context: map(attributes),
+            ..Default::default()
+        }
+    }
+
+    fn try_publish(&self, asked: api::NodePublishVolumeRequest) -> Result<(), Status> {
+        let mut node = self.node();
+        let done = self.runtime.block_on(node.node_publish_volume(asked));
+        done.map(drop)
+    }
+
+    /// Publishes `source` as `volume`; where.
+    fn publish(&self, volume: &str, source: &str) -> String {
+        let asked = self.asked(volume, &[("source", source)]);
+        let target = asked.target_path.clone();
+        self.try_publish(asked).unwrap();
+        target
+    }
+
+    fn unpublish(&self, volume: &str) {
+        let asked = api::NodeUnpublishVolumeRequest {
+            volume_id: volume.into(),
+            target_path: self.target(volume),
+        };
+        let mut node = self.node();
+        self.runtime
+            .block_on(node.node_unpublish_volume(asked))
+            .unwrap();
+        assert!(!Path::new(&self.target(volume)).exists());
+    }
+
+    fn stats(&self, volume: &str) -> api::NodeGetVolumeStatsResponse {
+        let asked = api::NodeGetVolumeStatsRequest {
+            volume_id: volume.into(),
+            volume_path: self.target(volume),
+            ..Default::default()
+        };
+        let mut node = self.node();
+        let stats = self.runtime.block_on(node.node_get_volume_stats(asked));
+        stats.unwrap().into_inner()
+    }
+
+    /// Mounts of hearth in this bed.
+    fn mounts(&self) -> Vec<PathBuf> {
+        let mut list = hearth::mount::mounted().unwrap();
+        list.retain(|info| info.mountpoint.starts_with(self.bed.dir.path()));
+        list.into_iter().map(|info| info.mountpoint).collect()
+    }
+
+    /// Nothing is mounted, pinned or recorded.
+    fn assert_empty(&self) {
+        assert_eq!(self.mounts(), Vec::<PathBuf>::new());
+        let run = self.bed.store().join("run/csi");
+        assert_eq!(files_below(&run), [run.join("lock")]);
+        assert_eq!(files_below(&self.bed.store().join("pins")).len(), 0);
+        for dir in ["mounts", "published"] {
+            let left = fs::read_dir(run.join(dir)).map_or(0, Iterator::count);
+            assert_eq!(left, 0, "{dir}");
+        }
+    }
+}
+
+fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    let pairs = pairs.iter();
+    pairs
+        .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+        .collect()
+}
+
+/// The FUSE connections that are mounted on `target`.
+fn connections(target: &str) -> Vec<u32> {
+    let mut list = hearth::mount::mounted().unwrap();
+    list.retain(|info| info.mountpoint == Path::new(target));
+    list.into_iter().map(|info| info.connection).collect()
+}
+
+fn wait_for(what: &str, done: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_model_is_a_volume() {
+    let web = Web::slow("8m");
+    let model = web.model("m", 8, 2);
+    let csi = Csi::new();
+    // A container runtime's own view of the kubelet's directory.
+    let pods = csi.pods.0.display();
+    let script = format!(
+        "echo begun; read line; cmp {pods}/v/mount/config.json {}; read line; \
+         find {pods}/v/mount; read line",
+        web.path("m").join("config.json").display()
+    );
+    let mut elsewhere = tool(
+        "unshare",
+        &["-m", "--propagation", "slave", "bash", "-c", &script],
+    );
+    elsewhere.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut elsewhere = elsewhere.stderr(Stdio::piped()).spawn().unwrap();
+    let mut begun = [0; 6];
+    std::io::Read::read_exact(elsewhere.stdout.as_mut().unwrap(), &mut begun).unwrap();
+
+    let target = csi.publish("v", &model);
+    assert_eq!(csi.publish("v", &model), target, "twice is once");
+    assert_eq!(csi.mounts().len(), 2);
+    let mut lines = elsewhere.stdin.take().unwrap();
+    std::io::Write::write_all(&mut lines, b"\n").unwrap();
+    assert_same(&target, &web.path("m"));
+    let touch = Done::of(&mut tool("touch", &[&format!("{target}/x")])).failed(1);
+    assert!(touch.contains("Read-only file system"), "{touch}");
+    let info = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let line = info.lines().find(|line| line.contains(&target)).unwrap();
+    assert!(line.contains("ro,nosuid,nodev"), "{line}");
+    let record = &csi.bed.json("list --json")[0];
+    assert_eq!(record["pins"].as_array().unwrap().len(), 1, "{record}");
+    csi.bed.ok("gc --target-bytes 0");
+
+    wait_for("complete", || {
+        let stats = csi.stats("v");
+        let condition = stats.volume_condition.unwrap();
+        assert!(!condition.abnormal, "{condition:?}");
+        stats.usage[0].used == stats.usage[0].total
+    });
+    assert_eq!(
+        csi.stats("v").usage[0].total as u64,
+        total_size(&web.path("m"))
+    );
+    csi.unpublish("v");
+    csi.unpublish("v");
+    std::io::Write::write_all(&mut lines, b"\n\n").unwrap();
+    drop(lines);
+    let seen = Done::from("elsewhere".into(), elsewhere.wait_with_output().unwrap());
+    assert!(seen.out.is_empty(), "{seen:?}");
+    assert!(
+        seen.err.contains("No such file") && !seen.err.contains("cmp"),
+        "gone there too, and was the same before: {seen:?}"
+    );
+    csi.assert_empty();
+}
+
+#[test]
+fn lazy_volumes_do_not_wait_and_complete_ones_do() {
+    let web = Web::slow("1m");
+    let model = web.model("m", 4, 1);
+    let csi = Csi::new();
+    let target = csi.publish("lazy", &model);
+    let stats = csi.stats("lazy");
+    assert!(stats.usage[0].used < stats.usage[0].total, "{stats:?}");
+    let listed = tool("ls", &[&target]).output().unwrap();
+    assert_eq!(listed.stdout.split(|&b| b == b'\n').count(), 5);
+
+    let asked = csi.asked("whole", &[("source", &model), ("mode", "complete")]);
+    let whole = asked.target_path.clone();
+    csi.try_publish(asked).unwrap();
+    let stats = csi.stats("whole");
+    assert_eq!(stats.usage[0].used, stats.usage[0].total);
+    drop(web.server);
+    assert_same(&whole, &web.root.path().join("m"));
+    csi.unpublish("lazy");
+    assert_same(&whole, &web.root.path().join("m"));
+    csi.unpublish("whole");
+    csi.assert_empty();
+}
+
+#[test]
+fn strict_volumes_are_mounts_of_their_own() {
+    let web = Web::slow("4m");
+    let model = web.model("m", 4, 2);
+    let csi = Csi::new();
+    let plain = csi.publish("plain", &model);
+    let asked = csi.asked("strict", &[("source", &model), ("verify", "strict")]);
+    let strict = asked.target_path.clone();
+    csi.try_publish(asked).unwrap();
+    assert_ne!(connections(&plain), connections(&strict));
+    assert_same(&strict, &web.path("m"));
+    assert_same(&plain, &web.path("m"));
+    csi.unpublish("plain");
+    assert_same(&strict, &web.path("m"));
+    csi.unpublish("strict");
+    csi.assert_empty();
+}
+
+#[test]
+fn an_origin_that_is_down_shows() {
+    let web = Web::slow("200k");
+    let model = web.model("m", 8, 1);
+    let csi = Csi::new();
+    csi.publish("v", &model);
+    drop(web.server);
+    wait_for("abnormal", || {
+        let condition = csi.stats("v").volume_condition.unwrap();
+        condition.abnormal && !condition.message.is_empty()
+    });
+    csi.unpublish("v");
+    let down = csi.try_publish(csi.asked("w", &[("source", "http://127.0.0.1:1/x/")]));
+    assert_eq!(down.unwrap_err().code(), Code::Unavailable);
+    csi.assert_empty();
+}
+
+#[test]
+fn a_hundred_volumes_are_one_download_and_one_mount() {
+    let web = Web::slow("8m");
+    let model = web.model("m", 8, 1);
+    let csi = Csi::new();
+    let node = csi.node();
+    let names: Vec<_> = (0..100).map(|n| format!("v{n}")).collect();
+    let calls: Vec<_> = names
+        .iter()
+        .map(|name| {
+            let (mut node, asked) = (node.clone(), csi.asked(name, &[("source", &model)]));
+            csi.runtime
+                .spawn(async move { node.node_publish_volume(asked).await })
+        })
+        .collect();
+    for call in calls {
+        csi.runtime.block_on(call).unwrap().unwrap();
+    }
+    let mut list = hearth::mount::mounted().unwrap();
+    list.retain(|info| info.mountpoint.starts_with(csi.bed.dir.path()));
+    assert_eq!(list.len(), 101);
+    assert!(list.iter().all(|m| m.connection == list[0].connection));
+    for name in ["v0", "v50", "v99"] {
+        assert_same(&csi.target(name), &web.path("m"));
+    }
+    assert_eq!(web.sent(), total_size(&web.path("m")));
+    let record = &csi.bed.json("list --json")[0];
+    assert_eq!(record["pins"].as_array().unwrap().len(), 100);
+    let calls: Vec<_> = names
+        .iter()
+        .map(|name| {
+            let mut node = node.clone();
+            let asked = api::NodeUnpublishVolumeRequest {
+                volume_id: name.clone(),
+                target_path: csi.target(name),
+            };
+            csi.runtime
+                .spawn(async move { node.node_unpublish_volume(asked).await })
+        })
+        .collect();
+    for call in calls {
+        csi.runtime.block_on(call).unwrap().unwrap();
+    }
+    csi.assert_empty();
+}
+
+#[test]
+fn hundreds_of_cycles_leak_nothing() {
+    let web = Web::new();
+    let one = web.model("one", 1, 1);
+    write_model(&web.path("two"), 1, 1, 50);
+    let two = web.url("two");
+    let csi = Csi::new();
+    let cycle = |n: usize| {
+        let source = if n.is_multiple_of(2) { &one } else { &two };
+        let target = csi.publish("v", source);
+        let file = tool("cat", &[&format!("{target}/config.json")]).output();
+        assert!(!file.unwrap().stdout.is_empty());
+        csi.unpublish("v");
+    };
+    let count = |what: &str| {
+        let dir = format!("/proc/{}/{what}", csi.pid());
+        fs::read_dir(dir).unwrap().count()
+    };
+    (0..20).for_each(cycle);
+    let before = count("fd");
+    (0..300).for_each(cycle);
+    // What is kept for a moment, such as connections, may differ by a few.
+    wait_for("fds", || count("fd") <= before + 8);
+    csi.assert_empty();
+}
+
+#[test]
+fn volumes_outlive_their_server_in_a_keeper() {
+    let web = Web::slow("2m");
+    let model = web.model("m", 8, 1);
+    let mut csi = Csi::on(Bed::new(), true);
+    let target = csi.publish("v", &model);
+    csi.publish("w", &model);
+    let shard = "model-00001-of-00001.safetensors";
+    // A file that was opened before goes on being read after, and is right.
+    let script = "
+import sys
+with open(sys.argv[1], 'rb', buffering=0) as f, open(sys.argv[2], 'rb') as truth:
+    for _ in range(3):
+        got = f.read(1 << 20)
+        assert got == truth.read(len(got)) and got
+        print('read', flush=True)
+        input()
+    while True:
+        got = f.read(1 << 20)
+        assert got == truth.read(len(got))
+        if not got: break
+print('done')
+";
+    let paths = [
+        format!("{target}/{shard}"),
+        web.path("m").join(shard).display().to_string(),
+    ];
+    let mut reader = python(script, &[&paths[0], &paths[1]]);
+    reader.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut reader = reader.stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = reader.stdin.take().unwrap();
+    let mut word = [0; 5];
+    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+        std::io::Read::read_exact(reader.stdout.as_mut().unwrap(), &mut word).unwrap();
+        csi.stop(signal);
+        assert_eq!(csi.mounts().len(), 3, "{signal}");
+        csi.start();
+        std::io::Write::write_all(&mut lines, b"\n").unwrap();
+    }
+    std::io::Write::write_all(&mut lines, b"\n").unwrap();
+    drop(lines);
+    let read = Done::from("reader".into(), reader.wait_with_output().unwrap());
+    assert!(read.ok().ends_with("done\n"));
+    assert_same(&target, &web.path("m"));
+    wait_for("normal", || {
+        !csi.stats("v").volume_condition.unwrap().abnormal
+    });
+
+    // Between publish and unpublish, nobody there.
+    csi.stop(Signal::SIGKILL);
+    csi.start();
+    csi.unpublish("v");
+    csi.unpublish("w");
+    csi.assert_empty();
+    drop(csi.keeper.take());
+}
+
+#[test]
+fn without_a_keeper_volumes_are_mounted_again() {
+    let web = Web::new();
+    let model = web.model("m", 2, 1);
+    let mut csi = Csi::new();
+    let target = csi.publish("v", &model);
+    csi.publish("w", &model);
+    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+        csi.stop(signal);
+        let dead = connections(&target);
+        csi.start();
+        wait_for("mounted again", || {
+            let stats = csi.stats("v");
+            !stats.volume_condition.unwrap().abnormal
+        });
+        let again = connections(&target);
+        assert_eq!((dead.len(), again.len()), (1, 1));
+        assert_ne!(dead, again);
+        assert_same(&target, &web.path("m"));
+    }
+    csi.stop(Signal::SIGKILL);
+    // Meanwhile one pod was removed by force, directory and all.
+    let gone = csi.target("w");
+    umount2(Path::new(&gone), MntFlags::MNT_DETACH).unwrap();
+    fs::remove_dir_all(csi.pods.0.join("w")).unwrap();
+    csi.start();
+    csi.unpublish("w");
+    csi.unpublish("v");
+    csi.assert_empty();
+
+    // A record is lost: what is mounted goes nevertheless.
+    csi.publish("v", &model);
+    csi.stop(Signal::SIGKILL);
+    fs::remove_dir_all(csi.bed.store().join("run/csi/published")).unwrap();
+    csi.start();
+    csi.unpublish("v");
+    csi.assert_empty();
+}
+
+#[test]
+fn secrets_open_what_is_closed_and_stay_secret() {
+    let stub = Stub::start(100);
+    stub.write("model.safetensors", &bytes(5, 300_000));
+    stub.write("config.json", b"{}");
+    stub.control("POST", "commit", "");
+    stub.set(&serde_json::json!({"token": "hf_geheim", "private": ["models/org/my-model"]}));
+    let bed = Bed::new();
+    let config = bed.path("config.toml");
+    let text = format!("[source]\nhub_endpoint = \"{}\"\n", stub.server.url());
+    fs::write(&config, text).unwrap();
+    let mut csi = Csi::on(bed, false);
+    csi.stop(Signal::SIGTERM);
+    csi.options = format!("--config {} -v {}", config.display(), csi.options);
+    csi.start();
+
+    let mut asked = csi.asked("v", &[("source", "hf://org/my-model"), ("layout", "hub")]);
+    let closed = csi.try_publish(asked.clone()).unwrap_err();
+    assert_eq!(closed.code(), Code::NotFound, "{closed:?}");
+    asked.secrets = map(&[("token", "hf_falsch")]);
+    let wrong = csi.try_publish(asked.clone()).unwrap_err();
+    assert!(!wrong.message().contains("hf_"), "{wrong:?}");
+    csi.assert_empty();
+    asked.secrets = map(&[("token", "hf_geheim")]);
+    csi.try_publish(asked.clone()).unwrap();
+    let find = format!(
+        "cat {}/models--org--my-model/snapshots/*/*",
+        asked.target_path
+    );
+    let read = tool("bash", &["-c", &find]).output().unwrap();
+    assert!(read.status.success(), "{read:?}");
+    assert_eq!(read.stdout.len(), 300_002);
+
+    // Another pod without it does not get in because this one is.
+    let other = csi.asked(
+        "other",
+        &[("source", "hf://org/my-model"), ("layout", "hub")],
+    );
+    assert_eq!(csi.try_publish(other).unwrap_err().code(), Code::NotFound);
+    let store = files_below(&csi.bed.store());
+    for file in store
+        .iter()
+        .filter(|f| f.metadata().unwrap().len() < 1 << 20)
+    {
+        let bytes = fs::read(file).unwrap();
+        let leaks = bytes
+            .windows(9)
+            .any(|w| w == b"hf_geheim" || w == b"hf_falsch");
+        assert!(!leaks, "{}", file.display());
+    }
+    csi.unpublish("v");
+    csi.assert_empty();
+    let server = csi.server.take().unwrap();
+    server.signal(Signal::SIGTERM);
+    let done = server.done();
+    assert!(!done.err.contains("hf_geheim") && !done.err.contains("hf_falsch"));
+}
+
+#[test]
+fn passwords_open_web_servers() {
+    let passwords = tempfile::tempdir().unwrap();
+    let file = passwords.path().join("passwords");
+    fs::write(&file, "user:{PLAIN}geheim\n").unwrap();
+    let web = Web::with(&format!(
+        "auth_basic closed; auth_basic_user_file {};",
+        file.display()
+    ));
+    let model = web.model("m", 1, 1);
+    let csi = Csi::new();
+    let mut asked = csi.asked("v", &[("source", &model), ("mode", "complete")]);
+    let closed = csi.try_publish(asked.clone()).unwrap_err();
+    assert_eq!(closed.code(), Code::Unauthenticated, "{closed:?}");
+    asked.secrets = map(&[("username", "user"), ("password", "geheim")]);
+    csi.try_publish(asked.clone()).unwrap();
+    assert_same(&asked.target_path, &web.path("m"));
+    csi.unpublish("v");
+    csi.assert_empty();
+}
