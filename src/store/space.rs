@@ -72,7 +72,7 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
@@ -207,6 +207,17 @@ impl Store {
             objects: BTreeMap::new(),
             bytes: AtomicU64::new(bytes),
         })
+    }
+
+    /// Reserves `more` bytes for what turns out larger than was reserved.
+    ///
+    /// # Errors
+    /// As [`Store::admit`].
+    pub(super) fn admit_more(self: &Arc<Self>, wanted: &Wanted, more: u64) -> Result<()> {
+        let reserved = self.admit_bytes(&wanted.reference, more)?;
+        wanted.bytes.fetch_add(more, Ordering::Relaxed);
+        drop(reserved);
+        Ok(())
     }
 
     fn admit_wanted(self: &Arc<Self>, wanted: Wanted) -> Result<Reservation> {
