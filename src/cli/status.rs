@@ -6,6 +6,7 @@ use super::{Context, control, output};
 use crate::{
     node::{ArtifactStatus, FileStatus},
     reference::Reference,
+    store::TierStatus,
 };
 
 /// Show the store, or what of a reference is here, or how a mount does
@@ -25,6 +26,7 @@ struct StoreStatus {
     used_bytes: u64,
     free_bytes: u64,
     artifacts: usize,
+    tiers: Vec<TierStatus>,
     mounts: Vec<String>,
 }
 
@@ -55,6 +57,7 @@ fn store(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
         used_bytes: usage.bytes(),
         free_bytes: store.free_bytes().map_err(crate::node::NodeError::from)?,
         artifacts: store.records().map_err(crate::node::NodeError::from)?.len(),
+        tiers: store.tiers(),
         mounts: crate::mount::mounted()?
             .into_iter()
             .filter(|m| control::is_ours(&context.root, &m.mountpoint))
@@ -72,6 +75,12 @@ fn store(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
         output::size(status.free_bytes),
         status.artifacts
     ))?;
+    for tier in status.tiers {
+        output::line(match tier.problem {
+            None => format!("tier {}: in use", tier.path.display()),
+            Some(why) => format!("tier {}: not used: {why}", tier.path.display()),
+        })?;
+    }
     for mount in status.mounts {
         output::line(format!("mounted on {mount}"))?;
     }
@@ -97,6 +106,11 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
         output::line(format!("artifact {}", artifact.digest))?;
         if !artifact.revision.is_empty() {
             output::line(format!("revision {}", artifact.revision))?;
+        }
+        for place in &artifact.places {
+            let kind = if place.tier { "tier" } else { "store" };
+            let path = place.path.display();
+            output::line(format!("{} in {kind} {path}", output::size(place.bytes)))?;
         }
         if !artifact.pins.is_empty() {
             output::line(format!("pinned by {}", artifact.pins.join(", ")))?;

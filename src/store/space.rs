@@ -262,9 +262,8 @@ impl Store {
         let mut sum = 0u64;
         for (id, size) in objects {
             let content = self.content_of(id)?;
-            let path = content.map(|digest| self.object_path(&digest));
-            if let Some(path) = path
-                && self.disk.stat(&path)?.is_some_and(|stat| stat.len == *size)
+            if let Some(digest) = content
+                && self.stat_content(&digest)?.is_some_and(|stat| stat.len == *size)
             {
                 continue;
             }
