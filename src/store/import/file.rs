@@ -266,9 +266,16 @@ impl ImportFile {
     /// Reserves more where what was reserved is used up: what unpacks to far more than is usual must
     /// not fill the disk.
     fn reserve(&self, bytes: u64) -> Result<()> {
+        let store = &self.inner.store;
         match &self.inner.room {
             Some(room) if room.bytes() < bytes => {
-                self.inner.store.admit_more(room, bytes.max(RESERVE))
+                match store.admit_more(room, bytes.max(RESERVE)) {
+                    // Near the end, what is needed now.
+                    Err(error) if error.kind() == StoreErrorKind::NoSpace => {
+                        store.admit_more(room, bytes.saturating_sub(room.bytes()))
+                    }
+                    other => other,
+                }
             }
             _ => Ok(()),
         }
