@@ -1,3 +1,5 @@
+mod disk;
+
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
@@ -26,7 +28,7 @@ const TRIES: usize = 3;
 
 /// Bake content into a directory that nodes use as a read-only tier
 ///
-/// Resolves, fetches and verifies everything into DIR, in the format of the store, with a
+/// Resolves, fetches and verifies everything into the directory DIR, in the format of the store, with a
 /// hearth.lock that says what is in it. DIR is a tier only when all of it is there; a bake that was
 /// interrupted goes on where it stopped. Refuses before the first byte what cannot fit. Nodes use
 /// it by `[[tier]]`, `path = "DIR"` in their configuration.
@@ -39,12 +41,15 @@ pub(super) struct Args {
     /// the content of a hearth.lock again
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
-    /// Where: a new or empty directory, or one of a bake that did not finish
-    #[arg(long, value_name = "DIR")]
+    /// Where: a new or empty directory, or one of a bake that did not finish; with --format a file
+    #[arg(long, value_name = "DIR|FILE")]
     output: PathBuf,
     /// Take over what an older tier has: unchanged objects are linked, or copied to another disk
     #[arg(long, value_name = "OLD")]
     update: Option<PathBuf>,
+    /// Make a disk image, sparse and to be mounted read-only; needs room for the content twice
+    #[arg(long, value_enum)]
+    format: Option<disk::Format>,
     /// Only say what would be baked, and how large it is
     #[arg(long)]
     dry_run: bool,
@@ -82,42 +87,29 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     }
     let started = std::time::Instant::now();
     let output = std::path::absolute(&args.output)?;
-    let older = match args.update {
-        Some(path) => vec![TierConfig {
-            path: std::path::absolute(path)?,
-            mode: TierMode::Ro,
-        }],
-        None => Vec::new(),
-    };
-    let config = store::Config {
-        max_bytes: None,
-        min_free: ByteSize(0),
-        ..context.config.store.clone()
-    };
-    let bake = Bake::begin(&output, &config, &older).map_err(NodeError::from)?;
-    let runtime = context.runtime()?;
-    let brought = runtime.block_on(async {
-        let engine = Engine::new(Arc::clone(bake.store()), context.config.fetch.clone());
-        let node = Node::new(engine, Sources::new(context.config.source.clone()));
-        tokio::select! {
-            done = bring(&node, &bake, &wanted) => done.map(|()| None),
-            code = super::interrupted() => {
-                output::note("interrupted: what has arrived is kept; run it again to go on");
-                code.map(Some)
-            }
-        }
-    });
-    // Nobody has anything open any more when it is sealed.
-    runtime.shutdown_timeout(std::time::Duration::from_secs(5));
-    if let Some(code) = brought? {
-        return Ok(code);
+    let mut older = Vec::new();
+    if let Some(path) = args.update {
+        let (path, mode) = (std::path::absolute(path)?, TierMode::Ro);
+        older.push(TierConfig { path, mode });
     }
-    let names: Vec<String> = (wanted.references.iter())
-        .map(|(reference, _)| reference.to_string())
-        .collect();
-    let lock = bake
-        .seal(&names, wanted.lock.as_ref())
-        .map_err(NodeError::from)?;
+    let lock = match args.format {
+        None => bake(context, &output, &older, &wanted, false)?,
+        Some(format) => {
+            anyhow::ensure!(!output.exists(), "{} is there already", output.display());
+            let staging = disk::staging(&output);
+            let lock = match sealed(&staging, &wanted)? {
+                None => bake(context, &staging, &older, &wanted, true)?,
+                before => before,
+            };
+            if lock.is_some() {
+                disk::make(format, &staging, &output)?;
+            }
+            lock
+        }
+    };
+    let Some(lock) = lock else {
+        return Ok(ExitCode::from(130));
+    };
     let report = Report {
         path: output,
         artifacts: lock.artifacts.len(),
@@ -140,6 +132,67 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Bakes to a directory; `twice` reserves as much again. `None` where it was interrupted.
+fn bake(
+    context: &Context,
+    root: &Path,
+    older: &[TierConfig],
+    wanted: &Wanted,
+    twice: bool,
+) -> anyhow::Result<Option<Lock>> {
+    let config = store::Config {
+        max_bytes: None,
+        min_free: ByteSize(0),
+        ..context.config.store.clone()
+    };
+    let bake = Bake::begin(root, &config, older).map_err(NodeError::from)?;
+    let runtime = context.runtime()?;
+    let brought = runtime.block_on(async {
+        let engine = Engine::new(Arc::clone(bake.store()), context.config.fetch.clone());
+        let node = Node::new(engine, Sources::new(context.config.source.clone()));
+        tokio::select! {
+            done = bring(&node, &bake, wanted, twice) => done.map(|()| true),
+            code = super::interrupted() => {
+                output::note("interrupted: what has arrived is kept; run it again to go on");
+                code.map(|_| false)
+            }
+        }
+    });
+    // Nobody has anything open any more when it is sealed.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+    if !brought? {
+        return Ok(None);
+    }
+    let sealed = bake.seal(&wanted.names(), wanted.lock.as_ref());
+    Ok(Some(sealed.map_err(NodeError::from)?))
+}
+
+/// The lock of a directory that was baked before, to become a disk image.
+fn sealed(staging: &Path, wanted: &Wanted) -> anyhow::Result<Option<Lock>> {
+    if !Bake::is_sealed(staging).map_err(NodeError::from)? {
+        return Ok(None);
+    }
+    let text = warm::read_text(&staging.join("hearth.lock"), MAX_FROM)?;
+    let lock = Lock::parse(&text).map_err(anyhow::Error::msg)?;
+    let mut names = wanted.names();
+    names.sort();
+    let is_it = (lock.artifacts.iter().map(|a| &a.reference)).eq(&names)
+        && wanted.lock.as_ref().is_none_or(|wanted| *wanted == lock);
+    anyhow::ensure!(
+        is_it,
+        "{} holds something else: remove it",
+        staging.display()
+    );
+    Ok(Some(lock))
+}
+
+impl Wanted {
+    fn names(&self) -> Vec<String> {
+        let names = self.references.iter();
+        names.map(|(reference, _)| reference.to_string()).collect()
+    }
+}
+
 /// What the arguments ask for, each reference once.
 fn wanted(references: Vec<Reference>, from: Option<&Path>) -> anyhow::Result<Wanted> {
     let given = !references.is_empty();
@@ -151,7 +204,10 @@ fn wanted(references: Vec<Reference>, from: Option<&Path>) -> anyhow::Result<Wan
         let name = file.display().to_string();
         let text = warm::read_text(file, MAX_FROM)?;
         if Lock::is_lock(&text) {
-            anyhow::ensure!(!given, "{name} says all that is baked: give no REF beside it");
+            anyhow::ensure!(
+                !given,
+                "{name} says all that is baked: give no REF beside it"
+            );
             let lock = Lock::parse(&text)
                 .map_err(anyhow::Error::msg)
                 .with_context(|| format!("{name} is no lock that can be used"))?;
@@ -164,7 +220,9 @@ fn wanted(references: Vec<Reference>, from: Option<&Path>) -> anyhow::Result<Wan
             wanted.lock = Some(lock);
         } else {
             let list = warm::parse_list(&name, &text)?;
-            wanted.references.extend(list.into_iter().map(|r| (r, None)));
+            wanted
+                .references
+                .extend(list.into_iter().map(|r| (r, None)));
         }
     }
     let mut seen = std::collections::HashSet::new();
@@ -210,16 +268,24 @@ fn dry_run(context: &Context, wanted: &Wanted, json: bool) -> anyhow::Result<Exi
 }
 
 /// Brings everything into the store of the bake.
-async fn bring(node: &Node, bake: &Bake, wanted: &Wanted) -> anyhow::Result<()> {
+async fn bring(node: &Node, bake: &Bake, wanted: &Wanted, twice: bool) -> anyhow::Result<()> {
     let planned = plan(node, wanted).await?;
     let mut room = Vec::new();
     for planned in &planned {
         room.push(node.reserve(planned).await?);
     }
+    if twice {
+        let bytes = planned.iter().map(Planned::space);
+        let bytes = bytes.fold(0, u64::saturating_add);
+        let image = bake.store().admit_bytes("the disk image", bytes);
+        room.push(image.map_err(NodeError::from)?);
+    }
     // It all fits. Each of them reserves for itself now.
     drop(room);
     stream::iter(&wanted.references)
-        .map(|(reference, revision)| bring_one(node, bake.store(), bake, reference, revision.as_deref()))
+        .map(|(reference, revision)| {
+            bring_one(node, bake.store(), bake, reference, revision.as_deref())
+        })
         .buffer_unordered(AT_ONCE)
         .try_collect()
         .await

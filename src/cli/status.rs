@@ -107,7 +107,9 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
         if !artifact.revision.is_empty() {
             output::line(format!("revision {}", artifact.revision))?;
         }
-        for place in &artifact.places {
+        // That everything is in the store goes without saying.
+        let on_tiers = artifact.places.iter().any(|place| place.tier);
+        for place in artifact.places.iter().filter(|_| on_tiers) {
             let kind = if place.tier { "tier" } else { "store" };
             let path = place.path.display();
             output::line(format!("{} in {kind} {path}", output::size(place.bytes)))?;

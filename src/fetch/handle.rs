@@ -118,7 +118,12 @@ impl Handle {
         let location = location.ok_or_else(|| FetchError::no_place(object))?;
         let name = location.path.clone();
         let failed = |e| FetchError::store_named(&name, &e);
-        let complete = || engine.store.complete_sized(&object.id, object.size).map_err(failed);
+        let complete = || {
+            engine
+                .store
+                .complete_sized(&object.id, object.size)
+                .map_err(failed)
+        };
         let state = match complete()? {
             Some(complete) => State::Complete(complete),
             None if object.size <= CHUNK_SIZE => State::Small,

@@ -11,6 +11,9 @@ use crate::{
     tree::Artifact,
 };
 
+/// How much larger files are than the layers that they come in, at most, usually.
+const UNPACKED: u64 = 3;
+
 /// What a bake will bring of one reference.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct Planned {
@@ -25,6 +28,16 @@ pub struct Planned {
     /// Layers: digest and size.
     #[serde(skip)]
     layers: Vec<(crate::digest::Digest, u64)>,
+}
+
+impl Planned {
+    /// Bytes that it will take at most, usually.
+    pub fn space(&self) -> u64 {
+        match self.artifact {
+            Some(_) => self.bytes,
+            None => self.bytes.saturating_mul(UNPACKED),
+        }
+    }
 }
 
 impl Node {
@@ -81,7 +94,7 @@ impl Node {
             let mut bytes = 0u64;
             for (layer, size) in &planned.layers {
                 if !store.has_index(layer)? {
-                    bytes = bytes.saturating_add(size.saturating_mul(3));
+                    bytes = bytes.saturating_add(size.saturating_mul(UNPACKED));
                 }
             }
             store.admit_bytes(&planned.reference, bytes)

@@ -83,8 +83,8 @@ impl Bake {
             let message = format!("another process bakes to {}", root.display());
             return Err(StoreError::new(StoreErrorKind::InUse, message));
         }
-        if let Some((path, why)) = (store.tiers().into_iter())
-            .find_map(|tier| tier.problem.map(|why| (tier.path, why)))
+        if let Some((path, why)) =
+            (store.tiers().into_iter()).find_map(|tier| tier.problem.map(|why| (tier.path, why)))
         {
             let message = format!("tier {} cannot be used: {why}", path.display());
             return Err(StoreError::new(StoreErrorKind::Invalid, message));
@@ -93,6 +93,17 @@ impl Bake {
             store: Arc::new(store),
             _lock: FileLock::new(file),
         })
+    }
+
+    /// Whether a bake of this directory is finished.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Damaged`] where that cannot be said, and what the disk says.
+    pub fn is_sealed(root: &Path) -> Result<bool> {
+        let store = Store::unopened(Arc::new(RealDisk), root, &Config::default(), &[])?;
+        Ok(store
+            .identity()?
+            .is_some_and(|identity| identity.lock.is_some()))
     }
 
     /// The store that is filled.

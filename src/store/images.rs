@@ -245,7 +245,10 @@ impl Store {
         }
         for tier in self.usable_tiers() {
             for image in tier.or_nothing(tier.store.images()) {
-                if images.iter().all(|known| known.reference != image.reference) {
+                if images
+                    .iter()
+                    .all(|known| known.reference != image.reference)
+                {
                     images.push(image);
                 }
             }

@@ -89,7 +89,9 @@ impl Store {
     /// What the disk says.
     pub fn has_index(&self, layer: &Digest) -> Result<bool> {
         let has = |store: &Store| Ok(store.disk.stat(&store.index_path(layer))?.map(drop));
-        Ok(has(self)?.or_else(|| self.on_tiers(|tier| has(&tier.store))).is_some())
+        Ok(has(self)?
+            .or_else(|| self.on_tiers(|tier| has(&tier.store)))
+            .is_some())
     }
 
     /// The first byte of the index of a layer, which says who made it; not checked.

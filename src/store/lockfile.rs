@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use crate::digest::Digest;
 
 /// How the file begins.
-const HEADER: &str = "# hearth.lock: what this tier holds. `hearth bake --from` this file bakes the same content.\n";
+const HEADER: &str =
+    "# hearth.lock: what this tier holds. `hearth bake --from` this file bakes the same content.\n";
 const VERSION: u32 = 1;
 
 /// What a baked tier holds; sorted, and without times: the same content gives the same text.
@@ -40,10 +41,7 @@ pub struct LockedArtifact {
 }
 
 impl Lock {
-    pub(super) fn new(
-        mut artifacts: Vec<LockedArtifact>,
-        objects: BTreeMap<Digest, u64>,
-    ) -> Self {
+    pub(super) fn new(mut artifacts: Vec<LockedArtifact>, objects: BTreeMap<Digest, u64>) -> Self {
         artifacts.sort_by(|a, b| a.reference.cmp(&b.reference));
         let objects = objects.into_iter();
         Self {
@@ -105,7 +103,8 @@ impl Lock {
                 Some(_) => {}
             }
         }
-        let more = |name: &&LockedArtifact| self.artifacts.iter().all(|a| a.reference != name.reference);
+        let more =
+            |name: &&LockedArtifact| self.artifacts.iter().all(|a| a.reference != name.reference);
         if let Some(more) = other.artifacts.iter().find(more) {
             return Some(format!("{} is not in the lock", more.reference));
         }

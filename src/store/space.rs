@@ -263,7 +263,9 @@ impl Store {
         for (id, size) in objects {
             let content = self.content_of(id)?;
             if let Some(digest) = content
-                && self.stat_content(&digest)?.is_some_and(|stat| stat.len == *size)
+                && self
+                    .stat_content(&digest)?
+                    .is_some_and(|stat| stat.len == *size)
             {
                 continue;
             }

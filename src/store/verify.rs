@@ -286,7 +286,11 @@ impl Store {
     }
 
     /// What is wrong with an object, if anything.
-    fn check_object(&self, check: &Check<'_>, seen: impl FnMut(u64) -> bool) -> Result<Option<String>> {
+    fn check_object(
+        &self,
+        check: &Check<'_>,
+        seen: impl FnMut(u64) -> bool,
+    ) -> Result<Option<String>> {
         let handle = match self.disk.open(&check.path, Open::Read) {
             Ok(handle) => handle,
             // Collected meanwhile.

@@ -28,6 +28,7 @@ mod models;
 mod mounts;
 mod private;
 mod secrets;
+mod tiers;
 
 /// Longest time that anything but a server may take.
 const LIMIT: &str = "120";

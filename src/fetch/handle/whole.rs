@@ -117,7 +117,9 @@ impl Handle {
             return Ok(Some(complete));
         }
         let store = &self.engine()?.store;
-        let found = store.complete_sized(self.id(), self.size()).map_err(failed)?;
+        let found = store
+            .complete_sized(self.id(), self.size())
+            .map_err(failed)?;
         let Some(complete) = found.filter(|complete| complete.size == self.size()) else {
             return Ok(None);
         };
