@@ -169,6 +169,7 @@ impl Store {
         tiers: &[TierConfig],
     ) -> Result<Arc<Store>> {
         config.check()?;
+        tiers.iter().try_for_each(TierConfig::check)?;
         let mut store = Store::unopened(disk, root, config, tiers)?;
         let identity = match store.identity()? {
             Some(identity) => identity,

@@ -99,16 +99,17 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
             let staging = disk::staging(&output);
             let lock = match sealed(&staging, &wanted)? {
                 None => bake(context, &staging, &older, &wanted, true)?,
-                before => before,
+                Some(before) => Ok(before),
             };
-            if lock.is_some() {
+            if lock.is_ok() {
                 disk::make(format, &staging, &output)?;
             }
             lock
         }
     };
-    let Some(lock) = lock else {
-        return Ok(ExitCode::from(130));
+    let lock = match lock {
+        Ok(lock) => lock,
+        Err(interrupted) => return Ok(interrupted),
     };
     let report = Report {
         path: output,
@@ -132,14 +133,14 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Bakes to a directory; `twice` reserves as much again. `None` where it was interrupted.
+/// Bakes to a directory; `twice` reserves as much again. The exit status where it was interrupted.
 fn bake(
     context: &Context,
     root: &Path,
     older: &[TierConfig],
     wanted: &Wanted,
     twice: bool,
-) -> anyhow::Result<Option<Lock>> {
+) -> anyhow::Result<Result<Lock, ExitCode>> {
     let config = store::Config {
         max_bytes: None,
         min_free: ByteSize(0),
@@ -151,20 +152,20 @@ fn bake(
         let engine = Engine::new(Arc::clone(bake.store()), context.config.fetch.clone());
         let node = Node::new(engine, Sources::new(context.config.source.clone()));
         tokio::select! {
-            done = bring(&node, &bake, wanted, twice) => done.map(|()| true),
+            done = bring(&node, &bake, wanted, twice) => done.map(Ok),
             code = super::interrupted() => {
                 output::note("interrupted: what has arrived is kept; run it again to go on");
-                code.map(|_| false)
+                code.map(Err)
             }
         }
     });
     // Nobody has anything open any more when it is sealed.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
-    if !brought? {
-        return Ok(None);
+    if let Err(interrupted) = brought? {
+        return Ok(Err(interrupted));
     }
     let sealed = bake.seal(&wanted.names(), wanted.lock.as_ref());
-    Ok(Some(sealed.map_err(NodeError::from)?))
+    Ok(Ok(sealed.map_err(NodeError::from)?))
 }
 
 /// The lock of a directory that was baked before, to become a disk image.

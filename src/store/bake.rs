@@ -121,14 +121,8 @@ impl Bake {
         let Some((record, artifact)) = store.artifact(reference)? else {
             return Err(missing(reference, "its record"));
         };
-        let path = store.tree_path(&record.digest);
-        if store.own_tree(&record.digest)?.is_none()
-            && let Some(tree) = store.on_tiers(|tier| {
-                let path = tier.store.tree_path(&record.digest);
-                tier.store.read_small(&path, super::MAX_OBJECT)
-            })
-        {
-            store.write_durably(&path, &tree)?;
+        if store.own_tree(&record.digest)?.is_none() {
+            store.write_tree(&record.digest, &artifact.encode())?;
         }
         if store.disk.stat(&store.record_path(reference))?.is_none() {
             store.adopt_record(reference)?;

@@ -117,9 +117,7 @@ impl Store {
         }
         let _records = self.lock_records(Span::Shared)?;
         if self.own_tree(&digest)?.is_none() {
-            let compressed = zstd::encode_all(&encoded[..], ZSTD_LEVEL)
-                .map_err(|error| StoreError::io(format_args!("tree {digest}"), &error))?;
-            self.write_durably(&self.tree_path(&digest), &compressed)?;
+            self.write_tree(&digest, &encoded)?;
         }
         let record = OnDisk {
             reference: reference.clone(),
@@ -136,6 +134,13 @@ impl Store {
         }
         self.write_durably(&self.record_path(reference), &json)?;
         Ok(digest)
+    }
+
+    /// Durably writes an encoded artifact.
+    pub(super) fn write_tree(&self, digest: &Digest, encoded: &[u8]) -> Result<()> {
+        let compressed = zstd::encode_all(encoded, ZSTD_LEVEL)
+            .map_err(|error| StoreError::io(format_args!("tree {digest}"), &error))?;
+        self.write_durably(&self.tree_path(digest), &compressed)
     }
 
     /// Whether a tier has all of this artifact, and the store nothing else of that reference: then

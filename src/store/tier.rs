@@ -87,6 +87,20 @@ pub(super) struct Tiers {
     checked: Mutex<Option<Instant>>,
 }
 
+impl TierConfig {
+    /// Whether it can be used wherever a process runs.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Invalid`], naming the path.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.path.is_absolute() {
+            return Ok(());
+        }
+        let message = format!("tier.path = {:?}: expected an absolute path", self.path);
+        Err(StoreError::new(StoreErrorKind::Invalid, message))
+    }
+}
+
 impl Tiers {
     pub(super) fn new(list: Vec<Store>) -> Self {
         let tier = |store: Store| Tier {
@@ -234,6 +248,12 @@ impl Store {
         self.on_tiers(|tier| {
             if self.distrusts(tier, digest)? {
                 return Ok(None);
+            }
+            let path = tier.store.object_path(digest);
+            // No link out of the disk of somebody else, and no pipe that blocks.
+            if path.symlink_metadata().is_ok_and(|meta| !meta.is_file()) {
+                let message = format!("{} is no file: it is not used", path.display());
+                return Err(StoreError::new(StoreErrorKind::Damaged, message));
             }
             let Some(mut found) = tier.store.open_own(digest)? else {
                 return Ok(None);
