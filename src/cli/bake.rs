@@ -50,6 +50,9 @@ pub(super) struct Args {
     /// Make a disk image, sparse and to be mounted read-only; needs room for the content twice
     #[arg(long, value_enum)]
     format: Option<disk::Format>,
+    /// Leave out what differs between two bakes of the same content: times and ids
+    #[arg(long, conflicts_with_all = ["update", "format"])]
+    reproducible: bool,
     /// Only say what would be baked, and how large it is
     #[arg(long)]
     dry_run: bool,
@@ -63,6 +66,16 @@ struct Wanted {
     /// At this revision, where a lock says so.
     references: Vec<(Reference, Option<String>)>,
     lock: Option<Lock>,
+}
+
+/// What becomes of a directory that is baked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Directory {
+        reproducible: bool,
+    },
+    /// Its content is needed twice.
+    Image,
 }
 
 #[derive(Serialize)]
@@ -93,12 +106,17 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         older.push(TierConfig { path, mode });
     }
     let lock = match args.format {
-        None => bake(context, &output, &older, &wanted, false)?,
+        None => {
+            let kind = Kind::Directory {
+                reproducible: args.reproducible,
+            };
+            bake(context, &output, &older, &wanted, kind)?
+        }
         Some(format) => {
             anyhow::ensure!(!output.exists(), "{} is there already", output.display());
             let staging = disk::staging(&output);
             let lock = match sealed(&staging, &wanted)? {
-                None => bake(context, &staging, &older, &wanted, true)?,
+                None => bake(context, &staging, &older, &wanted, Kind::Image)?,
                 Some(before) => Ok(before),
             };
             if lock.is_ok() {
@@ -133,13 +151,13 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Bakes to a directory; `twice` reserves as much again. The exit status where it was interrupted.
+/// Bakes to a directory. The exit status where it was interrupted.
 fn bake(
     context: &Context,
     root: &Path,
     older: &[TierConfig],
     wanted: &Wanted,
-    twice: bool,
+    kind: Kind,
 ) -> anyhow::Result<Result<Lock, ExitCode>> {
     let config = store::Config {
         max_bytes: None,
@@ -152,7 +170,7 @@ fn bake(
         let engine = Engine::new(Arc::clone(bake.store()), context.config.fetch.clone());
         let node = Node::new(engine, Sources::new(context.config.source.clone()));
         tokio::select! {
-            done = bring(&node, &bake, wanted, twice) => done.map(Ok),
+            done = bring(&node, &bake, wanted, kind) => done.map(Ok),
             code = super::interrupted() => {
                 output::note("interrupted: what has arrived is kept; run it again to go on");
                 code.map(Err)
@@ -164,7 +182,8 @@ fn bake(
     if let Err(interrupted) = brought? {
         return Ok(Err(interrupted));
     }
-    let sealed = bake.seal(&wanted.names(), wanted.lock.as_ref());
+    let reproducible = kind == Kind::Directory { reproducible: true };
+    let sealed = bake.seal(&wanted.names(), wanted.lock.as_ref(), reproducible);
     Ok(Ok(sealed.map_err(NodeError::from)?))
 }
 
@@ -269,13 +288,13 @@ fn dry_run(context: &Context, wanted: &Wanted, json: bool) -> anyhow::Result<Exi
 }
 
 /// Brings everything into the store of the bake.
-async fn bring(node: &Node, bake: &Bake, wanted: &Wanted, twice: bool) -> anyhow::Result<()> {
+async fn bring(node: &Node, bake: &Bake, wanted: &Wanted, kind: Kind) -> anyhow::Result<()> {
     let planned = plan(node, wanted).await?;
     let mut room = Vec::new();
     for planned in &planned {
         room.push(node.reserve(planned).await?);
     }
-    if twice {
+    if kind == Kind::Image {
         let bytes = planned.iter().map(Planned::space);
         let bytes = bytes.fold(0, u64::saturating_add);
         let image = bake.store().admit_bytes("the disk image", bytes);

@@ -10,6 +10,7 @@ use std::{
     ffi::OsStr,
     path::{Path, PathBuf},
     sync::Arc,
+    time::UNIX_EPOCH,
 };
 
 use sha2::{Digest as _, Sha256};
@@ -214,11 +215,17 @@ impl Bake {
     }
 
     /// Makes a tier of it: of these references, and nothing else. Nobody may have anything of it open.
+    /// Where it is to be `reproducible`, nothing of it says when it was made.
     ///
     /// # Errors
     /// [`StoreErrorKind::NotFound`] where something is missing, [`StoreErrorKind::Invalid`] where it is
     /// not what `expected` says, [`StoreErrorKind::InUse`], and what the disk says. It can be baked on.
-    pub fn seal(self, references: &[String], expected: Option<&Lock>) -> Result<Lock> {
+    pub fn seal(
+        self,
+        references: &[String],
+        expected: Option<&Lock>,
+        reproducible: bool,
+    ) -> Result<Lock> {
         let store = &self.store;
         for record in store.own_records()? {
             if !references.contains(&record.reference) {
@@ -242,21 +249,35 @@ impl Bake {
             let message = format!("{} is not needed, but in use", path.display());
             Err(StoreError::new(StoreErrorKind::InUse, message))
         })?;
+        if reproducible {
+            for reference in references {
+                store.forget_times(reference)?;
+            }
+        }
         self.clean()?;
         let text = lock.text();
         let text = text.map_err(|why| StoreError::new(StoreErrorKind::Invalid, why))?;
         store.write_durably(&store.lock_path(), text.as_bytes())?;
         store.open_root()?.sync_fs()?;
+        let digest = Digest::of(text.as_bytes());
         let identity = Identity {
             format: FORMAT,
-            id: store.id.clone(),
+            id: match reproducible {
+                true => digest.hex()[..32].to_owned(),
+                false => store.id.clone(),
+            },
             baking: false,
-            lock: Some(Digest::of(text.as_bytes()).to_string()),
+            lock: Some(digest.to_string()),
         };
         let mut json = layout::json(&identity)?;
         json.push(b'\n');
         store.write_durably(&store.root.join("hearth.json"), &json)?;
         store.disk.unlink(&store.bake_lock())?;
+        if reproducible {
+            let at = std::fs::FileTimes::new().set_accessed(UNIX_EPOCH);
+            set_times(&store.root, at.set_modified(UNIX_EPOCH))
+                .map_err(|error| StoreError::io(store.root.display(), &error))?;
+        }
         Ok(lock)
     }
 
@@ -385,6 +406,18 @@ fn copy(store: &Store, from: &Path, to: &Path, len: u64) -> Result<Digest> {
     }
     to.set_len(len)?;
     Ok(Digest::from_bytes(hasher.finalize().into()))
+}
+
+/// Sets the times of everything below `dir`, and then of itself.
+fn set_times(dir: &Path, times: std::fs::FileTimes) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            true => set_times(&entry.path(), times)?,
+            false => std::fs::File::open(entry.path())?.set_times(times)?,
+        }
+    }
+    std::fs::File::open(dir)?.set_times(times)
 }
 
 fn missing(reference: &str, what: &str) -> StoreError {

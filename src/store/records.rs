@@ -143,6 +143,24 @@ impl Store {
         self.write_durably(&self.tree_path(digest), &compressed)
     }
 
+    /// Writes a record anew without its time.
+    pub(super) fn forget_times(&self, reference: &str) -> Result<()> {
+        let path = self.record_path(reference);
+        let bytes = self.read_small(&path, MAX_RECORD)?.unwrap_or_default();
+        let Some(mut record) = layout::unseal::<OnDisk>(&bytes)? else {
+            return Ok(());
+        };
+        record.resolved_at = 0;
+        self.write_durably(&path, &layout::seal(record)?)?;
+        match self.own_image(reference)? {
+            Some(image) => self.record_image(&super::ImageRecord {
+                made: SystemTime::UNIX_EPOCH,
+                ..image
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// Whether a tier has all of this artifact, and the store nothing else of that reference: then
     /// there is nothing to write.
     fn is_recorded_below(&self, artifact: &Artifact, digest: &Digest) -> Result<bool> {

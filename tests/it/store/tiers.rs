@@ -52,7 +52,7 @@ fn bake(dir: &Path, name: &str, artifacts: &[(&str, &[&[u8]])]) {
         fill_with(bake.store(), reference, contents, false);
     }
     let names: Vec<String> = artifacts.iter().map(|(name, _)| name.to_string()).collect();
-    bake.seal(&names, None).unwrap();
+    bake.seal(&names, None, false).unwrap();
 }
 
 /// All files below a directory: length and content.
@@ -385,7 +385,7 @@ fn broken_tiers_are_named_and_the_rest_works() {
     assert!(verify(&store).damaged.is_empty());
 
     // Attached and detached while the store is open.
-    half.seal(&["s3://b/half".into()], None).unwrap();
+    half.seal(&["s3://b/half".into()], None, false).unwrap();
     fs::rename(dir.path().join("good"), dir.path().join("away")).unwrap();
     assert_eq!(problem(&store, 6), "");
     assert!(problem(&store, 7).contains("attached"));
@@ -476,7 +476,7 @@ fn a_bake_is_sealed_by_its_last_step_and_goes_on_before() {
         false,
     );
     first.store().pin("s3://b/a", "bake").unwrap();
-    let error = first.seal(&names, None).unwrap_err();
+    let error = first.seal(&names, None, false).unwrap_err();
     assert!(
         error.to_string().contains("s3://b/i is not whole"),
         "{error}"
@@ -499,13 +499,13 @@ fn a_bake_is_sealed_by_its_last_step_and_goes_on_before() {
         .unwrap();
     drop((import, object));
     let id = made.objects[0].id;
-    let error = again.seal(&names, None).unwrap_err();
+    let error = again.seal(&names, None, false).unwrap_err();
     assert!(error.to_string().contains(&id.to_string()), "{error}");
     let last = Bake::begin(&root, &config(), &[]).unwrap();
     last.store()
         .put(&[(id, Bytes::from_static(b"in a layer"))])
         .unwrap();
-    let lock = last.seal(&names, None).unwrap();
+    let lock = last.seal(&names, None, false).unwrap();
     assert_eq!(lock.artifacts.len(), 2);
     assert_eq!(lock.objects.len(), 3);
     let text = fs::read_to_string(root.join("hearth.lock")).unwrap();
@@ -591,7 +591,7 @@ fn an_update_takes_over_what_is_good() {
         .put(&[(made.objects[1].id, Bytes::from_static(b"damaged"))])
         .unwrap();
     assert!(bake.take_over("s3://b/a").unwrap());
-    let lock = bake.seal(&["s3://b/a".into()], None).unwrap();
+    let lock = bake.seal(&["s3://b/a".into()], None, false).unwrap();
     assert_eq!(lock.objects.len(), 3);
     use std::os::unix::fs::MetadataExt as _;
     for content in [&b"kept"[..], &big] {
@@ -615,7 +615,7 @@ fn an_update_takes_over_what_is_good() {
     .unwrap();
     assert!(bake.take_over("s3://b/a").unwrap());
     let error = bake
-        .seal(&["s3://b/a".into()], Some(&expected))
+        .seal(&["s3://b/a".into()], Some(&expected), false)
         .unwrap_err();
     assert!(
         error.to_string().contains("\"r1\" now, not \"r0\""),

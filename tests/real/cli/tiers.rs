@@ -70,6 +70,51 @@ impl Drop for Bind {
     }
 }
 
+/// Every file and directory below `dir`, with its time.
+fn everything(dir: &Path) -> Vec<(PathBuf, std::time::SystemTime, Vec<u8>)> {
+    let mut found = Vec::new();
+    let mut left = vec![dir.to_owned()];
+    while let Some(path) = left.pop() {
+        let meta = path.symlink_metadata().unwrap();
+        let content = match meta.is_dir() {
+            true => {
+                left.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
+                Vec::new()
+            }
+            false => fs::read(&path).unwrap(),
+        };
+        let name = path.strip_prefix(dir).unwrap().to_owned();
+        found.push((name, meta.modified().unwrap(), content));
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn reproducible_bakes_are_the_same() {
+    let (registry, web) = (Registry::start(), Web::new());
+    let model = web.model("m", 2, 1);
+    let root = tempfile::tempdir().unwrap();
+    write_model(root.path(), 1, 1, 9);
+    let image = push(&registry, "1", &[root.path()]);
+    let [one, two] = [0; 2].map(|_| {
+        let baker = Bed::new();
+        let tier = baker.path("tier");
+        let output = tier.display();
+        baker.ok(&format!(
+            "bake {model} {image} --output {output} --reproducible"
+        ));
+        let node = node(&[&tier]);
+        node.ok(&format!("{} verify --all", config(&node)));
+        (everything(&tier), baker)
+    });
+    for (one, two) in one.0.iter().zip(&two.0) {
+        let text = String::from_utf8_lossy(&two.2);
+        assert!(one == two, "{}: {text:.500}", one.0.display());
+    }
+    assert_eq!(one.0.len(), two.0.len());
+}
+
 /// What is in the objects of a store.
 fn stored(bed: &Bed) -> u64 {
     bed.objects()
