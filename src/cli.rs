@@ -3,6 +3,7 @@
 //! Results go to stdout, progress and messages to stderr. Exit status: 0 done, 1 failed, 2 wrong
 //! usage, 130 and 143 interrupted by SIGINT and SIGTERM.
 
+mod bake;
 mod completions;
 mod config;
 mod control;
@@ -88,6 +89,7 @@ const VERSION: &str = env!("HEARTH_VERSION");
 enum Command {
     Inspect(inspect::Args),
     Warm(warm::Args),
+    Bake(bake::Args),
     Mount(mount::Args),
     Umount(umount::Args),
     List(list::Args),
@@ -135,6 +137,7 @@ pub fn main() -> ExitCode {
     let done = made.and_then(|context| match command {
         Command::Inspect(args) => inspect::run(&context, args),
         Command::Warm(args) => warm::run(&context, args),
+        Command::Bake(args) => bake::run(&context, args),
         Command::Mount(args) => mount::run(&context, args),
         Command::Umount(args) => umount::run(&context, args),
         Command::List(args) => list::run(&context, args),
@@ -265,7 +268,8 @@ impl Context {
     }
 
     fn store(&self) -> anyhow::Result<Arc<Store>> {
-        Store::open(&self.root, &self.config.store).map_err(|e| NodeError::from(e).into())
+        Store::open_with_tiers(&self.root, &self.config.store, &self.config.tiers)
+            .map_err(|e| NodeError::from(e).into())
     }
 
     /// The node; must be called within the runtime.

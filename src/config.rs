@@ -22,6 +22,9 @@ pub struct Config {
     pub mount: mount::Config,
     pub mirror: mirror::Config,
     pub csi: csi::Config,
+    /// Read-only tiers below the store, in the order in which they are looked at.
+    #[serde(rename = "tier", skip_serializing_if = "Vec::is_empty")]
+    pub tiers: Vec<store::TierConfig>,
 }
 
 /// A configuration file that cannot be used.
@@ -104,6 +107,11 @@ mod tests {
         let text = toml::to_string(&Config::default()).unwrap();
         assert_eq!(Config::parse(&text), Ok(Config::default()));
         assert_eq!(Config::parse(""), Ok(Config::default()));
+        let tiers = "[[tier]]\npath = \"/a\"\n\n[[tier]]\npath = \"/b\"\nmode = \"ro\"\n";
+        let config = Config::parse(tiers).unwrap();
+        assert_eq!(config.tiers.len(), 2);
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(Config::parse(&text), Ok(config));
         let error = Config::parse("[fetch]\nmax_conections = 3\n").unwrap_err();
         assert!(
             error.contains("max_conections") && error.contains("line 2"),
@@ -112,6 +120,8 @@ mod tests {
         for wrong in [
             "[fetch]\npatience_seconds = -1\n",
             "[fetch]\nverify = \"no\"\n",
+            "[[tier]]\nmode = \"ro\"\n",
+            "[[tier]]\npath = \"/t\"\nmode = \"rw\"\n",
             "x",
             "[",
         ] {

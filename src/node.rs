@@ -5,6 +5,7 @@
 //! warmed or viewed. What is warm needs no network: when the origin cannot be reached, the
 //! recorded artifact is used. Called by the faces and the CLI.
 
+mod bake;
 mod documents;
 mod error;
 mod layers;
@@ -20,10 +21,11 @@ use futures_util::{StreamExt as _, stream};
 
 use self::layers::{Layers, Pace};
 pub use self::{
+    bake::Planned,
     error::NodeError,
     layers::{PushedIndexes, Start},
     progress::{FileProgress, Progress, Snapshot},
-    status::{ArtifactStatus, FileStatus},
+    status::{ArtifactStatus, FileStatus, Place},
 };
 use crate::{
     digest::Digest,
@@ -315,7 +317,7 @@ impl Node {
         let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
         let all = blocking(move || {
             for object in artifact.stored() {
-                if store.complete(&object.id)?.is_none() {
+                if store.complete_sized(&object.id, object.size)?.is_none() {
                     return Ok(false);
                 }
             }
@@ -378,10 +380,27 @@ impl Node {
         pin: Option<&str>,
         progress: &Progress,
     ) -> Result<WarmReport, NodeError> {
+        self.warm_at(reference, None, pin, progress).await
+    }
+
+    /// As [`Node::warm`], of `reference` as it was at `revision`, where one is given.
+    ///
+    /// # Errors
+    /// As [`Node::warm`]; where the origin does not have that revision any more.
+    pub async fn warm_at(
+        &self,
+        reference: &Reference,
+        revision: Option<&str>,
+        pin: Option<&str>,
+        progress: &Progress,
+    ) -> Result<WarmReport, NodeError> {
         let started = std::time::Instant::now();
         let mut tried_again = false;
         loop {
-            let resolved = self.resolve_showing(reference, progress).await?;
+            let resolved = match revision {
+                Some(revision) => self.resolve_at(reference, revision, progress).await?,
+                None => self.resolve_showing(reference, progress).await?,
+            };
             match self.warm_resolved(&resolved, pin, progress).await {
                 Err(NodeError::Fetch { source, .. })
                     if source.kind() == FetchErrorKind::Changed && !tried_again =>

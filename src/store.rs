@@ -18,6 +18,8 @@
 //! <root>/artifacts/<sha256 of reference>.lock   flock: shared while held, exclusive to evict
 //! <root>/pins/<sha256 of reference>/<owner>     what keeps it from eviction
 //! <root>/gc.lock                         flock: shared to record, exclusive to collect
+//! <root>/distrusted/<tier>/<hex>         objects of a tier that are damaged there
+//! <root>/hearth.lock                     of a baked tier: what it holds, as text
 //! ```
 //!
 //! Invariants
@@ -31,11 +33,14 @@
 //! - Record before you look: an artifact is recorded before its objects are looked for, and a
 //!   collection keeps what is recorded, held, open, or listed by an import that lives. So no process loses what it has seen.
 //! - Opening a store lists no directory; an object is complete if its file is there.
+//! - Below the store may lie read-only tiers of the same format: reads look there last, nothing is
+//!   written there, and what is wrong with one of them is as if it were not there.
 //!
 //! Called by `fetch` (objects) and `node` (artifacts, space), from any number of processes at once.
 //! All calls block on the disk. After kill -9 nothing is lost; after a power failure what came
 //! since the last [`Partial::checkpoint`] or [`Import::commit`].
 
+mod bake;
 mod batch;
 mod collect;
 mod config;
@@ -45,15 +50,18 @@ mod import;
 mod indexes;
 mod layout;
 mod lease;
+mod lockfile;
 mod objects;
 mod partial;
 mod presence;
 mod records;
 mod roots;
 mod space;
+mod tier;
 mod verify;
 
 pub use crate::disk::AlignedBuf;
+pub use bake::Bake;
 pub use collect::{CollectOptions, CollectReport};
 pub use config::{ByteSize, Config};
 pub use error::{StoreError, StoreErrorKind};
@@ -61,10 +69,12 @@ pub use images::{ImageLayer, ImageRecord};
 pub use import::{Import, ImportFile, Imported};
 pub use indexes::MAX_INDEX;
 pub use lease::{Lease, WriteMode};
+pub use lockfile::{Lock, LockedArtifact};
 pub use objects::{Complete, hash_file};
 pub use partial::{MAX_OBJECT, Partial};
 pub use records::{Hold, Record};
 pub use space::{Reservation, Usage};
+pub use tier::{TierConfig, TierMode, TierStatus};
 pub use verify::{Damage, VerifyProgress, VerifyReport, VerifyScope};
 
 use std::{
@@ -98,6 +108,7 @@ pub struct Store {
     id: String,
     partials: Mutex<HashMap<ObjectId, Weak<Partial>>>,
     reservations: Mutex<Vec<Weak<space::Wanted>>>,
+    tiers: tier::Tiers,
     /// Makes the names of temporary files differ, within and between processes.
     temp_salt: String,
     temps: AtomicU64,
@@ -108,6 +119,12 @@ pub struct Store {
 struct Identity {
     format: u32,
     id: String,
+    /// A bake is under way: a tier that is not whole.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    baking: bool,
+    /// Of a baked tier: the digest of its `hearth.lock`. Such a store is not written any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lock: Option<String>,
 }
 
 impl Store {
@@ -121,32 +138,79 @@ impl Store {
         Self::open_on(Arc::new(RealDisk), root, config)
     }
 
+    /// Opens a store with read-only tiers below it. A tier that cannot be used is warned of.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_with_tiers(
+        root: &Path,
+        config: &Config,
+        tiers: &[TierConfig],
+    ) -> Result<Arc<Store>> {
+        Self::open_tiered_on(Arc::new(RealDisk), root, config, tiers)
+    }
+
     /// Opens a store on any [`Disk`].
     ///
     /// # Errors
     /// As [`Store::open`].
     pub fn open_on(disk: Arc<dyn Disk>, root: &Path, config: &Config) -> Result<Arc<Store>> {
+        Self::open_tiered_on(disk, root, config, &[])
+    }
+
+    /// Opens a store with tiers on any [`Disk`].
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_tiered_on(
+        disk: Arc<dyn Disk>,
+        root: &Path,
+        config: &Config,
+        tiers: &[TierConfig],
+    ) -> Result<Arc<Store>> {
         config.check()?;
+        tiers.iter().try_for_each(TierConfig::check)?;
+        let mut store = Store::unopened(disk, root, config, tiers)?;
+        let identity = match store.identity()? {
+            Some(identity) => identity,
+            None => store.make(false)?,
+        };
+        store.begin(identity);
+        Ok(Arc::new(store))
+    }
+
+    /// A store whose identity is not known yet.
+    fn unopened(
+        disk: Arc<dyn Disk>,
+        root: &Path,
+        config: &Config,
+        tiers: &[TierConfig],
+    ) -> Result<Store> {
         let boot = disk.boot_id()?;
-        let mut store = Store {
+        let new = |root: &Path, writable| Store {
             root: root.to_owned(),
             config: config.clone(),
-            disk,
-            writable: true,
+            disk: Arc::clone(&disk),
+            writable,
             boot,
             id: String::new(),
             partials: Mutex::default(),
             reservations: Mutex::default(),
+            tiers: tier::Tiers::default(),
             temp_salt: layout::temp_salt(),
             temps: AtomicU64::new(0),
         };
-        let identity = match store.identity()? {
-            Some(identity) => identity,
-            None => store.make()?,
-        };
-        store.writable = store.disk.writable(root);
-        store.id = identity.id;
-        Ok(Arc::new(store))
+        let tiers = tiers.iter().map(|tier| new(&tier.path, false)).collect();
+        let mut store = new(root, true);
+        store.tiers = tier::Tiers::new(tiers);
+        Ok(store)
+    }
+
+    /// Takes its identity, and looks at its tiers.
+    fn begin(&mut self, identity: Identity) {
+        self.writable = identity.lock.is_none() && self.disk.writable(&self.root);
+        self.id = identity.id;
+        self.look_at_tiers(true);
     }
 
     /// Where it is.
@@ -193,7 +257,7 @@ impl Store {
     }
 
     /// Makes the directories, then `hearth.json`: its presence says that the rest is there.
-    fn make(&self) -> Result<Identity> {
+    fn make(&self, baking: bool) -> Result<Identity> {
         let mut above: Vec<&Path> = self.root.ancestors().collect();
         above.reverse();
         for dir in above {
@@ -208,6 +272,8 @@ impl Store {
         let identity = Identity {
             format: FORMAT,
             id: Digest::of(made.as_bytes()).hex()[..32].to_owned(),
+            baking,
+            lock: None,
         };
         let mut text = layout::json(&identity)?;
         text.push(b'\n');

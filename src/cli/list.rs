@@ -1,10 +1,14 @@
 use std::process::ExitCode;
 
 use super::{Context, output};
+use crate::node::Place;
 
 /// List what the store knows, and how much of it is here
 #[derive(clap::Args)]
 pub(super) struct Args {
+    /// Show where it lies: in the store, on tiers
+    #[arg(long)]
+    tiers: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -19,6 +23,9 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         }
         let headings = ["HERE", "SIZE", "FILES", "PINNED", "REFERENCE"];
         let mut rows = vec![headings.map(String::from).to_vec()];
+        if args.tiers {
+            rows[0].insert(4, "WHERE".into());
+        }
         for artifact in all {
             let here = match artifact.complete {
                 true => "warm".into(),
@@ -27,7 +34,7 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
                     output::percent(artifact.present_bytes, artifact.bytes)
                 ),
             };
-            rows.push(vec![
+            let mut row = vec![
                 here,
                 output::size(artifact.bytes),
                 artifact.files.to_string(),
@@ -38,9 +45,25 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
                 }
                 .into(),
                 artifact.reference,
-            ]);
+            ];
+            if args.tiers {
+                row.insert(4, places(&artifact.places));
+            }
+            rows.push(row);
         }
         output::table(&rows)?;
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// The store, and the directories of tiers.
+fn places(places: &[Place]) -> String {
+    let name = |place: &Place| match place.tier {
+        true => place.path.display().to_string(),
+        false => "store".to_owned(),
+    };
+    match places {
+        [] => "-".to_owned(),
+        places => places.iter().map(name).collect::<Vec<_>>().join(" "),
+    }
 }

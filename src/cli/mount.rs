@@ -597,7 +597,8 @@ impl Status {
     fn get(&self) -> MountStatus {
         let artifact = &self.resolved.artifact;
         let store = self.node.store();
-        let is_complete = |o: &crate::tree::Object| matches!(store.complete(&o.id), Ok(Some(_)));
+        let is_complete =
+            |o: &crate::tree::Object| matches!(store.complete_sized(&o.id, o.size), Ok(Some(_)));
         let here = |o: &crate::tree::Object| match is_complete(o) {
             true => o.size,
             false => store.present_bytes(&o.id, o.size),

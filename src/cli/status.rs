@@ -15,6 +15,7 @@ use crate::{
     mount::keeper::Link,
     node::{ArtifactStatus, FileStatus},
     reference::Reference,
+    store::TierStatus,
 };
 
 /// How long to wait for a server that is being started again.
@@ -37,6 +38,7 @@ struct StoreStatus {
     used_bytes: u64,
     free_bytes: u64,
     artifacts: usize,
+    tiers: Vec<TierStatus>,
     mounts: Vec<String>,
 }
 
@@ -67,6 +69,7 @@ fn store(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
         used_bytes: usage.bytes(),
         free_bytes: store.free_bytes().map_err(crate::node::NodeError::from)?,
         artifacts: store.records().map_err(crate::node::NodeError::from)?.len(),
+        tiers: store.tiers(),
         mounts: crate::mount::mounted()?
             .into_iter()
             .filter(|m| control::is_ours(&context.root, &m.mountpoint))
@@ -84,6 +87,12 @@ fn store(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
         output::size(status.free_bytes),
         status.artifacts
     ))?;
+    for tier in status.tiers {
+        output::line(match tier.problem {
+            None => format!("tier {}: in use", tier.path.display()),
+            Some(why) => format!("tier {}: not used: {why}", tier.path.display()),
+        })?;
+    }
     for mount in status.mounts {
         output::line(format!("mounted on {mount}"))?;
     }
@@ -109,6 +118,13 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
         output::line(format!("artifact {}", artifact.digest))?;
         if !artifact.revision.is_empty() {
             output::line(format!("revision {}", artifact.revision))?;
+        }
+        // That everything is in the store goes without saying.
+        let on_tiers = artifact.places.iter().any(|place| place.tier);
+        for place in artifact.places.iter().filter(|_| on_tiers) {
+            let kind = if place.tier { "tier" } else { "store" };
+            let path = place.path.display();
+            output::line(format!("{} in {kind} {path}", output::size(place.bytes)))?;
         }
         if !artifact.pins.is_empty() {
             output::line(format!("pinned by {}", artifact.pins.join(", ")))?;

@@ -45,7 +45,7 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
             };
             store.verify(scope, repair, |progress| {
                 shown.set_length(progress.total);
-                shown.set_position(progress.bytes);
+                shown.inc(progress.bytes);
                 true
             })
         })
@@ -77,8 +77,12 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
             output::json(&report)?;
         } else {
             for damage in &report.damaged {
+                let note = match damage.tier {
+                    true => "; it is on a tier, and not used any more",
+                    false => "",
+                };
                 output::line(format!(
-                    "damaged: {} ({})",
+                    "damaged: {} ({}{note})",
                     damage.path.display(),
                     damage.what
                 ))?;

@@ -101,6 +101,11 @@ async fn warm(
 }
 
 fn read_list(file: &Path) -> anyhow::Result<Vec<Reference>> {
+    parse_list(&file.display().to_string(), &read_text(file, MAX_LIST)?)
+}
+
+/// Reads a text of up to `limit` bytes; `-` is standard input.
+pub(super) fn read_text(file: &Path, limit: u64) -> anyhow::Result<String> {
     let name = file.display();
     let mut input: Box<dyn std::io::Read> = if file == Path::new("-") {
         Box::new(std::io::stdin().lock())
@@ -110,13 +115,19 @@ fn read_list(file: &Path) -> anyhow::Result<Vec<Reference>> {
     let mut text = String::new();
     input
         .by_ref()
-        .take(MAX_LIST + 1)
+        .take(limit + 1)
         .read_to_string(&mut text)
         .with_context(|| format!("cannot read {name}"))?;
     anyhow::ensure!(
-        text.len() as u64 <= MAX_LIST,
-        "{name} is longer than 16 MiB"
+        text.len() as u64 <= limit,
+        "{name} is longer than {}",
+        output::size(limit)
     );
+    Ok(text)
+}
+
+/// The references of a list, one a line.
+pub(super) fn parse_list(name: &str, text: &str) -> anyhow::Result<Vec<Reference>> {
     let mut references = Vec::new();
     for (number, line) in text.lines().enumerate() {
         let line = line.trim();

@@ -29,7 +29,7 @@ use crate::{
     node::{Node, NodeError, Progress, Resolved},
     reference::Locator,
     source::{Credentials, SourceErrorKind},
-    store::{Hold, Reservation, StoreErrorKind},
+    store::{Hold, StoreErrorKind},
 };
 
 /// How long the background fetch leaves the origin to whoever opens the first file.
@@ -96,11 +96,7 @@ impl Fill {
         let shown = Arc::clone(&progress);
         let task = tokio::spawn(async move {
             tokio::time::sleep(HEAD_START).await;
-            let filled = async {
-                let _room: Reservation = node.admit(&resolved.artifact).await?;
-                node.fill(&resolved, &shown).await
-            };
-            match filled.await {
+            match node.fill(&resolved, &shown).await {
                 Ok(()) => tell.send_replace(Filling::Done),
                 Err(error) if error.is_cancelled() => return,
                 Err(error) => {

@@ -324,7 +324,8 @@ impl ImageRoots {
         })
     }
 
-    /// Whether every file of the image is here.
+    /// Whether every file of the image is in the store itself: a native root reads one directory of
+    /// objects, and none of a tier.
     async fn is_complete(&self, resolved: &Resolved) -> bool {
         let (store, artifact) = (
             Arc::clone(self.node.store()),
@@ -333,7 +334,7 @@ impl ImageRoots {
         let here = tokio::task::spawn_blocking(move || {
             artifact.objects.iter().all(|o| {
                 o.id.sha256()
-                    .is_some_and(|digest| matches!(store.has(&digest), Ok(true)))
+                    .is_some_and(|digest| matches!(store.has_itself(&digest), Ok(true)))
             })
         });
         resolved.is_verified() && here.await.unwrap_or(false)

@@ -197,7 +197,10 @@ impl<'a> Run<'a> {
                 }
                 return Err(FetchError::source(self.handle, &error));
             };
-            self.handle.last_trouble().note(&retry, &error, pause);
+            let is_read = self.handle.is_read();
+            self.handle
+                .last_trouble()
+                .note(&retry, &error, pause, is_read);
             metrics::global().fetch_retries.add(1);
             tokio::time::sleep(pause).await;
         }

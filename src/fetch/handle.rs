@@ -119,7 +119,10 @@ impl Handle {
         let location = location.ok_or_else(|| FetchError::no_place(object))?;
         let name = location.path.clone();
         let failed = |e| FetchError::store_named(&name, &e);
-        let complete = || engine.store.complete(&object.id).map_err(failed);
+        let complete = || {
+            let found = engine.store.complete_sized(&object.id, object.size);
+            found.map_err(failed)
+        };
         let streamed = |error: &dyn std::fmt::Display| {
             if engine.store.writable() {
                 tracing::warn!(object = %object.id, path = name, %error, "no place in the store: reads go to the origin");

@@ -118,16 +118,18 @@ impl LastTrouble {
         }
     }
 
-    /// `error` is about to be waited out, for `pause` at first. The first of a trouble is told.
-    pub(super) fn note(&self, retry: &Retry, error: &SourceError, pause: Duration) {
+    /// `error` is about to be waited out, for `pause` at first. The first of a trouble is worth a warning
+    /// where somebody reads; whoever warms is told otherwise.
+    pub(super) fn note(&self, retry: &Retry, error: &SourceError, pause: Duration, is_read: bool) {
         *self.trouble.lock() = Some(Trouble {
             error: error.to_string(),
             since: retry.since,
             until: retry.since + retry.patience,
         });
-        match self.any.swap(true, Ordering::AcqRel) {
-            false => tracing::warn!(%error, ?pause, patience = ?retry.patience, "trying again"),
-            true => tracing::info!(%error, ?pause, "trying again"),
+        let is_first = !self.any.swap(true, Ordering::AcqRel);
+        match is_first && is_read {
+            true => tracing::warn!(%error, ?pause, patience = ?retry.patience, "trying again"),
+            false => tracing::info!(%error, ?pause, "trying again"),
         }
     }
 

@@ -83,7 +83,7 @@ impl Progress {
             names,
             active: BTreeMap::new(),
         };
-        let here = |o: &Object| match store.complete(&o.id) {
+        let here = |o: &Object| match store.complete_sized(&o.id, o.size) {
             Ok(Some(_)) => o.size,
             _ => store.present_bytes(&o.id, o.size),
         };

@@ -1,6 +1,6 @@
 //! What of an artifact is here.
 
-use std::{sync::Arc, time::UNIX_EPOCH};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::UNIX_EPOCH};
 
 use serde::Serialize;
 
@@ -22,12 +22,23 @@ pub struct ArtifactStatus {
     pub present_bytes: u64,
     /// Whether every object is complete and was verified; of an image, its tree too.
     pub complete: bool,
+    /// Where what is complete lies: in the store, on tiers.
+    pub places: Vec<Place>,
     /// Who pins it.
     pub pins: Vec<String>,
     /// Seconds since the epoch.
     pub resolved_at: u64,
     /// Seconds since the epoch.
     pub last_used: u64,
+}
+
+/// A directory that has complete objects of an artifact.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Place {
+    pub path: PathBuf,
+    /// Whether it is a read-only tier.
+    pub tier: bool,
+    pub bytes: u64,
 }
 
 /// What of one file is here.
@@ -64,7 +75,8 @@ impl Node {
     /// What the store says.
     pub fn is_complete(&self, artifact: &Artifact) -> Result<bool, NodeError> {
         for object in artifact.stored() {
-            if self.store().complete(&object.id)?.is_none() {
+            let complete = self.store().complete_sized(&object.id, object.size)?;
+            if complete.is_none() {
                 return Ok(false);
             }
         }
@@ -88,7 +100,7 @@ impl Node {
                 continue; // the tree of a record keeps its invariants
             };
             let within = &artifact.objects[stored as usize];
-            let complete = store.complete(&within.id)?;
+            let complete = store.complete_sized(&within.id, within.size)?;
             let is_complete = complete.is_some();
             let mut name = complete
                 .map_or(within.id, |c| ObjectId::Sha256(c.digest))
@@ -119,12 +131,19 @@ fn artifact_status(
 ) -> Result<ArtifactStatus, NodeError> {
     let mut present_bytes = 0;
     let mut complete = true;
+    // The store itself comes first.
+    let mut places: BTreeMap<Option<Arc<std::path::Path>>, u64> = BTreeMap::new();
     for object in artifact.stored() {
-        if store.complete(&object.id)?.is_some() {
-            present_bytes += object.size;
-        } else {
-            complete = false;
-            present_bytes += store.present_bytes(&object.id, object.size);
+        match store.complete_sized(&object.id, object.size)? {
+            Some(found) => {
+                let bytes = places.entry(found.tier.clone()).or_insert(0);
+                *bytes += object.size;
+                present_bytes += object.size;
+            }
+            None => {
+                complete = false;
+                present_bytes += store.present_bytes(&object.id, object.size);
+            }
         }
     }
     let seconds =
@@ -138,6 +157,13 @@ fn artifact_status(
         bytes: artifact.size(),
         present_bytes,
         complete,
+        places: (places.into_iter())
+            .map(|(tier, bytes)| Place {
+                tier: tier.is_some(),
+                path: tier.map_or_else(|| store.root().to_owned(), |tier| tier.to_path_buf()),
+                bytes,
+            })
+            .collect(),
         pins: record.pins,
         resolved_at: seconds(record.resolved),
         last_used: seconds(record.used),

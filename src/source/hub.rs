@@ -491,7 +491,7 @@ mod tests {
         let Locator::Hub(repo) = &reference.locator else {
             unreachable!()
         };
-        let source = HubSource::new(repo, &Config::default()).unwrap();
+        let source = HubSource::new(repo, &Config::default(), None).unwrap();
         crate::corpus::replay("corpus/hub", |input| {
             let _ = serde_json::from_slice::<Revision>(input);
             let mut listing = Listing::new(&reference, "r".into()).unwrap();

@@ -131,7 +131,14 @@ impl<'s> Batch<'s> {
         Ok(())
     }
 
-    fn open(&mut self) -> Result<()> {
+    /// Adds a complete object that lies at `temp`. Written after [`Batch::open`].
+    pub(super) fn add_ready(&mut self, temp: PathBuf, to: PathBuf, size: u64) {
+        let object = Some(size);
+        self.moves.push(Move { temp, to, object });
+    }
+
+    /// Opens the file system, to see every error of writing back.
+    pub(super) fn open(&mut self) -> Result<()> {
         if self.fs.is_none() {
             self.fs = Some(self.store.open_root()?);
         }

@@ -176,12 +176,13 @@ impl<'s> Sweep<'s> {
             }
         }
         sweep.look_at_imports()?;
-        let mut records = store.records()?;
+        let mut records = store.own_records()?;
         records.sort_by_key(|record| std::cmp::Reverse(record.used));
         for record in records {
             let digest = record.digest;
             sweep.add(Some(record), &digest)?;
         }
+        sweep.look_at_tiers()?;
         for name in store.disk.list(&store.root.join("trees"))? {
             let digest = name.to_str().and_then(|n| Digest::from_hex(n).ok());
             if let Some(digest) = digest
@@ -254,6 +255,26 @@ impl<'s> Sweep<'s> {
             count(&mut self.layers, &kept);
             let ids: Vec<ObjectId> = kept.into_iter().map(ObjectId::Sha256).collect();
             count(&mut self.ids, &ids);
+        }
+        Ok(())
+    }
+
+    /// Counts what a tier should have and has not: it was fetched into the store.
+    fn look_at_tiers(&mut self) -> Result<()> {
+        let store = self.store;
+        for record in store.tier_records() {
+            if self.trees.contains(&record.digest) {
+                continue;
+            }
+            let Some(artifact) = store.read_tree(&record.digest)? else {
+                continue;
+            };
+            let missing = store.missing_on_tiers(&artifact)?;
+            for id in &missing {
+                let content = store.content_of(id)?;
+                count(&mut self.contents, content.iter());
+            }
+            count(&mut self.ids, &missing);
         }
         Ok(())
     }

@@ -19,6 +19,8 @@ pub enum StoreErrorKind {
     NotFound,
     /// Someone uses it.
     InUse,
+    /// It lies on a tier, which is never written.
+    OnTier,
     /// The request or the settings make no sense.
     Invalid,
 }
@@ -85,6 +87,7 @@ impl StoreError {
                 Some("use the newer version of hearth, or another store")
             }
             StoreErrorKind::Damaged => Some("run `hearth verify --repair`"),
+            StoreErrorKind::OnTier => Some("remove it from the list that the tier is baked from"),
             StoreErrorKind::InUse => Some("unmount or unpin it first"),
             StoreErrorKind::Io => Some("look for disk errors in the kernel log"),
             StoreErrorKind::NotFound | StoreErrorKind::Invalid => None,

@@ -56,6 +56,16 @@ pub struct ImageLayer {
 }
 
 impl ImageRecord {
+    /// Whether this is the same image, whenever it was found out.
+    fn is_the_same(&self, other: &Self) -> bool {
+        let made = self.made;
+        *self
+            == Self {
+                made,
+                ..other.clone()
+            }
+    }
+
     /// The chain ids of its layers, from the bottom up (OCI image-spec, config.md, "Layer ChainID").
     pub fn chain_ids(&self) -> Vec<Digest> {
         let mut chains: Vec<Digest> = Vec::with_capacity(self.layers.len());
@@ -182,8 +192,15 @@ impl Store {
         let lock = path.with_file_name("lock");
         let _records = self.lock_records(Span::Shared)?;
         if self.disk.stat(&self.record_path(reference))?.is_none() {
-            let message = format!("image {reference} has no artifact in the store");
-            return Err(StoreError::new(StoreErrorKind::NotFound, message));
+            // What a tier has is recorded there.
+            let there = self.on_tiers(|tier| tier.store.image(reference));
+            if there.is_some_and(|there| there.is_the_same(image)) {
+                return Ok(());
+            }
+            if !self.adopt_record(reference)? {
+                let message = format!("image {reference} has no artifact in the store");
+                return Err(StoreError::new(StoreErrorKind::NotFound, message));
+            }
         }
         self.make_parent(&lock)?;
         let _chains = self.lock(&lock, Span::Exclusive)?;
@@ -207,6 +224,13 @@ impl Store {
     /// # Errors
     /// What the disk says.
     pub fn image(&self, reference: &str) -> Result<Option<ImageRecord>> {
+        match self.own_image(reference)? {
+            Some(own) => Ok(Some(own)),
+            None => Ok(self.on_tiers(|tier| tier.store.own_image(reference))),
+        }
+    }
+
+    pub(super) fn own_image(&self, reference: &str) -> Result<Option<ImageRecord>> {
         Ok(self.read_image(&self.image_path(reference))?.here())
     }
 
@@ -218,6 +242,16 @@ impl Store {
         let mut images = Vec::new();
         for path in self.image_paths()? {
             images.extend(self.read_image(&path)?.here());
+        }
+        for tier in self.usable_tiers() {
+            for image in tier.or_nothing(tier.store.images()) {
+                if images
+                    .iter()
+                    .all(|known| known.reference != image.reference)
+                {
+                    images.push(image);
+                }
+            }
         }
         images.sort_by(|a, b| a.reference.cmp(&b.reference));
         Ok(images)
@@ -240,7 +274,7 @@ impl Store {
                 return Ok(Some((image, at + 1)));
             }
         }
-        Ok(None)
+        Ok(self.on_tiers(|tier| tier.store.image_by_chain(chain)))
     }
 
     /// The paths of all image records.

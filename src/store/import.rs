@@ -253,7 +253,9 @@ impl Inner {
             Ok::<_, StoreError>(stat.is_some_and(|stat| stat.len == size))
         };
         if !there()? {
-            return Ok(false);
+            // What is on a tier stays there.
+            let found = self.store.stat_on_tiers(digest);
+            return Ok(found.is_some_and(|stat| stat.len == size));
         }
         let _records = self.store.lock_records(Span::Shared)?;
         state.list([digest].into_iter())?;

@@ -56,6 +56,14 @@ impl Store {
     /// # Errors
     /// What the disk says.
     pub fn index(&self, layer: &Digest) -> Result<Option<Vec<u8>>> {
+        match self.own_index(layer)? {
+            Some(own) => Ok(Some(own)),
+            None => Ok(self.on_tiers(|tier| tier.store.own_index(layer))),
+        }
+    }
+
+    /// The index of a layer in the store itself.
+    pub(super) fn own_index(&self, layer: &Digest) -> Result<Option<Vec<u8>>> {
         let path = self.index_path(layer);
         let mut bytes = match self.read_small(&path, MAX_INDEX + HEADER as u64) {
             Ok(Some(bytes)) => bytes,
@@ -80,7 +88,10 @@ impl Store {
     /// # Errors
     /// What the disk says.
     pub fn has_index(&self, layer: &Digest) -> Result<bool> {
-        Ok(self.disk.stat(&self.index_path(layer))?.is_some())
+        let has = |store: &Store| Ok(store.disk.stat(&store.index_path(layer))?.map(drop));
+        Ok(has(self)?
+            .or_else(|| self.on_tiers(|tier| has(&tier.store)))
+            .is_some())
     }
 
     /// The first byte of the index of a layer, which says who made it; not checked.
@@ -88,6 +99,13 @@ impl Store {
     /// # Errors
     /// What the disk says.
     pub fn index_mark(&self, layer: &Digest) -> Result<Option<u8>> {
+        match self.own_index_mark(layer)? {
+            Some(own) => Ok(Some(own)),
+            None => Ok(self.on_tiers(|tier| tier.store.own_index_mark(layer))),
+        }
+    }
+
+    fn own_index_mark(&self, layer: &Digest) -> Result<Option<u8>> {
         let mut mark = [0];
         match self.disk.open(&self.index_path(layer), Open::Read) {
             Ok(file) if file.stat()?.len > HEADER as u64 => {

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
+    path::Path,
     sync::Arc,
 };
 
@@ -12,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 use super::{Result, Store, StoreError, StoreErrorKind, batch::Batch, layout::linked};
 use crate::{
     digest::{Digest, ObjectId},
-    disk::{DiskFile, Open, Span, lock_file},
+    disk::{DiskFile, Open, Span, Stat, lock_file},
 };
 
 /// A complete, verified object: immutable. Holding it keeps it from eviction (shared flock).
@@ -22,6 +23,8 @@ pub struct Complete {
     pub digest: Digest,
     /// Its length in bytes.
     pub size: u64,
+    /// The directory of the tier that it lies on; none for the store itself.
+    pub tier: Option<Arc<Path>>,
     handle: Arc<dyn DiskFile>,
 }
 
@@ -40,14 +43,26 @@ impl Store {
     /// What the disk says. A missing object is none.
     pub fn complete(&self, id: &ObjectId) -> Result<Option<Arc<Complete>>> {
         match id {
-            ObjectId::Sha256(digest) => self.open_object(digest),
+            ObjectId::Sha256(digest) => self.open_object(digest, None),
             ObjectId::Located(_) => {
                 let Some((digest, size)) = self.located(id)? else {
                     return Ok(None);
                 };
-                let found = self.open_object(&digest)?;
+                let found = self.open_object(&digest, Some(size))?;
                 Ok(found.filter(|object| object.size == size))
             }
+        }
+    }
+
+    /// As [`Store::complete`], of an object that should be `size` bytes long: one of another length
+    /// on a tier is damaged, and counts as absent.
+    ///
+    /// # Errors
+    /// As [`Store::complete`].
+    pub fn complete_sized(&self, id: &ObjectId, size: u64) -> Result<Option<Arc<Complete>>> {
+        match id {
+            ObjectId::Sha256(digest) => self.open_object(digest, Some(size)),
+            ObjectId::Located(_) => self.complete(id),
         }
     }
 
@@ -57,11 +72,38 @@ impl Store {
     /// # Errors
     /// What the disk says.
     pub fn has(&self, digest: &Digest) -> Result<bool> {
+        Ok(self.stat_content(digest)?.is_some())
+    }
+
+    /// As [`Store::has`], of the store itself, without its tiers: whether the file lies in
+    /// [`Store::objects_dir`].
+    ///
+    /// # Errors
+    /// As [`Store::has`].
+    pub fn has_itself(&self, digest: &Digest) -> Result<bool> {
         Ok(self.disk.stat(&self.object_path(digest))?.is_some())
     }
 
-    /// The object with this content.
-    pub(super) fn open_object(&self, digest: &Digest) -> Result<Option<Arc<Complete>>> {
+    /// What the object with this content is: in the store, else on a tier.
+    pub(super) fn stat_content(&self, digest: &Digest) -> Result<Option<Stat>> {
+        let own = self.disk.stat(&self.object_path(digest))?;
+        Ok(own.or_else(|| self.stat_on_tiers(digest)))
+    }
+
+    /// The object with this content: in the store, else on a tier, if it has this size there.
+    pub(super) fn open_object(
+        &self,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Option<Arc<Complete>>> {
+        match self.open_own(digest)? {
+            Some(own) => Ok(Some(Arc::new(own))),
+            None => Ok(self.open_on_tiers(digest, size)),
+        }
+    }
+
+    /// The object with this content in the store itself.
+    pub(super) fn open_own(&self, digest: &Digest) -> Result<Option<Complete>> {
         let path = self.object_path(digest);
         let handle = match self.disk.open(&path, Open::Read) {
             Ok(handle) => handle,
@@ -76,15 +118,23 @@ impl Store {
         }
         let size = handle.stat()?.len;
         let digest = *digest;
-        Ok(Some(Arc::new(Complete {
+        Ok(Some(Complete {
             digest,
             size,
+            tier: None,
             handle,
-        })))
+        }))
     }
 
-    /// The content and size behind an id, as far as the store knows; the object may be missing.
+    /// The content and size behind an id, as far as store and tiers know; the object may be missing.
     pub(super) fn located(&self, id: &ObjectId) -> Result<Option<(Digest, u64)>> {
+        match self.own_located(id)? {
+            None if id.sha256().is_none() => Ok(self.on_tiers(|tier| tier.store.own_located(id))),
+            own => Ok(own),
+        }
+    }
+
+    fn own_located(&self, id: &ObjectId) -> Result<Option<(Digest, u64)>> {
         let ObjectId::Located(key) = id else {
             return Ok(None);
         };
@@ -114,7 +164,7 @@ impl Store {
         let ObjectId::Located(key) = id else {
             return Ok(());
         };
-        if self.located(id)? == Some((*digest, size)) {
+        if self.own_located(id)? == Some((*digest, size)) {
             return Ok(());
         }
         let path = self.located_path(key);
@@ -149,7 +199,7 @@ impl Store {
         for ((id, content), digest) in objects.iter().zip(&digests) {
             let size = content.len() as u64;
             if !done.contains_key(digest) && !fresh.contains(digest) {
-                match self.open_object(digest)? {
+                match self.open_object(digest, Some(size))? {
                     Some(object) if object.size == size => {
                         done.insert(*digest, object);
                     }
@@ -175,7 +225,7 @@ impl Store {
         };
         batch.publish()?;
         for digest in fresh {
-            let object = self.open_object(&digest)?.ok_or_else(|| {
+            let object = self.open_object(&digest, None)?.ok_or_else(|| {
                 let message = format!("object {digest} was removed as soon as it was stored");
                 StoreError::new(StoreErrorKind::NotFound, message)
             })?;

@@ -282,7 +282,7 @@ impl Partial {
     /// As [`Store::complete`].
     pub fn completed(&self) -> Result<Option<Arc<Complete>>> {
         if self.live.finished() {
-            return self.store.complete(&self.id);
+            return self.store.complete_sized(&self.id, self.size);
         }
         Ok(None)
     }
@@ -371,11 +371,13 @@ impl Partial {
         // First, so that a crash in between costs nothing: the record of a missing object is none.
         self.store.write_located(&self.id, &digest, self.size)?;
         let path = self.store.object_path(&digest);
-        let kept = self.store.open_object(&digest)?;
+        let kept = self.store.open_object(&digest, Some(self.size))?;
         let complete = match kept.filter(|object| object.size == self.size) {
             Some(object) => {
-                // It may have been renamed here, by an attempt that failed since.
-                self.store.sync_parent(&path)?;
+                // It may have been renamed here, by an attempt that failed since; or be on a tier.
+                if disk.stat(&path)?.is_some() {
+                    self.store.sync_parent(&path)?;
+                }
                 disk.unlink(&self.paths.data)?;
                 Some(object)
             }
@@ -384,7 +386,7 @@ impl Partial {
                 disk.rename(&self.paths.data, &path)?;
                 self.data.set_mode(0o444)?;
                 self.store.sync_parent(&path)?;
-                self.store.open_object(&digest)?
+                self.store.open_object(&digest, None)?
             }
         };
         self.live.set_finished(true);
@@ -416,7 +418,8 @@ impl Partial {
     pub fn abandon(&self) -> Result<()> {
         let _structure = self.store.lock_partials()?;
         let _state = self.lock_state()?;
-        if self.live.finished() || self.store.complete(&self.id)?.is_none() {
+        let complete = || self.store.complete_sized(&self.id, self.size);
+        if self.live.finished() || complete()?.is_none() {
             return Ok(());
         }
         self.live.set_finished(true);

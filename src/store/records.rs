@@ -1,6 +1,7 @@
 //! What the store knows of references: records, trees, holds, pins.
 
 use std::{
+    collections::HashSet,
     fs::File,
     path::{Path, PathBuf},
     time::SystemTime,
@@ -122,11 +123,12 @@ impl Store {
             return Err(invalid(format!("its tree takes {} bytes", encoded.len())));
         }
         let digest = Digest::of(&encoded);
+        if self.is_recorded_below(artifact, &digest)? {
+            return Ok(digest);
+        }
         let _records = self.lock_records(Span::Shared)?;
-        if self.read_tree(&digest)?.is_none() {
-            let compressed = zstd::encode_all(&encoded[..], ZSTD_LEVEL)
-                .map_err(|error| StoreError::io(format_args!("tree {digest}"), &error))?;
-            self.write_durably(&self.tree_path(&digest), &compressed)?;
+        if self.own_tree(&digest)?.is_none() {
+            self.write_tree(&digest, &encoded)?;
         }
         let record = OnDisk {
             reference: reference.clone(),
@@ -145,11 +147,75 @@ impl Store {
         Ok(digest)
     }
 
-    /// What a reference was recorded as. A damaged record or tree counts as absent.
+    /// Durably writes an encoded artifact.
+    pub(super) fn write_tree(&self, digest: &Digest, encoded: &[u8]) -> Result<()> {
+        let compressed = zstd::encode_all(encoded, ZSTD_LEVEL)
+            .map_err(|error| StoreError::io(format_args!("tree {digest}"), &error))?;
+        self.write_durably(&self.tree_path(digest), &compressed)
+    }
+
+    /// Writes a record anew without its time.
+    pub(super) fn forget_times(&self, reference: &str) -> Result<()> {
+        let path = self.record_path(reference);
+        let bytes = self.read_small(&path, MAX_RECORD)?.unwrap_or_default();
+        let Some(mut record) = layout::unseal::<OnDisk>(&bytes)? else {
+            return Ok(());
+        };
+        record.resolved_at = 0;
+        self.write_durably(&path, &layout::seal(record)?)?;
+        match self.own_image(reference)? {
+            Some(image) => self.record_image(&super::ImageRecord {
+                made: SystemTime::UNIX_EPOCH,
+                ..image
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a tier has all of this artifact, and the store nothing else of that reference: then
+    /// there is nothing to write.
+    fn is_recorded_below(&self, artifact: &Artifact, digest: &Digest) -> Result<bool> {
+        let reference = &artifact.reference;
+        if self.disk.stat(&self.record_path(reference))?.is_some() {
+            return Ok(false);
+        }
+        let below = self.on_tiers(|tier| tier.store.artifact(reference));
+        match below {
+            Some((record, _)) if record.digest == *digest => self.tiers_have(artifact),
+            _ => Ok(false),
+        }
+    }
+
+    /// Copies the record of a tier into the store; false where there is none.
+    pub(super) fn adopt_record(&self, reference: &str) -> Result<bool> {
+        let read = |store: &Store| store.read_small(&store.record_path(reference), MAX_RECORD);
+        match self.on_tiers(|tier| read(&tier.store)) {
+            Some(record) => {
+                self.write_durably(&self.record_path(reference), &record)?;
+                Ok(true)
+            }
+            None => Ok(false),
+        }
+    }
+
+    /// What a reference was recorded as: in the store, else on a tier. A damaged record or tree
+    /// counts as absent.
     ///
     /// # Errors
     /// What the disk says.
     pub fn artifact(&self, reference: &str) -> Result<Option<(Record, Artifact)>> {
+        if let Some(own) = self.own_artifact(reference)? {
+            return Ok(Some(own));
+        }
+        let Some((mut record, artifact)) = self.on_tiers(|tier| tier.store.artifact(reference))
+        else {
+            return Ok(None);
+        };
+        record.pins = self.pins(reference)?;
+        Ok(Some((record, artifact)))
+    }
+
+    fn own_artifact(&self, reference: &str) -> Result<Option<(Record, Artifact)>> {
         let Some(record) = self.read_record(&self.record_path(reference))? else {
             return Ok(None);
         };
@@ -171,11 +237,33 @@ impl Store {
         self.read_tree(digest)
     }
 
-    /// All records, by reference. Damaged ones are left out.
+    /// All records, by reference: of the store, and of tiers what it does not know. Damaged ones
+    /// are left out.
     ///
     /// # Errors
     /// What the disk says.
     pub fn records(&self) -> Result<Vec<Record>> {
+        let mut records = self.own_records()?;
+        let mut known: HashSet<String> = records.iter().map(|r| r.reference.clone()).collect();
+        for mut record in self.tier_records() {
+            if known.insert(record.reference.clone()) {
+                record.pins = self.pins(&record.reference)?;
+                records.push(record);
+            }
+        }
+        records.sort_by(|a, b| a.reference.cmp(&b.reference));
+        Ok(records)
+    }
+
+    /// The records of all tiers, in their order.
+    pub(super) fn tier_records(&self) -> Vec<Record> {
+        self.usable_tiers()
+            .flat_map(|tier| tier.or_nothing(tier.store.own_records()))
+            .collect()
+    }
+
+    /// The records of the store itself.
+    pub(super) fn own_records(&self) -> Result<Vec<Record>> {
         let dir = self.root.join("artifacts");
         let mut records = Vec::new();
         for name in self.disk.list(&dir)? {
@@ -217,8 +305,16 @@ impl Store {
         }))
     }
 
-    /// Reads a tree; none where it is missing or damaged.
+    /// Reads a tree, from the store or a tier; none where it is missing or damaged.
     pub(super) fn read_tree(&self, digest: &Digest) -> Result<Option<Artifact>> {
+        match self.own_tree(digest)? {
+            Some(own) => Ok(Some(own)),
+            None => Ok(self.on_tiers(|tier| tier.store.own_tree(digest))),
+        }
+    }
+
+    /// Reads a tree of the store itself.
+    pub(super) fn own_tree(&self, digest: &Digest) -> Result<Option<Artifact>> {
         use std::io::Read as _;
         let path = self.tree_path(digest);
         let compressed = match self.read_small(&path, MAX_TREE) {
@@ -253,6 +349,12 @@ impl Store {
             let message = format!("{reference} is not in store {}", self.root.display());
             StoreError::new(StoreErrorKind::NotFound, message)
         };
+        if self.is_only_below(reference)? {
+            return Ok(Hold {
+                reference: None,
+                tree: None,
+            });
+        }
         // Where nothing can be written, nothing can be evicted.
         let lock = match self.writable {
             true => self.lock_removable(&self.hold_path(reference), Span::Shared, true)?,
@@ -286,6 +388,20 @@ impl Store {
         Ok(Hold {
             reference: None,
             tree,
+        })
+    }
+
+    /// Whether only a tier knows a reference: nothing of it can be evicted, or removed.
+    fn is_only_below(&self, reference: &str) -> Result<bool> {
+        let known = self.disk.stat(&self.record_path(reference))?.is_some();
+        Ok(!known && self.below(reference).is_some())
+    }
+
+    /// The directory of the first tier that knows a reference.
+    fn below(&self, reference: &str) -> Option<PathBuf> {
+        self.on_tiers(|tier| {
+            let record = tier.store.read_record(&tier.store.record_path(reference))?;
+            Ok(record.map(|_| tier.store.root.clone()))
         })
     }
 
@@ -367,6 +483,7 @@ impl Store {
             let message = format!("{reference} is pinned by {}", pins.join(", "));
             return Err(StoreError::new(StoreErrorKind::InUse, message));
         }
+        self.need_above(reference)?;
         match self.forget(reference)? {
             Some(removed) => Ok(removed),
             None => {
@@ -382,10 +499,23 @@ impl Store {
     /// What the disk says.
     pub fn remove_forced(&self, reference: &str) -> Result<bool> {
         self.need_writable()?;
+        self.need_above(reference)?;
         for owner in self.pins(reference)? {
             self.unpin(reference, &owner)?;
         }
         self.unlink_record(reference)
+    }
+
+    /// Refuses to remove what only a tier has.
+    fn need_above(&self, reference: &str) -> Result<()> {
+        match self.below(reference) {
+            Some(tier) if self.is_only_below(reference)? => {
+                let tier = tier.display();
+                let message = format!("{reference} is on tier {tier}, which is only read");
+                Err(StoreError::new(StoreErrorKind::OnTier, message))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Forgets what a reference was resolved to, even while it is held; its pins stay.

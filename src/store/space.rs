@@ -72,7 +72,7 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
@@ -209,6 +209,17 @@ impl Store {
         })
     }
 
+    /// Reserves `more` bytes for what turns out larger than was reserved.
+    ///
+    /// # Errors
+    /// As [`Store::admit`].
+    pub(super) fn admit_more(self: &Arc<Self>, wanted: &Wanted, more: u64) -> Result<()> {
+        let reserved = self.admit_bytes(&wanted.reference, more)?;
+        wanted.bytes.fetch_add(more, Ordering::Relaxed);
+        drop(reserved);
+        Ok(())
+    }
+
     fn admit_wanted(self: &Arc<Self>, wanted: Wanted) -> Result<Reservation> {
         let wanted = Arc::new(wanted);
         let mut reservations = self.reservations.lock();
@@ -251,9 +262,10 @@ impl Store {
         let mut sum = 0u64;
         for (id, size) in objects {
             let content = self.content_of(id)?;
-            let path = content.map(|digest| self.object_path(&digest));
-            if let Some(path) = path
-                && self.disk.stat(&path)?.is_some_and(|stat| stat.len == *size)
+            if let Some(digest) = content
+                && self
+                    .stat_content(&digest)?
+                    .is_some_and(|stat| stat.len == *size)
             {
                 continue;
             }

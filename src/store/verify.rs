@@ -18,6 +18,7 @@ use super::{
     indexes::layers_of,
     partial::Paths,
     presence::{Bits, map_len},
+    tier::Tier,
 };
 use crate::{
     digest::{Digest, ObjectId},
@@ -50,6 +51,8 @@ pub struct Damage {
     pub references: Vec<String>,
     /// Whether it was removed, so that it is fetched again.
     pub removed: bool,
+    /// Whether it lies on a tier: then it is never used again.
+    pub tier: bool,
 }
 
 /// What a verification found.
@@ -75,16 +78,19 @@ pub struct VerifyProgress {
 }
 
 /// An object to read.
-struct Check {
+struct Check<'s> {
     digest: Digest,
     path: PathBuf,
     len: u64,
+    /// Where it lies on one.
+    tier: Option<&'s Tier>,
 }
 
 impl Store {
     /// Hashes complete objects from the disk (not from the page cache, where it can be dropped),
-    /// and checks trees, records, chunk maps, located ids and indexes. With `repair`, what is damaged is removed; who
-    /// wants it fetches it again. `progress` stops the run by saying false.
+    /// and checks trees, records, chunk maps, located ids and indexes; of tiers, too. With `repair`, what is
+    /// damaged is removed; who wants it fetches it again. Objects that are damaged on a tier are not read from
+    /// there any more. `progress` stops the run by saying false.
     ///
     /// # Errors
     /// What the disk says, except that a file which cannot be read is damaged.
@@ -97,16 +103,62 @@ impl Store {
         if repair {
             self.need_writable()?;
         }
+        let mut report = self.verify_itself(scope, repair, false, &progress)?;
+        if let VerifyScope::All = scope {
+            for tier in self.usable_tiers() {
+                match tier.store.verify_itself(scope, false, true, &progress) {
+                    Ok(found) => self.add_tier(tier, found, &mut report)?,
+                    Err(error) => tier.failed(&error),
+                }
+            }
+        }
+        Ok(report)
+    }
+
+    /// Adds what was found on a tier. What is damaged there is not used again.
+    fn add_tier(&self, tier: &Tier, found: VerifyReport, report: &mut VerifyReport) -> Result<()> {
+        report.objects += found.objects;
+        report.bytes += found.bytes;
+        report.missing.extend(found.missing);
+        for mut damage in found.damaged {
+            let name = damage.path.file_name().and_then(|name| name.to_str());
+            let object = name.and_then(|name| Digest::from_hex(name).ok());
+            if let Some(digest) = object.filter(|d| tier.store.object_path(d) == damage.path) {
+                self.distrust(tier, &digest)?;
+            }
+            damage.tier = true;
+            report.damaged.push(damage);
+        }
+        Ok(())
+    }
+
+    /// Verifies the store without its tiers, but for objects of single references. What is `whole`
+    /// has every object that its records lead to.
+    fn verify_itself(
+        &self,
+        scope: VerifyScope<'_>,
+        repair: bool,
+        whole: bool,
+        progress: impl Fn(VerifyProgress) -> bool + Sync,
+    ) -> Result<VerifyReport> {
         let mut report = VerifyReport::default();
         let mut users = Users::new();
         let mut layers = Users::new();
         self.verify_records(scope, repair, &mut report, &mut users, &mut layers)?;
+        if whole {
+            self.verify_wholeness(&users, &mut report)?;
+        }
         let mut checks = Vec::new();
         match scope {
             VerifyScope::All => {
                 self.each_object(|digest, path, stat| {
                     let len = stat.len;
-                    checks.push(Check { digest, path, len });
+                    checks.push(Check {
+                        digest,
+                        path,
+                        len,
+                        tier: None,
+                    });
                     Ok(())
                 })?;
                 self.verify_maps(repair, &mut report)?;
@@ -127,38 +179,77 @@ impl Store {
                     self.verify_image(path, repair, &mut report, &mut layers)?;
                 }
                 for digest in users.keys() {
-                    let path = self.object_path(digest);
-                    if let Some(stat) = self.disk.stat(&path)? {
-                        let (digest, len) = (*digest, stat.len);
-                        checks.push(Check { digest, path, len });
-                    }
+                    checks.extend(self.check_of(digest)?);
                 }
             }
         }
         self.verify_indexes(repair, &mut report, layers)?;
         let bad = self.hash_all(&checks, progress, &mut report)?;
         for (check, what) in bad {
-            if repair {
+            let removed = repair && check.tier.is_none();
+            if removed {
                 self.disk.unlink(&check.path)?;
+            }
+            if let Some(tier) = check.tier {
+                self.distrust(tier, &check.digest)?;
             }
             let references = users.get(&check.digest);
             report.damaged.push(Damage {
                 path: check.path.clone(),
                 what,
                 references: references.into_iter().flatten().cloned().collect(),
-                removed: repair,
+                removed,
+                tier: check.tier.is_some(),
             });
         }
         Ok(report)
     }
 
+    /// The object to read for this content: in the store, else on a tier.
+    fn check_of(&self, digest: &Digest) -> Result<Option<Check<'_>>> {
+        let path = self.object_path(digest);
+        let own = self.disk.stat(&path)?.map(|stat| (path, stat.len, None));
+        let found = own.or_else(|| {
+            self.usable_tiers().find_map(|tier| {
+                let stat = tier.or_nothing(self.stat_on_tier(tier, digest))?;
+                Some((tier.store.object_path(digest), stat.len, Some(tier)))
+            })
+        });
+        Ok(found.map(|(path, len, tier)| Check {
+            digest: *digest,
+            path,
+            len,
+            tier,
+        }))
+    }
+
+    /// Checks that everything is there, as the lock of a baked tier says.
+    fn verify_wholeness(&self, users: &Users, report: &mut VerifyReport) -> Result<()> {
+        for (digest, references) in users {
+            let path = self.object_path(digest);
+            if self.disk.stat(&path)?.is_none() {
+                let references = references.iter().cloned().collect();
+                self.damaged(path, "it is missing", references, false, report)?;
+            }
+        }
+        let promised = self.identity()?.and_then(|identity| identity.lock);
+        let path = self.lock_path();
+        if let Some(promised) = promised
+            && self.lock_digest()?.map(|digest| digest.to_string()) != Some(promised)
+        {
+            let what = "its digest is not the one in hearth.json";
+            self.damaged(path, what, Vec::new(), false, report)?;
+        }
+        Ok(())
+    }
+
     /// Hashes objects with a few threads; those that are not what they should be, and why.
     fn hash_all<'c>(
         &self,
-        checks: &'c [Check],
+        checks: &'c [Check<'c>],
         progress: impl Fn(VerifyProgress) -> bool + Sync,
         report: &mut VerifyReport,
-    ) -> Result<Vec<(&'c Check, String)>> {
+    ) -> Result<Vec<(&'c Check<'c>, String)>> {
         let total = checks.iter().map(|check| check.len).sum();
         let next = AtomicUsize::new(0);
         let stop = AtomicBool::new(false);
@@ -196,7 +287,11 @@ impl Store {
     }
 
     /// What is wrong with an object, if anything.
-    fn check_object(&self, check: &Check, seen: impl FnMut(u64) -> bool) -> Result<Option<String>> {
+    fn check_object(
+        &self,
+        check: &Check<'_>,
+        seen: impl FnMut(u64) -> bool,
+    ) -> Result<Option<String>> {
         let handle = match self.disk.open(&check.path, Open::Read) {
             Ok(handle) => handle,
             // Collected meanwhile.
@@ -237,7 +332,14 @@ impl Store {
             }
         };
         for (at, path) in paths.iter().enumerate() {
-            let Some(record) = self.read_record(path)? else {
+            let known = match (self.read_record(path)?, scope) {
+                (None, VerifyScope::References(references)) => {
+                    let below = self.on_tiers(|tier| tier.store.artifact(&references[at]));
+                    below.map(|(record, _)| record)
+                }
+                (own, _) => own,
+            };
+            let Some(record) = known else {
                 if self.disk.stat(path)?.is_some() {
                     self.damaged(
                         path.clone(),
@@ -252,17 +354,22 @@ impl Store {
                 }
                 continue;
             };
-            let Some(artifact) = self.read_tree(&record.digest)? else {
-                let path = self.tree_path(&record.digest);
-                if self.disk.stat(&path)?.is_some() {
-                    self.damaged(
-                        path,
-                        "its digest does not fit",
-                        vec![record.reference.clone()],
-                        repair,
-                        report,
-                    )?;
-                }
+            let own = self.own_tree(&record.digest)?;
+            let path = self.tree_path(&record.digest);
+            if own.is_none() && self.disk.stat(&path)?.is_some() {
+                self.damaged(
+                    path,
+                    "its digest does not fit",
+                    vec![record.reference.clone()],
+                    repair,
+                    report,
+                )?;
+            }
+            let artifact = match own {
+                None => self.on_tiers(|tier| tier.store.own_tree(&record.digest)),
+                own => own,
+            };
+            let Some(artifact) = artifact else {
                 report.missing.push(record.reference);
                 continue;
             };
@@ -274,7 +381,7 @@ impl Store {
             for object in artifact.stored() {
                 let content = self.content_of(&object.id)?;
                 let stat = match &content {
-                    Some(digest) => self.disk.stat(&self.object_path(digest))?,
+                    Some(digest) => self.stat_content(digest)?,
                     None => None,
                 };
                 whole &= stat.is_some();
@@ -323,7 +430,7 @@ impl Store {
     fn verify_indexes(&self, repair: bool, report: &mut VerifyReport, layers: Users) -> Result<()> {
         for (layer, references) in layers {
             let path = self.index_path(&layer);
-            if self.index(&layer)?.is_none() && self.disk.stat(&path)?.is_some() {
+            if self.own_index(&layer)?.is_none() && self.disk.stat(&path)?.is_some() {
                 let references = references.into_iter().collect();
                 let what = "its checksum does not fit";
                 self.damaged(path, what, references, repair, report)?;
@@ -407,6 +514,7 @@ impl Store {
             what: what.to_owned(),
             references,
             removed: repair,
+            tier: false,
         });
         Ok(())
     }

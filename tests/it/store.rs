@@ -12,6 +12,7 @@ mod model;
 mod objects;
 mod processes;
 pub(crate) mod sim;
+mod tiers;
 
 use std::sync::Arc;
 

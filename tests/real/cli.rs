@@ -35,6 +35,7 @@ mod offline;
 mod private;
 mod secrets;
 mod survive;
+mod tiers;
 
 /// Longest time that anything but a server may take.
 const LIMIT: &str = "120";

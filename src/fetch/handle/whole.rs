@@ -122,7 +122,10 @@ impl Handle {
         if let Some(complete) = self.complete() {
             return Ok(Some(complete));
         }
-        let found = self.engine()?.store.complete(self.id()).map_err(failed)?;
+        let store = &self.engine()?.store;
+        let found = store
+            .complete_sized(self.id(), self.size())
+            .map_err(failed)?;
         let Some(complete) = found.filter(|complete| complete.size == self.size()) else {
             return Ok(None);
         };
@@ -236,7 +239,7 @@ impl Handle {
                 }
                 return Err(FetchError::source(self, &failure));
             };
-            self.trouble.note(&retry, &failure, pause);
+            self.trouble.note(&retry, &failure, pause, self.is_read());
             metrics::global().fetch_retries.add(1);
             tokio::time::sleep(pause).await;
         }
@@ -351,7 +354,8 @@ impl Handle {
         let failed = |e| FetchError::store(self, &e);
         let engine = self.engine()?;
         // Another process may have finished it.
-        if let Some(complete) = engine.store.complete(self.id()).map_err(failed)? {
+        let found = engine.store.complete_sized(self.id(), self.size());
+        if let Some(complete) = found.map_err(failed)? {
             if complete.size != self.size() {
                 return Err(FetchError::other_size(
                     self.name(),

@@ -14,6 +14,8 @@ use crate::{
 
 /// Content that is too large for memory is gathered to writes of this many bytes.
 const WRITE: usize = 1 << 20;
+/// Bytes that are reserved at once beyond what was: each time the store may be walked.
+const RESERVE: u64 = 64 << 20;
 
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -190,6 +192,9 @@ impl ImportFile {
                 file.set_len(self.size)?;
             }
         }
+        if self.file.is_none() {
+            self.reserve(self.size)?;
+        }
         let inner = Arc::clone(&self.inner);
         let mut state = inner.state.lock();
         state.usable()?;
@@ -248,13 +253,32 @@ impl ImportFile {
         let Some((_, file)) = self.file.as_ref().filter(|_| !data.is_empty()) else {
             return Ok(());
         };
-        file.write_at(data, self.buffer_at)?;
         let bytes = data.len() as u64;
+        self.reserve(bytes)?;
+        file.write_at(data, self.buffer_at)?;
         metrics::global().store_written_bytes.add(bytes);
         self.buffer_at += bytes;
         self.count(self.counted + bytes);
         let mut state = self.inner.state.lock();
         self.inner.wrote(&mut state, bytes)
+    }
+
+    /// Reserves more where what was reserved is used up: what unpacks to far more than is usual must
+    /// not fill the disk.
+    fn reserve(&self, bytes: u64) -> Result<()> {
+        let store = &self.inner.store;
+        match &self.inner.room {
+            Some(room) if room.bytes() < bytes => {
+                match store.admit_more(room, bytes.max(RESERVE)) {
+                    // Near the end, what is needed now.
+                    Err(error) if error.kind() == StoreErrorKind::NoSpace => {
+                        store.admit_more(room, bytes.saturating_sub(room.bytes()))
+                    }
+                    other => other,
+                }
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Sees to it that `bytes` of this file are taken off the reservation.

@@ -113,6 +113,46 @@ async fn a_warmed_image_runs_without_its_registry_and_without_fuse() {
     );
 }
 
+/// What was baked is a tier of a node whose store is empty: no layer is pulled, and nothing is copied.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_on_a_tier_runs_without_its_layers_being_pulled() {
+    let source = tempfile::tempdir().unwrap();
+    let image = Image::make(source.path(), "baked");
+    let registry = registry(&image);
+    let host = format!("127.0.0.1:{}", registry.port);
+    let (app, pause) = (format!("{host}/app:1"), format!("{host}/pause:1"));
+    let tier = source.path().join("tier");
+    let path = tier.display();
+    run(&mut hearth(
+        &source.path().join("unused"),
+        &format!("bake oci://{app} oci://{pause} --output {path}"),
+    ));
+    let before = all_reads(&registry, &image);
+    let config = source.path().join("config.toml");
+    fs::write(&config, format!("[[tier]]\npath = \"{path}\"\n")).unwrap();
+    let mut bed = Bed::new(Some(Cri {
+        sandbox_image: &pause,
+        labels: false,
+    }));
+    let store = bed.path("store");
+    bed.start_snapshotter_with(&["--config".as_ref(), config.as_os_str()]);
+    bed.start_containerd();
+    let mut kubelet = Kubelet::new(&bed).await;
+    kubelet.pull(&app).await;
+    let pod = kubelet.run_pod().await;
+    let one = kubelet.run(&pod, "one", &app).await;
+    let seen = kubelet.exec(&one, LOOK).await;
+    assert_eq!(seen, format!("{SEEN}bakedtwo4711\n"));
+    assert_eq!(all_reads(&registry, &image), before, "{}", registry.log());
+    let copied = fs::read_dir(store.join("objects/sha256")).unwrap().count();
+    assert_eq!(copied, 0);
+    kubelet.remove_pod(&pod).await;
+    kubelet.remove_image(&app).await;
+    kubelet.remove_image(&pause).await;
+    bed.wait_for("collection", |bed| bed.records() == 0 && bed.dirs() == 0);
+    bed.wait_for("unmounting", |_| mounts(&store.join("run")).is_empty());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_never_seen_runs_before_it_is_pulled() {
     let source = tempfile::tempdir().unwrap();

@@ -1,0 +1,333 @@
+mod disk;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
+
+use anyhow::Context as _;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use serde::Serialize;
+
+use super::{Context, output, parse_reference, warm};
+use crate::{
+    fetch::Engine,
+    node::{Node, NodeError, Planned, Progress},
+    reference::Reference,
+    source::Sources,
+    store::{self, Bake, ByteSize, Lock, Store, TierConfig, TierMode},
+};
+
+/// Longest list or lock read by --from, in bytes.
+const MAX_FROM: u64 = 256 << 20;
+/// References that are asked for, or brought, at the same time.
+const AT_ONCE: usize = 4;
+/// How often what an older tier had damaged is fetched instead.
+const TRIES: usize = 3;
+
+/// Bake content into a directory that nodes use as a read-only tier
+///
+/// Resolves, fetches and verifies everything into the directory DIR, in the format of the store, with a
+/// hearth.lock that says what is in it. DIR is a tier only when all of it is there; a bake that was
+/// interrupted goes on where it stopped. Refuses before the first byte what cannot fit. Nodes use
+/// it by `[[tier]]`, `path = "DIR"` in their configuration.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// What to bake
+    #[arg(value_name = "REF", value_parser = parse_reference, required_unless_present = "from")]
+    references: Vec<Reference>,
+    /// Read more references from a file, one a line (- for standard input, # for comments), or bake
+    /// the content of a hearth.lock again
+    #[arg(long, value_name = "FILE")]
+    from: Option<PathBuf>,
+    /// Where: a new or empty directory, or one of a bake that did not finish; with --format a file
+    #[arg(long, value_name = "DIR|FILE")]
+    output: PathBuf,
+    /// Take over what an older tier has: unchanged objects are linked, or copied to another disk
+    #[arg(long, value_name = "OLD")]
+    update: Option<PathBuf>,
+    /// Make a disk image, sparse and to be mounted read-only; needs room for the content twice
+    #[arg(long, value_enum)]
+    format: Option<disk::Format>,
+    /// Leave out what differs between two bakes of the same content: times and ids
+    #[arg(long, conflicts_with_all = ["update", "format"])]
+    reproducible: bool,
+    /// Only say what would be baked, and how large it is
+    #[arg(long)]
+    dry_run: bool,
+    /// Print a JSON report
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is to be baked.
+struct Wanted {
+    /// At this revision, where a lock says so.
+    references: Vec<(Reference, Option<String>)>,
+    lock: Option<Lock>,
+}
+
+/// What becomes of a directory that is baked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Directory {
+        reproducible: bool,
+    },
+    /// Its content is needed twice.
+    Image,
+}
+
+#[derive(Serialize)]
+struct Plan {
+    artifacts: Vec<Planned>,
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+struct Report {
+    path: PathBuf,
+    artifacts: usize,
+    objects: usize,
+    bytes: u64,
+    seconds: f64,
+}
+
+pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
+    let wanted = wanted(args.references, args.from.as_deref())?;
+    if args.dry_run {
+        return dry_run(context, &wanted, args.json);
+    }
+    let started = std::time::Instant::now();
+    let output = std::path::absolute(&args.output)?;
+    let mut older = Vec::new();
+    if let Some(path) = args.update {
+        let (path, mode) = (std::path::absolute(path)?, TierMode::Ro);
+        older.push(TierConfig { path, mode });
+    }
+    let lock = match args.format {
+        None => {
+            let kind = Kind::Directory {
+                reproducible: args.reproducible,
+            };
+            bake(context, &output, &older, &wanted, kind)?
+        }
+        Some(format) => {
+            anyhow::ensure!(!output.exists(), "{} is there already", output.display());
+            let staging = disk::staging(&output);
+            let lock = match sealed(&staging, &wanted)? {
+                None => bake(context, &staging, &older, &wanted, Kind::Image)?,
+                Some(before) => Ok(before),
+            };
+            if lock.is_ok() {
+                disk::make(format, &staging, &output)?;
+            }
+            lock
+        }
+    };
+    let lock = match lock {
+        Ok(lock) => lock,
+        Err(interrupted) => return Ok(interrupted),
+    };
+    let report = Report {
+        path: output,
+        artifacts: lock.artifacts.len(),
+        objects: lock.objects.len(),
+        bytes: lock.objects.values().sum(),
+        seconds: started.elapsed().as_secs_f64(),
+    };
+    if args.json {
+        output::json(&report)?;
+    } else {
+        output::line(format!(
+            "baked: {} ({} references, {} objects, {}; {:.1} s)",
+            report.path.display(),
+            report.artifacts,
+            report.objects,
+            output::size(report.bytes),
+            report.seconds,
+        ))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Bakes to a directory. The exit status where it was interrupted.
+fn bake(
+    context: &Context,
+    root: &Path,
+    older: &[TierConfig],
+    wanted: &Wanted,
+    kind: Kind,
+) -> anyhow::Result<Result<Lock, ExitCode>> {
+    let config = store::Config {
+        max_bytes: None,
+        min_free: ByteSize(0),
+        ..context.config.store.clone()
+    };
+    let bake = Bake::begin(root, &config, older).map_err(NodeError::from)?;
+    let runtime = context.runtime()?;
+    let brought = runtime.block_on(async {
+        let engine = Engine::new(Arc::clone(bake.store()), context.config.fetch.clone());
+        let node = Node::new(engine, Sources::new(context.config.source.clone()));
+        tokio::select! {
+            done = bring(&node, &bake, wanted, kind) => done.map(Ok),
+            code = super::interrupted() => {
+                output::note("interrupted: what has arrived is kept; run it again to go on");
+                code.map(Err)
+            }
+        }
+    });
+    // Nobody has anything open any more when it is sealed.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+    if let Err(interrupted) = brought? {
+        return Ok(Err(interrupted));
+    }
+    let reproducible = kind == Kind::Directory { reproducible: true };
+    let sealed = bake.seal(&wanted.names(), wanted.lock.as_ref(), reproducible);
+    Ok(Ok(sealed.map_err(NodeError::from)?))
+}
+
+/// The lock of a directory that was baked before, to become a disk image.
+fn sealed(staging: &Path, wanted: &Wanted) -> anyhow::Result<Option<Lock>> {
+    if !Bake::is_sealed(staging).map_err(NodeError::from)? {
+        return Ok(None);
+    }
+    let text = warm::read_text(&staging.join("hearth.lock"), MAX_FROM)?;
+    let lock = Lock::parse(&text).map_err(anyhow::Error::msg)?;
+    let mut names = wanted.names();
+    names.sort();
+    let is_it = (lock.artifacts.iter().map(|a| &a.reference)).eq(&names)
+        && wanted.lock.as_ref().is_none_or(|wanted| *wanted == lock);
+    anyhow::ensure!(
+        is_it,
+        "{} holds something else: remove it",
+        staging.display()
+    );
+    Ok(Some(lock))
+}
+
+impl Wanted {
+    fn names(&self) -> Vec<String> {
+        let names = self.references.iter();
+        names.map(|(reference, _)| reference.to_string()).collect()
+    }
+}
+
+/// What the arguments ask for, each reference once.
+fn wanted(references: Vec<Reference>, from: Option<&Path>) -> anyhow::Result<Wanted> {
+    let given = !references.is_empty();
+    let mut wanted = Wanted {
+        references: references.into_iter().map(|r| (r, None)).collect(),
+        lock: None,
+    };
+    if let Some(file) = from {
+        let name = file.display().to_string();
+        let text = warm::read_text(file, MAX_FROM)?;
+        if Lock::is_lock(&text) {
+            anyhow::ensure!(
+                !given,
+                "{name} says all that is baked: give no REF beside it"
+            );
+            let lock = Lock::parse(&text)
+                .map_err(anyhow::Error::msg)
+                .with_context(|| format!("{name} is no lock that can be used"))?;
+            for artifact in &lock.artifacts {
+                let reference = parse_reference(&artifact.reference)
+                    .map_err(|why| anyhow::anyhow!("{name}: {why}"))?;
+                let revision = Some(artifact.revision.clone());
+                wanted.references.push((reference, revision));
+            }
+            wanted.lock = Some(lock);
+        } else {
+            let list = warm::parse_list(&name, &text)?;
+            wanted
+                .references
+                .extend(list.into_iter().map(|r| (r, None)));
+        }
+    }
+    let mut seen = std::collections::HashSet::new();
+    (wanted.references).retain(|(reference, _)| seen.insert(reference.to_string()));
+    anyhow::ensure!(!wanted.references.is_empty(), "there is nothing to bake");
+    Ok(wanted)
+}
+
+async fn plan(node: &Node, wanted: &Wanted) -> anyhow::Result<Vec<Planned>> {
+    let asked = stream::iter(&wanted.references)
+        .map(|(reference, revision)| node.plan(reference, revision.as_deref()))
+        .buffered(AT_ONCE);
+    Ok(asked.try_collect().await?)
+}
+
+fn dry_run(context: &Context, wanted: &Wanted, json: bool) -> anyhow::Result<ExitCode> {
+    context.with_node(|node| async move {
+        let artifacts = plan(&node, wanted).await?;
+        let bytes = artifacts.iter().map(|planned| planned.bytes).sum();
+        let plan = Plan { artifacts, bytes };
+        if json {
+            output::json(&plan)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        let headings = ["SIZE", "FILES", "REVISION", "REFERENCE"];
+        let mut rows = vec![headings.map(String::from).to_vec()];
+        for planned in plan.artifacts {
+            let files = planned.files.map(|files| files.to_string());
+            rows.push(vec![
+                output::size(planned.bytes),
+                files.unwrap_or_else(|| "in layers".into()),
+                planned.revision,
+                planned.reference,
+            ]);
+        }
+        output::table(&rows)?;
+        output::line(format!(
+            "{} in all; layers take about three times as much unpacked",
+            output::size(plan.bytes)
+        ))?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Brings everything into the store of the bake.
+async fn bring(node: &Node, bake: &Bake, wanted: &Wanted, kind: Kind) -> anyhow::Result<()> {
+    let planned = plan(node, wanted).await?;
+    let mut room = Vec::new();
+    for planned in &planned {
+        room.push(node.reserve(planned).await?);
+    }
+    if kind == Kind::Image {
+        let bytes = planned.iter().map(Planned::space);
+        let bytes = bytes.fold(0, u64::saturating_add);
+        let image = bake.store().admit_bytes("the disk image", bytes);
+        room.push(image.map_err(NodeError::from)?);
+    }
+    // It all fits. Each of them reserves for itself now.
+    drop(room);
+    stream::iter(&wanted.references)
+        .map(|(reference, revision)| {
+            bring_one(node, bake.store(), bake, reference, revision.as_deref())
+        })
+        .buffer_unordered(AT_ONCE)
+        .try_collect()
+        .await
+}
+
+async fn bring_one(
+    node: &Node,
+    store: &Arc<Store>,
+    bake: &Bake,
+    reference: &Reference,
+    revision: Option<&str>,
+) -> anyhow::Result<()> {
+    let name = reference.to_string();
+    let progress = Progress::default();
+    for _ in 0..TRIES {
+        // What is baked is not evicted for what follows.
+        let warm = node.warm_at(reference, revision, Some(store.id()), &progress);
+        output::show(&name, &progress, warm).await?;
+        let taken = tokio::task::block_in_place(|| bake.take_over(&name));
+        if taken.map_err(NodeError::from)? {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("{name} could not be taken over from the older tier, nor fetched")
+}

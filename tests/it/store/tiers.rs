@@ -1,0 +1,683 @@
+//! Read-only tiers below a store, and bakes that make them.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use super::{
+    images::{image, layered},
+    *,
+};
+use bytes::Bytes;
+use hearth::{
+    disk::{Disk, DiskFile, Open, RealDisk, Result as DiskResult, Space, Stat},
+    store::{
+        Bake, CollectOptions, StoreErrorKind, TierConfig, TierMode, VerifyReport, VerifyScope,
+    },
+};
+
+/// A store with the tiers `names` of `dir`.
+fn over(dir: &Path, names: &[&str]) -> Arc<Store> {
+    let tiers = tiers(dir, names);
+    Store::open_with_tiers(&dir.join("store"), &config(), &tiers).unwrap()
+}
+
+fn tiers(dir: &Path, names: &[&str]) -> Vec<TierConfig> {
+    let tier = |name: &&str| TierConfig {
+        path: dir.join(name),
+        mode: TierMode::Ro,
+    };
+    names.iter().map(tier).collect()
+}
+
+/// Records an artifact of these contents, and stores them.
+fn fill_with(store: &Arc<Store>, reference: &str, contents: &[&[u8]], located: bool) -> Artifact {
+    let made = artifact(reference, contents, located);
+    store.record(&made).unwrap();
+    let objects: Vec<_> = (made.objects.iter().zip(contents))
+        .map(|(object, content)| (object.id, Bytes::copy_from_slice(content)))
+        .collect();
+    store.put(&objects).unwrap();
+    made
+}
+
+/// Bakes references with their contents into `dir/name`.
+fn bake(dir: &Path, name: &str, artifacts: &[(&str, &[&[u8]])]) {
+    let bake = Bake::begin(&dir.join(name), &config(), &[]).unwrap();
+    for (reference, contents) in artifacts {
+        fill_with(bake.store(), reference, contents, false);
+    }
+    let names: Vec<String> = artifacts.iter().map(|(name, _)| name.to_string()).collect();
+    bake.seal(&names, None, false).unwrap();
+}
+
+/// All files below a directory: length and content.
+fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(files(&path)),
+            false => {
+                let content = fs::read(&path).unwrap();
+                found.insert(path, content);
+            }
+        }
+    }
+    found
+}
+
+/// The names of files that say something: not of locks.
+fn content_files(dir: &Path) -> Vec<PathBuf> {
+    let mut names: Vec<PathBuf> = files(dir).into_keys().collect();
+    names.retain(|path| !path.to_string_lossy().ends_with("lock"));
+    names
+}
+
+fn object_path(root: &Path, content: &[u8]) -> PathBuf {
+    let hex = Digest::of(content).hex();
+    root.join("objects/sha256").join(&hex[..2]).join(hex)
+}
+
+fn read(store: &Store, id: &ObjectId) -> Option<Vec<u8>> {
+    let found = store.complete(id).unwrap()?;
+    let mut bytes = Vec::new();
+    std::io::Read::read_to_end(&mut found.file(), &mut bytes).unwrap();
+    assert_eq!(bytes.len() as u64, found.size);
+    Some(bytes)
+}
+
+fn verify(store: &Store) -> VerifyReport {
+    store.verify(VerifyScope::All, false, |_| true).unwrap()
+}
+
+fn problem(store: &Store, at: usize) -> String {
+    store.tiers()[at].problem.clone().unwrap_or_default()
+}
+
+#[test]
+fn reads_through_tiers_are_reads_of_one_store() {
+    for seed in 0..6 {
+        let dir = tempfile::tempdir().unwrap();
+        let all = Store::open(&dir.path().join("all"), &config()).unwrap();
+        // Filled as stores, used as tiers.
+        let places = ["one", "two", "store"]
+            .map(|name| Store::open(&dir.path().join(name), &config()).unwrap());
+        let mut ids = Vec::new();
+        let mut references = Vec::new();
+        let mut chains = Vec::new();
+        let mut blobs = Vec::new();
+        let dice = content(seed + 1, 64);
+        for at in 0..6usize {
+            let bytes = [
+                content(at as u64, 100 + at),
+                content(seed, 7),
+                content(at as u64 + 50, at),
+            ];
+            let contents: Vec<&[u8]> = bytes.iter().map(|b| &b[..]).collect();
+            let reference = format!("s3://b/{at}");
+            // In one place or several.
+            let mask = usize::from(dice[at]) % 7 + 1;
+            for store in (places.iter().enumerate())
+                .filter(|(place, _)| mask >> place & 1 == 1)
+                .map(|(_, store)| store)
+                .chain([&all])
+            {
+                if at < 3 {
+                    let made = fill_with(store, &reference, &contents, at == 1);
+                    ids.extend(made.objects.iter().map(|object| object.id));
+                } else {
+                    let record = image(&reference, &["base", &reference][..at - 3]);
+                    let layer = Digest::of(reference.as_bytes());
+                    store
+                        .record(&layered(&reference, &bytes[0], &layer))
+                        .unwrap();
+                    store.record_image(&record).unwrap();
+                    store.put_index(&layer, &bytes[0]).unwrap();
+                    chains.extend(record.chain_ids());
+                    blobs.push(layer);
+                }
+            }
+            references.push(reference);
+        }
+        drop(places);
+        let store = over(dir.path(), &["one", "two"]);
+        for id in &ids {
+            assert_eq!(read(&store, id), read(&all, id), "{seed} {id}");
+            let digest = store.complete(id).unwrap().unwrap().digest;
+            assert!(store.has(&digest).unwrap());
+        }
+        for reference in &references {
+            let of = |store: &Store| {
+                store
+                    .artifact(reference)
+                    .unwrap()
+                    .map(|(_, artifact)| artifact)
+            };
+            assert_eq!(of(&store), of(&all), "{seed} {reference}");
+            assert_eq!(
+                store.image(reference).unwrap(),
+                all.image(reference).unwrap()
+            );
+            drop(store.hold(reference).unwrap());
+        }
+        for blob in &blobs {
+            assert_eq!(store.index(blob).unwrap(), all.index(blob).unwrap());
+            assert_eq!(
+                store.index_mark(blob).unwrap(),
+                all.index_mark(blob).unwrap()
+            );
+            assert!(store.has_index(blob).unwrap());
+        }
+        for chain in &chains {
+            let found = store.image_by_chain(chain).unwrap().unwrap();
+            assert_eq!(found.0.chain_ids()[found.1 - 1], *chain);
+        }
+        let names = |store: &Store| -> Vec<_> {
+            let records = store.records().unwrap();
+            records
+                .into_iter()
+                .map(|r| (r.reference, r.digest, r.bytes))
+                .collect()
+        };
+        assert_eq!(names(&store), names(&all));
+        assert_eq!(store.images().unwrap(), all.images().unwrap());
+        // Of the images nothing but indexes was stored.
+        assert!(
+            verify(&store)
+                .damaged
+                .iter()
+                .all(|d| d.what == "it is missing")
+        );
+    }
+}
+
+#[test]
+fn what_is_on_a_tier_is_neither_written_again_nor_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let big = content(1, 3 * MIB);
+    let contents: [&[u8]; 2] = [b"small", &big];
+    bake(dir.path(), "tier", &[("s3://b/a", &contents)]);
+    let before = files(&dir.path().join("tier"));
+    let store = over(dir.path(), &["tier"]);
+    let empty = content_files(store.root());
+
+    let made = artifact("s3://b/a", &contents, false);
+    let digest = store.record(&made).unwrap();
+    assert_eq!(digest, made.digest());
+    assert!(store.admit(&made).is_ok());
+    fill_with(&store, "s3://b/a", &contents, false);
+    let import = store.import().unwrap();
+    for content in contents {
+        let mut file = import.begin(content.len() as u64).unwrap();
+        file.write(content).unwrap();
+        file.finish().unwrap();
+    }
+    assert_eq!(import.commit().unwrap().new_files, 0);
+    drop(import);
+    assert_eq!(content_files(store.root()), empty, "nothing is written");
+
+    // Another reference to the same content: only its record.
+    let second = fill_with(&store, "s3://b/second", &contents, false);
+    assert!(
+        !store
+            .has_itself(second.objects[0].id.sha256().as_ref().unwrap())
+            .unwrap()
+    );
+    let error = store.remove("s3://b/a").unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::OnTier);
+    assert!(error.to_string().contains("tier"), "{error}");
+    assert_eq!(
+        store.remove_forced("s3://b/a").unwrap_err().kind(),
+        StoreErrorKind::OnTier
+    );
+    store.pin("s3://b/a", "me").unwrap();
+    assert_eq!(store.records().unwrap()[0].pins, ["me"]);
+    assert!(store.remove("s3://b/second").unwrap());
+    let all = CollectOptions {
+        target_bytes: Some(0),
+        dry_run: false,
+    };
+    let report = store.collect(&all).unwrap();
+    assert_eq!((report.objects, &report.evicted[..]), (0, &[][..]));
+    assert_eq!(files(&dir.path().join("tier")), before);
+    assert_eq!(read(&store, &made.objects[1].id).unwrap(), big);
+}
+
+#[test]
+fn what_a_tier_lacks_is_fetched_and_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let contents: [&[u8]; 2] = [b"here", b"gone"];
+    bake(dir.path(), "tier", &[("s3://b/a", &contents)]);
+    let tier = dir.path().join("tier");
+    fs::remove_file(object_path(&tier, b"gone")).unwrap();
+    let store = over(dir.path(), &["tier"]);
+    let made = artifact("s3://b/a", &contents, false);
+    let found = verify(&store);
+    assert_eq!(found.damaged.len(), 1, "{found:?}");
+    assert_eq!(found.damaged[0].what, "it is missing");
+    assert_eq!(found.damaged[0].references, ["s3://b/a"]);
+    let gone = made.objects[1].id;
+    assert!(store.complete(&gone).unwrap().is_none());
+    // By whom it is brought back without a record of its own.
+    store.put(&[(gone, Bytes::from_static(b"gone"))]).unwrap();
+    let all = CollectOptions {
+        target_bytes: Some(0),
+        dry_run: false,
+    };
+    store.collect(&all).unwrap();
+    assert_eq!(read(&store, &gone).unwrap(), b"gone");
+    // With a record, since the tier does not have all of it, it is evicted like any other.
+    store.record(&made).unwrap();
+    let report = store.collect(&all).unwrap();
+    assert_eq!(report.evicted, ["s3://b/a"]);
+    assert!(
+        store.artifact("s3://b/a").unwrap().is_some(),
+        "the tier still knows it"
+    );
+}
+
+#[test]
+fn a_damaged_object_is_never_trusted_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let contents: [&[u8]; 3] = [b"good", b"flipped", b"truncated"];
+    bake(dir.path(), "tier", &[("s3://b/a", &contents)]);
+    let tier = dir.path().join("tier");
+    fs::write(object_path(&tier, b"flipped"), b"flopped").unwrap();
+    fs::write(object_path(&tier, b"truncated"), b"trunc").unwrap();
+    let [store, other] = [0; 2].map(|_| over(dir.path(), &["tier"]));
+    let ids = artifact("s3://b/a", &contents, false).objects;
+    // Of a wrong length: seen where the length is known.
+    assert!(store.complete_sized(&ids[2].id, 9).unwrap().is_none());
+    assert!(store.complete_sized(&ids[1].id, 7).unwrap().is_some());
+    for scope in [
+        VerifyScope::References(&["s3://b/a".into()]),
+        VerifyScope::All,
+    ] {
+        let found = store.verify(scope, false, |_| true).unwrap();
+        let mut bad: Vec<_> = found.damaged.iter().map(|d| d.path.clone()).collect();
+        bad.sort();
+        let mut expected = [
+            object_path(&tier, b"flipped"),
+            object_path(&tier, b"truncated"),
+        ];
+        expected.sort();
+        if let VerifyScope::All = scope {
+            assert_eq!(bad, expected);
+        } else {
+            assert_eq!(bad, expected, "{found:?}");
+        }
+        assert!(found.damaged.iter().all(|d| d.tier && !d.removed));
+    }
+    drop(store);
+    for store in [&other, &over(dir.path(), &["tier"])] {
+        assert_eq!(read(store, &ids[0].id).unwrap(), b"good");
+        assert!(store.complete(&ids[1].id).unwrap().is_none());
+        assert!(!store.has(&Digest::of(b"truncated")).unwrap());
+    }
+    // From elsewhere.
+    other
+        .put(&[(ids[1].id, Bytes::from_static(b"flipped"))])
+        .unwrap();
+    assert_eq!(read(&other, &ids[1].id).unwrap(), b"flipped");
+}
+
+#[test]
+fn broken_tiers_are_named_and_the_rest_works() {
+    let dir = tempfile::tempdir().unwrap();
+    bake(dir.path(), "good", &[("s3://b/a", &[b"a"])]);
+    let json = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        fs::create_dir_all(&path).unwrap();
+        fs::write(path.join("hearth.json"), text).unwrap();
+    };
+    json("newer", r#"{"format": 99, "id": "n", "more": true}"#);
+    json("older", r#"{"format": 0, "id": "o"}"#);
+    json("torn", r#"{"format": 1, "i"#);
+    fs::create_dir(dir.path().join("empty")).unwrap();
+    fs::write(dir.path().join("file"), b"").unwrap();
+    let half = Bake::begin(&dir.path().join("half"), &config(), &[]).unwrap();
+    fill_with(half.store(), "s3://b/half", &[b"half"], false);
+    let same = fs::read_to_string(dir.path().join("good/hearth.json")).unwrap();
+    json("same", &same);
+    let names = [
+        "newer", "older", "torn", "empty", "file", "absent", "half", "good", "same", "store",
+    ];
+    let relative = TierConfig {
+        path: "tier".into(),
+        mode: TierMode::Ro,
+    };
+    let refused = Store::open_with_tiers(&dir.path().join("store"), &config(), &[relative]);
+    assert!(refused.unwrap_err().to_string().contains("absolute"));
+    let store = over(dir.path(), &names);
+    let why = [
+        "has format 99",
+        "has format 0",
+        "cannot be read",
+        "is the disk attached",
+        "cannot open",
+        "is the disk attached",
+        "half baked",
+        "",
+        "good: the same content",
+        "store: the same content",
+    ];
+    for (at, why) in why.iter().enumerate() {
+        let said = problem(&store, at);
+        assert!(
+            said.contains(why) && said.is_empty() == why.is_empty(),
+            "{}: {said}",
+            names[at]
+        );
+    }
+    assert_eq!(
+        read(&store, &ObjectId::Sha256(Digest::of(b"a"))).unwrap(),
+        b"a"
+    );
+    assert!(!store.has(&Digest::of(b"half")).unwrap());
+    assert_eq!(store.records().unwrap().len(), 1);
+    let mine = fill_with(&store, "s3://b/mine", &[b"mine"], false);
+    assert_eq!(read(&store, &mine.objects[0].id).unwrap(), b"mine");
+    assert!(verify(&store).damaged.is_empty());
+
+    // Attached and detached while the store is open.
+    half.seal(&["s3://b/half".into()], None, false).unwrap();
+    fs::rename(dir.path().join("good"), dir.path().join("away")).unwrap();
+    assert_eq!(problem(&store, 6), "");
+    assert!(problem(&store, 7).contains("attached"));
+    // The one with the same id takes its place, though there is nothing in it.
+    assert_eq!(problem(&store, 8), "");
+    assert!(store.has(&Digest::of(b"half")).unwrap());
+    assert!(store.artifact("s3://b/a").unwrap().is_none());
+}
+
+#[test]
+fn unreadable_content_counts_as_absent() {
+    let dir = tempfile::tempdir().unwrap();
+    bake(dir.path(), "tier", &[("s3://b/a", &[b"a", b"b"])]);
+    let tier = dir.path().join("tier");
+    // What cannot be read, whoever asks: a directory in place of a file.
+    for path in [object_path(&tier, b"a"), tier.join("artifacts")] {
+        match path.is_dir() {
+            true => fs::remove_dir_all(&path).unwrap(),
+            false => fs::remove_file(&path).unwrap(),
+        }
+        match path.ends_with("artifacts") {
+            true => fs::write(&path, b"").unwrap(),
+            false => fs::create_dir(&path).unwrap(),
+        }
+    }
+    let store = over(dir.path(), &["tier"]);
+    let a = ObjectId::Sha256(Digest::of(b"a"));
+    assert!(store.complete_sized(&a, 1).unwrap().is_none());
+    assert!(store.complete(&a).unwrap().is_none());
+    // Nor is what a link leads to.
+    fs::write(dir.path().join("secret"), b"a").unwrap();
+    fs::remove_dir(object_path(&tier, b"a")).unwrap();
+    std::os::unix::fs::symlink(dir.path().join("secret"), object_path(&tier, b"a")).unwrap();
+    assert!(store.complete(&a).unwrap().is_none());
+    assert_eq!(
+        read(&store, &ObjectId::Sha256(Digest::of(b"b"))).unwrap(),
+        b"b"
+    );
+    assert!(store.artifact("s3://b/a").unwrap().is_none());
+    assert!(store.records().unwrap().is_empty());
+    store.collect(&CollectOptions::default()).unwrap();
+}
+
+#[test]
+fn opening_costs_the_same_whatever_is_in_a_tier() {
+    let mut costs = Vec::new();
+    for count in [1u32, 3000] {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes: Vec<[u8; 4]> = (0..count).map(u32::to_le_bytes).collect();
+        let contents: Vec<&[u8]> = bytes.iter().map(|b| &b[..]).collect();
+        bake(dir.path(), "tier", &[("s3://b/a", &contents)]);
+        drop(over(dir.path(), &[]));
+        let disk = Arc::new(Counting::default());
+        let store = Store::open_tiered_on(
+            Arc::clone(&disk) as Arc<dyn Disk>,
+            &dir.path().join("store"),
+            &config(),
+            &tiers(dir.path(), &["tier"]),
+        );
+        let store = store.unwrap();
+        let opening = disk.calls.swap(0, Ordering::Relaxed);
+        assert!(
+            store
+                .complete(&ObjectId::Sha256(Digest::of(&bytes[0])))
+                .unwrap()
+                .is_some()
+        );
+        costs.push((opening, disk.calls.load(Ordering::Relaxed)));
+    }
+    assert_eq!(costs[0], costs[1]);
+    assert!(costs[0].0 < 10 && costs[0].1 < 10, "{costs:?}");
+}
+
+#[test]
+fn a_bake_is_sealed_by_its_last_step_and_goes_on_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("tier");
+    let names = ["s3://b/a".to_owned(), "s3://b/i".to_owned()];
+    let layer = Digest::of(b"layer");
+    let first = Bake::begin(&root, &config(), &[]).unwrap();
+    let busy = Bake::begin(&root, &config(), &[]).unwrap_err();
+    assert_eq!(busy.kind(), StoreErrorKind::InUse);
+    fill_with(first.store(), "s3://b/a", &[b"a", b"shared"], true);
+    fill_with(
+        first.store(),
+        "s3://b/unwanted",
+        &[b"unwanted", b"shared"],
+        false,
+    );
+    first.store().pin("s3://b/a", "bake").unwrap();
+    let error = first.seal(&names, None, false).unwrap_err();
+    assert!(
+        error.to_string().contains("s3://b/i is not whole"),
+        "{error}"
+    );
+    let store = over(dir.path(), &["tier"]);
+    assert!(problem(&store, 0).contains("half baked"));
+
+    let again = Bake::begin(&root, &config(), &[]).unwrap();
+    let made = layered("s3://b/i", b"in a layer", &layer);
+    again.store().record(&made).unwrap();
+    let record = image("s3://b/i", &["base"]);
+    again.store().record_image(&record).unwrap();
+    for blob in [layer, record.layers[0].blob] {
+        again.store().put_index(&blob, b"index").unwrap();
+    }
+    let import = again.store().import().unwrap();
+    let object = again
+        .store()
+        .partial(&ObjectId::Sha256(Digest::of(b"partial")), 9)
+        .unwrap();
+    drop((import, object));
+    let id = made.objects[0].id;
+    let error = again.seal(&names, None, false).unwrap_err();
+    assert!(error.to_string().contains(&id.to_string()), "{error}");
+    let last = Bake::begin(&root, &config(), &[]).unwrap();
+    last.store()
+        .put(&[(id, Bytes::from_static(b"in a layer"))])
+        .unwrap();
+    let lock = last.seal(&names, None, false).unwrap();
+    assert_eq!(lock.artifacts.len(), 2);
+    assert_eq!(lock.objects.len(), 3);
+    let text = fs::read_to_string(root.join("hearth.lock")).unwrap();
+    assert_eq!(lock.text().unwrap(), text);
+    assert_eq!(hearth::store::Lock::parse(&text).unwrap(), lock);
+    for name in files(&root).into_keys() {
+        let name = name.strip_prefix(&root).unwrap().display().to_string();
+        let living = [
+            "partial",
+            "imports",
+            "pins",
+            "gc.lock",
+            "bake.lock",
+            "images/lock",
+            "objects/tmp",
+        ];
+        assert!(living.iter().all(|part| !name.starts_with(part)), "{name}");
+    }
+
+    assert_eq!(problem(&store, 0), "");
+    assert_eq!(store.image("s3://b/i").unwrap().unwrap(), record);
+    let located = artifact("s3://b/a", &[b"a", b"shared"], true).objects[0].id;
+    assert_eq!(read(&store, &located).unwrap(), b"a");
+    assert!(store.artifact("s3://b/unwanted").unwrap().is_none());
+    assert!(verify(&store).damaged.is_empty());
+    // As a store of its own it is read-only.
+    let own = Store::open(&root, &config()).unwrap();
+    assert!(!own.writable());
+    assert_eq!(
+        own.record(&made).unwrap_err().kind(),
+        StoreErrorKind::ReadOnly
+    );
+    let error = Bake::begin(&root, &config(), &[]).unwrap_err();
+    assert!(error.to_string().contains("finished tier"), "{error}");
+    for (name, why) in [("store", "holds a store"), ("", "not empty")] {
+        let error = Bake::begin(&dir.path().join(name), &config(), &[]).unwrap_err();
+        assert!(error.to_string().contains(why), "{error}");
+    }
+    // What somebody changed in the lock is found.
+    fs::write(
+        root.join("hearth.lock"),
+        text.replace("s3://b/a", "s3://b/b"),
+    )
+    .unwrap();
+    assert_eq!(verify(&store).damaged[0].path, root.join("hearth.lock"));
+}
+
+#[test]
+fn an_update_takes_over_what_is_good() {
+    let dir = tempfile::tempdir().unwrap();
+    let big = content(3, 2 * MIB + 5);
+    let contents: [&[u8]; 3] = [b"kept", b"damaged", &big];
+    bake(dir.path(), "old", &[("s3://b/a", &contents)]);
+    let old = dir.path().join("old");
+    fs::write(object_path(&old, b"damaged"), b"demaged").unwrap();
+    let older = tiers(dir.path(), &["old"]);
+    let wrong = Bake::begin(
+        &dir.path().join("x"),
+        &config(),
+        &tiers(dir.path(), &["none"]),
+    );
+    assert!(
+        wrong
+            .unwrap_err()
+            .to_string()
+            .contains("none cannot be used")
+    );
+
+    let new = dir.path().join("new");
+    let bake = Bake::begin(&new, &config(), &older).unwrap();
+    assert!(
+        !bake.take_over("s3://b/a").unwrap(),
+        "one of them is damaged"
+    );
+    let made = artifact("s3://b/a", &contents, false);
+    assert!(
+        bake.store()
+            .complete(&made.objects[1].id)
+            .unwrap()
+            .is_none()
+    );
+    bake.store()
+        .put(&[(made.objects[1].id, Bytes::from_static(b"damaged"))])
+        .unwrap();
+    assert!(bake.take_over("s3://b/a").unwrap());
+    let lock = bake.seal(&["s3://b/a".into()], None, false).unwrap();
+    assert_eq!(lock.objects.len(), 3);
+    use std::os::unix::fs::MetadataExt as _;
+    for content in [&b"kept"[..], &big] {
+        let inode = |root| fs::metadata(object_path(root, content)).unwrap().ino();
+        assert_eq!(inode(&old), inode(&new), "linked");
+    }
+    fs::remove_dir_all(&old).unwrap();
+    let store = over(dir.path(), &["new"]);
+    assert!(verify(&store).damaged.is_empty());
+    for (object, content) in made.objects.iter().zip(contents) {
+        assert_eq!(read(&store, &object.id).unwrap(), content);
+    }
+    // A lock that says something else.
+    let mut expected = lock.clone();
+    expected.artifacts[0].revision = "r0".into();
+    let bake = Bake::begin(
+        &dir.path().join("third"),
+        &config(),
+        &tiers(dir.path(), &["new"]),
+    )
+    .unwrap();
+    assert!(bake.take_over("s3://b/a").unwrap());
+    let error = bake
+        .seal(&["s3://b/a".into()], Some(&expected), false)
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("\"r1\" now, not \"r0\""),
+        "{error}"
+    );
+}
+
+/// The disk of this machine, and how often it was asked.
+#[derive(Debug, Default)]
+struct Counting {
+    disk: RealDisk,
+    calls: AtomicUsize,
+}
+
+impl Counting {
+    fn counted(&self) -> &RealDisk {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        &self.disk
+    }
+}
+
+impl Disk for Counting {
+    fn open(&self, path: &Path, how: Open) -> DiskResult<Arc<dyn DiskFile>> {
+        self.counted().open(path, how)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> DiskResult<()> {
+        self.counted().rename(from, to)
+    }
+    fn rename_new(&self, from: &Path, to: &Path) -> DiskResult<bool> {
+        self.counted().rename_new(from, to)
+    }
+    fn link(&self, from: &Path, to: &Path) -> DiskResult<bool> {
+        self.counted().link(from, to)
+    }
+    fn unlink(&self, path: &Path) -> DiskResult<bool> {
+        self.counted().unlink(path)
+    }
+    fn create_dir(&self, path: &Path) -> DiskResult<bool> {
+        self.counted().create_dir(path)
+    }
+    fn remove_dir(&self, path: &Path) -> DiskResult<bool> {
+        self.counted().remove_dir(path)
+    }
+    fn sync_dir(&self, path: &Path) -> DiskResult<()> {
+        self.counted().sync_dir(path)
+    }
+    fn list(&self, path: &Path) -> DiskResult<Vec<OsString>> {
+        self.counted().list(path)
+    }
+    fn stat(&self, path: &Path) -> DiskResult<Option<Stat>> {
+        self.counted().stat(path)
+    }
+    fn touch(&self, path: &Path) -> DiskResult<()> {
+        self.counted().touch(path)
+    }
+    fn space(&self, path: &Path) -> DiskResult<Space> {
+        self.counted().space(path)
+    }
+    fn writable(&self, path: &Path) -> bool {
+        self.counted().writable(path)
+    }
+    fn boot_id(&self) -> DiskResult<[u8; 16]> {
+        self.counted().boot_id()
+    }
+}
