@@ -316,7 +316,6 @@ impl Models for SharedModels {
             _ => of_node(&e),
         })?;
         let reference = resolved.artifact.reference.clone();
-        self.pin(&reference, &user.owner).await?;
         let id = model_id(&resolved.artifact.digest(), want);
         let slot = self.slot(&id);
         let mut slot = slot.lock_owned().await;
@@ -343,10 +342,19 @@ impl Models for SharedModels {
                 }
             }
         }
+        // It is held by now, so it cannot be evicted in between.
+        if let Err(error) = self.pin(&reference, &user.owner).await {
+            drop(slot);
+            self.close(&id, &user.id).await;
+            return Err(error);
+        }
         slot.users.insert(user.id.clone());
         match &slot.served {
             Some(served) => Ok(served.model.clone()),
-            None => Err(ModelError::new(ModelErrorKind::Failed, "it is being left")),
+            None => Err(ModelError::new(
+                ModelErrorKind::Failed,
+                "it is served no more",
+            )),
         }
     }
 
