@@ -28,7 +28,7 @@ use crate::{
     mount::{self, Mount, keeper::Link},
     node::{Node, NodeError, Progress, Resolved},
     reference::Locator,
-    source::{Credentials, SourceErrorKind},
+    source::{Credentials, Keys, SourceErrorKind},
     store::{Hold, Reservation, StoreErrorKind},
 };
 
@@ -267,7 +267,8 @@ impl SharedModels {
         let (Some(held), Some(keys)) = (&served.credentials, &want.keys) else {
             return Ok(());
         };
-        if held.are(keys) {
+        // Of a volume that another process had published they are not known.
+        if held.are(keys) || *keys == Keys::default() {
             return Ok(());
         }
         let node = self.node(want, Some(&Credentials::new(keys.clone())));
@@ -325,10 +326,7 @@ impl Models for SharedModels {
         }
         match &mut slot.served {
             Some(served) if served.is_alive() => {
-                if let (Some(held), Some(keys)) = (&served.credentials, &want.keys) {
-                    // The origin has just taken them.
-                    held.replace(keys.clone());
-                }
+                self.renew(served, want).await?;
                 served.go_on();
             }
             served => {
