@@ -185,16 +185,18 @@ impl Driver {
     }
 
     async fn bring_one_back(self: &Arc<Self>, record: &Published) -> Result<()> {
-        let _change = self.change(&record.claim.volume).await?;
+        let change = self.change(&record.claim.volume).await?;
         // It may be gone, or be back, by now.
         if self.published(&record.claim.id()).as_ref() != Some(record) {
             return Ok(());
         }
         let (model, record) = self.reopen(record, &record.want()?).await?;
-        match record.claim.mode {
-            Mode::Complete if !self.is_attached(&model, &record).await => Ok(()),
-            _ => self.attach(&model, &record).await,
+        drop(change);
+        if record.claim.mode == Mode::Complete {
+            let complete = self.models.complete(&model.id).await;
+            complete.map_err(|e| CsiError::of_model(&record.claim.volume, &e))?;
         }
+        self.complete(&model, &record, false).await
     }
 
     fn published(&self, id: &str) -> Option<Published> {

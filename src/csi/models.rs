@@ -22,7 +22,7 @@ pub trait Models: Send + Sync {
     /// origin accepts.
     ///
     /// # Errors
-    /// What the origin, the store or the system says; then nothing has changed, except that it may be pinned.
+    /// What the origin, the store or the system says; then nothing has changed.
     async fn open(
         &self,
         want: &Want,

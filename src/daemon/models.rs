@@ -28,7 +28,7 @@ use crate::{
     mount::{self, Mount, keeper::Link},
     node::{Node, NodeError, Progress, Resolved},
     reference::Locator,
-    source::{Credentials, SourceErrorKind},
+    source::{Credentials, Keys, SourceErrorKind},
     store::{Hold, StoreErrorKind},
 };
 
@@ -263,7 +263,8 @@ impl SharedModels {
         let (Some(held), Some(keys)) = (&served.credentials, &want.keys) else {
             return Ok(());
         };
-        if held.are(keys) {
+        // Of a volume that another process had published they are not known.
+        if held.are(keys) || *keys == Keys::default() {
             return Ok(());
         }
         let node = self.node(want, Some(&Credentials::new(keys.clone())));
@@ -312,7 +313,6 @@ impl Models for SharedModels {
             _ => of_node(&e),
         })?;
         let reference = resolved.artifact.reference.clone();
-        self.pin(&reference, &user.owner).await?;
         let id = model_id(&resolved.artifact.digest(), want);
         let slot = self.slot(&id);
         let mut slot = slot.lock_owned().await;
@@ -322,10 +322,7 @@ impl Models for SharedModels {
         }
         match &mut slot.served {
             Some(served) if served.is_alive() => {
-                if let (Some(held), Some(keys)) = (&served.credentials, &want.keys) {
-                    // The origin has just taken them.
-                    held.replace(keys.clone());
-                }
+                self.renew(served, want).await?;
                 served.go_on();
             }
             served => {
@@ -339,10 +336,19 @@ impl Models for SharedModels {
                 }
             }
         }
+        // It is held by now, so it cannot be evicted in between.
+        if let Err(error) = self.pin(&reference, &user.owner).await {
+            drop(slot);
+            self.close(&id, &user.id).await;
+            return Err(error);
+        }
         slot.users.insert(user.id.clone());
         match &slot.served {
             Some(served) => Ok(served.model.clone()),
-            None => Err(ModelError::new(ModelErrorKind::Failed, "it is being left")),
+            None => Err(ModelError::new(
+                ModelErrorKind::Failed,
+                "it is served no more",
+            )),
         }
     }
 

@@ -482,13 +482,16 @@ fn without_a_keeper_volumes_are_mounted_again() {
     let mut csi = Csi::new();
     let target = csi.publish("v", &model);
     csi.publish("w", &model);
+    let asked = csi.asked("whole", &[("source", &model), ("mode", "complete")]);
+    csi.try_publish(asked).unwrap();
     for signal in [Signal::SIGKILL, Signal::SIGTERM] {
         csi.stop(signal);
         let dead = connections(&target);
         csi.start();
         wait_for("mounted again", || {
             let stats = csi.stats("v");
-            !stats.volume_condition.unwrap().abnormal
+            let whole = csi.stats("whole").volume_condition.unwrap();
+            !stats.volume_condition.unwrap().abnormal && !whole.abnormal
         });
         let again = connections(&target);
         assert_eq!((dead.len(), again.len()), (1, 1));
@@ -503,6 +506,7 @@ fn without_a_keeper_volumes_are_mounted_again() {
     csi.start();
     csi.unpublish("w");
     csi.unpublish("v");
+    csi.unpublish("whole");
     csi.assert_empty();
 
     // A record is lost: what is mounted goes nevertheless.
