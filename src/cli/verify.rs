@@ -77,9 +77,10 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
             output::json(&report)?;
         } else {
             for damage in &report.damaged {
-                let note = match damage.tier {
-                    true => "; it is on a tier, and not used any more",
-                    false => "",
+                let note = match (damage.tier, damage.distrusted) {
+                    (true, true) => "; it is on a tier, and not used any more",
+                    (true, false) => "; it is on a tier",
+                    (false, _) => "",
                 };
                 output::line(format!(
                     "damaged: {} ({}{note})",

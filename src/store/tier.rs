@@ -246,14 +246,8 @@ impl Store {
         size: Option<u64>,
     ) -> Option<Arc<Complete>> {
         self.on_tiers(|tier| {
-            if self.distrusts(tier, digest)? {
+            if !self.trusts(tier, digest)? {
                 return Ok(None);
-            }
-            let path = tier.store.object_path(digest);
-            // No link out of the disk of somebody else, and no pipe that blocks.
-            if path.symlink_metadata().is_ok_and(|meta| !meta.is_file()) {
-                let message = format!("{} is no file: it is not used", path.display());
-                return Err(StoreError::new(StoreErrorKind::Damaged, message));
             }
             let Some(mut found) = tier.store.open_own(digest)? else {
                 return Ok(None);
@@ -277,7 +271,7 @@ impl Store {
 
     /// What an object on this tier is.
     pub(super) fn stat_on_tier(&self, tier: &Tier, digest: &Digest) -> Result<Option<Stat>> {
-        if self.distrusts(tier, digest)? {
+        if !self.trusts(tier, digest)? {
             return Ok(None);
         }
         Ok(tier.store.disk.stat(&tier.store.object_path(digest))?)
@@ -318,14 +312,23 @@ impl Store {
         self.write_durably(&path, b"")
     }
 
-    fn distrusts(&self, tier: &Tier, digest: &Digest) -> Result<bool> {
+    /// Whether an object may be read from a tier, if it is there.
+    fn trusts(&self, tier: &Tier, digest: &Digest) -> Result<bool> {
         if tier.bad.lock().contains(digest) {
-            return Ok(true);
+            return Ok(false);
         }
-        match self.distrusted_path(tier, digest) {
-            Some(path) => Ok(self.disk.stat(&path)?.is_some()),
-            None => Ok(false),
+        if let Some(path) = self.distrusted_path(tier, digest)
+            && self.disk.stat(&path)?.is_some()
+        {
+            return Ok(false);
         }
+        let path = tier.store.object_path(digest);
+        // No link out of the disk of somebody else, and no pipe that blocks.
+        if path.symlink_metadata().is_ok_and(|meta| !meta.is_file()) {
+            let message = format!("{} is no file: it is not used", path.display());
+            return Err(StoreError::new(StoreErrorKind::Damaged, message));
+        }
+        Ok(true)
     }
 
     fn distrusted_path(&self, tier: &Tier, digest: &Digest) -> Option<PathBuf> {

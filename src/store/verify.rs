@@ -51,8 +51,10 @@ pub struct Damage {
     pub references: Vec<String>,
     /// Whether it was removed, so that it is fetched again.
     pub removed: bool,
-    /// Whether it lies on a tier: then it is never used again.
+    /// Whether it lies on a tier, of which nothing can be removed.
     pub tier: bool,
+    /// Whether it is an object with wrong content on a tier: it is never read from there again.
+    pub distrusted: bool,
 }
 
 /// What a verification found.
@@ -84,6 +86,13 @@ struct Check<'s> {
     len: u64,
     /// Where it lies on one.
     tier: Option<&'s Tier>,
+}
+
+/// What is wrong with an object.
+struct Bad {
+    what: String,
+    /// Whether it was read, and is something else.
+    is_wrong: bool,
 }
 
 impl Store {
@@ -123,7 +132,8 @@ impl Store {
         for mut damage in found.damaged {
             let name = damage.path.file_name().and_then(|name| name.to_str());
             let object = name.and_then(|name| Digest::from_hex(name).ok());
-            if let Some(digest) = object.filter(|d| tier.store.object_path(d) == damage.path) {
+            // What is missing, or cannot be read, may be there when the disk is attached again.
+            if let Some(digest) = object.filter(|_| damage.distrusted) {
                 self.distrust(tier, &digest)?;
             }
             damage.tier = true;
@@ -185,12 +195,12 @@ impl Store {
         }
         self.verify_indexes(repair, &mut report, layers)?;
         let bad = self.hash_all(&checks, progress, &mut report)?;
-        for (check, what) in bad {
+        for (check, Bad { what, is_wrong }) in bad {
             let removed = repair && check.tier.is_none();
             if removed {
                 self.disk.unlink(&check.path)?;
             }
-            if let Some(tier) = check.tier {
+            if let Some(tier) = check.tier.filter(|_| is_wrong) {
                 self.distrust(tier, &check.digest)?;
             }
             let references = users.get(&check.digest);
@@ -200,6 +210,7 @@ impl Store {
                 references: references.into_iter().flatten().cloned().collect(),
                 removed,
                 tier: check.tier.is_some(),
+                distrusted: is_wrong && (whole || check.tier.is_some()),
             });
         }
         Ok(report)
@@ -249,7 +260,7 @@ impl Store {
         checks: &'c [Check<'c>],
         progress: impl Fn(VerifyProgress) -> bool + Sync,
         report: &mut VerifyReport,
-    ) -> Result<Vec<(&'c Check<'c>, String)>> {
+    ) -> Result<Vec<(&'c Check<'c>, Bad)>> {
         let total = checks.iter().map(|check| check.len).sum();
         let next = AtomicUsize::new(0);
         let stop = AtomicBool::new(false);
@@ -291,21 +302,27 @@ impl Store {
         &self,
         check: &Check<'_>,
         seen: impl FnMut(u64) -> bool,
-    ) -> Result<Option<String>> {
+    ) -> Result<Option<Bad>> {
+        let unreadable = |error: &dyn std::fmt::Display| Bad {
+            what: format!("it cannot be read: {error}"),
+            is_wrong: false,
+        };
         let handle = match self.disk.open(&check.path, Open::Read) {
             Ok(handle) => handle,
             // Collected meanwhile.
             Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
+            Err(error) if check.tier.is_some() => return Ok(Some(unreadable(&error))),
             Err(error) => return Err(error.into()),
         };
         // Advice: what stays cached is verified as it would be read.
         let _ = posix_fadvise(handle.file(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
         Ok(match hash_file(handle.file(), seen) {
-            Ok(Some(digest)) if digest != check.digest => {
-                Some(format!("its content has the digest {digest}"))
-            }
+            Ok(Some(digest)) if digest != check.digest => Some(Bad {
+                what: format!("its content has the digest {digest}"),
+                is_wrong: true,
+            }),
             Ok(_) => None,
-            Err(error) => Some(format!("it cannot be read: {error}")),
+            Err(error) => Some(unreadable(&error)),
         })
     }
 
@@ -515,6 +532,7 @@ impl Store {
             references,
             removed: repair,
             tier: false,
+            distrusted: false,
         });
         Ok(())
     }
