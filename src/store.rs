@@ -234,10 +234,14 @@ impl Store {
             return Ok(None);
         };
         let damaged = |why: &dyn std::fmt::Display| {
-            let message = format!(
-                "{} cannot be read: {why}; unless a newer version of hearth wrote it, remove that file: it is made anew, and the content of the store stays",
-                path.display()
-            );
+            let advice = match self.writable {
+                true => {
+                    "; unless a newer version of hearth wrote it, remove that file: it is made anew, \
+                     and the content of the store stays"
+                }
+                false => "",
+            };
+            let message = format!("{} cannot be read: {why}{advice}", path.display());
             StoreError::new(StoreErrorKind::Damaged, message)
         };
         let identity: Identity = serde_json::from_slice(&bytes).map_err(|e| damaged(&e))?;
@@ -251,7 +255,10 @@ impl Store {
         }
         let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
         if identity.format == 0 || identity.id.len() != 32 || !identity.id.bytes().all(is_hex) {
-            return Err(damaged(&"it holds no format and id of a store"));
+            return Err(damaged(&format!(
+                "it has format {} and id {:?}, which no store has",
+                identity.format, identity.id
+            )));
         }
         Ok(Some(identity))
     }

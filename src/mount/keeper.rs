@@ -1,6 +1,6 @@
 //! keeper: mounts that outlive their server.
 //!
-//! The keeper opens `/dev/fuse`, mounts, and holds the connection and its [`State`](super::state) while
+//! The keeper opens `/dev/fuse`, mounts, and holds the connection and its state (`super::state`) while
 //! servers come and go; it knows nothing of stores, networks and files. A server connects over a
 //! unix socket (`wire`, `link`), has the fds sent over it, and serves. When its connection ends, it
 //! is dead; what it had not answered waits, and the next one takes over (`session`). A keeper that was
