@@ -234,6 +234,13 @@ impl Engine {
         }
     }
 
+    /// Waits until what was served before it was stored is stored: to be called when serving ends.
+    /// Gives up after a few seconds.
+    pub async fn settle(&self) {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+        self.inner.small.settle(deadline).await;
+    }
+
     /// Notes that somebody uses content, be it complete: background work that can wait does.
     pub fn touch(&self) {
         self.inner.gate.touch();

@@ -364,6 +364,7 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
         } else {
             mounted.close().await?;
         }
+        node.engine().settle().await;
         Ok(ExitCode::SUCCESS)
     });
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));

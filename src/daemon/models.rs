@@ -150,6 +150,7 @@ impl SharedModels {
                 self.leave(&self.dir.join(id)).await;
             }
         }
+        self.node.engine().settle().await;
     }
 
     async fn leave(&self, dir: &Path) {

@@ -143,10 +143,10 @@ impl ImageRoots {
 
     /// Leaves what the keeper has to the next process; the rest is unmounted when this is dropped.
     pub async fn leave(&self) {
-        if self.keeper.is_none() {
-            return;
-        }
-        let chains: Vec<_> = self.chains.lock().values().cloned().collect();
+        let chains: Vec<_> = match self.keeper {
+            Some(_) => self.chains.lock().values().cloned().collect(),
+            None => Vec::new(),
+        };
         for chain in chains {
             let Some(lazy) = chain.lock().await.lazy.take() else {
                 continue;
@@ -157,6 +157,7 @@ impl ImageRoots {
                 tracing::warn!(%error, "a mount was left without a word");
             }
         }
+        self.node.engine().settle().await;
     }
 
     fn chain(&self, id: &Digest) -> Arc<tokio::sync::Mutex<Chain>> {

@@ -18,6 +18,8 @@ use crate::{
 const BATCH: usize = 256;
 /// How long a batch for which nobody waits is added to: a sync disturbs whoever uses the disk.
 const LINGER: Duration = Duration::from_millis(250);
+/// How often whoever waits for all of them asks for a sync.
+const SETTLE: Duration = Duration::from_millis(50);
 /// Bytes that may be served before they are stored.
 const HELD: usize = 32 << 20;
 
@@ -90,6 +92,17 @@ impl SmallObjects {
     /// What was put is waited for now.
     pub(super) fn hurry(&self) {
         self.hurry.notify_one();
+    }
+
+    /// Waits until nothing is held any more, at most until `deadline`.
+    pub(super) async fn settle(&self, deadline: Instant) {
+        while Instant::now() < deadline {
+            self.hurry();
+            let all = self.room.acquire_many(HELD as u32);
+            if tokio::time::timeout(SETTLE, all).await.is_ok() {
+                return;
+            }
+        }
     }
 
     /// Room to hold `len` bytes in memory until they are stored; `None` where much is held already.
