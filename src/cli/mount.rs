@@ -299,6 +299,10 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             (None, false) => None,
         };
         let place = Place::find(&args.dir, keeper.as_ref())?;
+        if args.kept && place.orphan.is_none() && std::env::var_os(keeper::SUCCESSOR).is_some() {
+            // Unmounted since the one before died.
+            return Ok(ExitCode::SUCCESS);
+        }
         let restarts = place.restarts;
         let mounting = Mounted::with_options(
             &node,

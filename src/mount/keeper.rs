@@ -42,6 +42,7 @@ use self::{
     wire::{Answer, Dir, Listener, PROTOCOL, Request},
 };
 pub use self::{
+    child::SUCCESSOR,
     link::{Link, Orphan},
     wire::Kept,
 };

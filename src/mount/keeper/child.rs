@@ -36,6 +36,8 @@ pub(super) struct Child {
     started: bool,
     failures: u32,
     serving: Option<Instant>,
+    /// One has served: what is not mounted any more was unmounted since.
+    has_served: bool,
     /// Process, signal and status of the last one.
     ended: Option<(u32, Option<i32>, Option<i32>)>,
     /// When it is to be started.
@@ -43,6 +45,9 @@ pub(super) struct Child {
     /// When it is to be killed.
     kill: Option<Instant>,
 }
+
+/// Set for a server that is to go on with a mount, and never to make one.
+pub const SUCCESSOR: &str = "HEARTH_SUCCESSOR";
 
 /// A server just started.
 pub(super) struct Started {
@@ -59,6 +64,7 @@ impl Child {
             started: false,
             failures: 0,
             serving: None,
+            has_served: false,
             ended: None,
             start: Some(Instant::now()),
             kill: None,
@@ -120,6 +126,9 @@ impl Child {
         // As its standard input it needs no fd that other children could inherit.
         let mut command = (self.make)();
         command.stdin(Stdio::from(theirs));
+        if self.has_served {
+            command.env(SUCCESSOR, "1");
+        }
         // SAFETY: one system call, allowed between fork and exec. The signals that the keeper reads from a
         // descriptor are blocked, and would stay so.
         unsafe { command.pre_exec(|| Ok(SigSet::empty().thread_set_mask()?)) };
@@ -135,6 +144,7 @@ impl Child {
     /// It serves.
     pub(super) fn serves(&mut self) {
         self.serving.get_or_insert_with(Instant::now);
+        self.has_served = true;
     }
 
     /// Its connection has ended.
