@@ -75,6 +75,14 @@ impl Listener {
             path: path.clone(),
             message,
         };
+        if let Some((scheme, _)) = address.to_str().and_then(|a| a.split_once("://"))
+            && scheme != "unix"
+        {
+            return Err(refuse(format!(
+                "{} is no path, nor unix:// and one",
+                address.display()
+            )));
+        }
         if path.as_os_str().len() > MAX_PATH {
             return Err(refuse(format!("longer than {MAX_PATH} bytes")));
         }
@@ -205,6 +213,8 @@ mod tests {
         assert!(path.exists(), "what others put there stays");
         let file = Listener::bind(&path).unwrap_err().to_string();
         assert!(file.contains("no socket"), "{file}");
+        let other = Listener::bind(Path::new("tcp://127.0.0.1:1")).unwrap_err();
+        assert!(other.to_string().contains("unix://"), "{other}");
         let long = dir.path().join("x".repeat(120));
         let long = Listener::bind(&long).unwrap_err().to_string();
         assert!(long.contains("longer than"), "{long}");
