@@ -443,8 +443,7 @@ impl Partial {
         if self.store.disk.unlink(&self.paths.map)? {
             self.store.disk.sync_dir(&self.store.partial_dir())?;
         }
-        self.live.next_generation();
-        (0..self.chunks()).for_each(|index| self.live.clear(index));
+        self.make_absent(0..self.chunks());
         Ok(())
     }
 
@@ -461,11 +460,17 @@ impl Partial {
         let _state = self.lock_state()?;
         if !self.live.finished() {
             let durable = self.durable()?;
-            self.live.next_generation();
-            let lost = (0..self.chunks()).filter(|&index| !durable.get(index));
-            lost.for_each(|index| self.live.clear(index));
+            self.make_absent((0..self.chunks()).filter(|&index| !durable.get(index)));
         }
         Err(error.into())
+    }
+
+    /// Makes chunks absent. Before: whoever finds some of them gone sees another generation. After:
+    /// nobody takes those that were still there for chunks of the generation that stays.
+    fn make_absent(&self, chunks: impl Iterator<Item = u64>) {
+        self.live.next_generation();
+        chunks.for_each(|index| self.live.clear(index));
+        self.live.next_generation();
     }
 
     fn lock_state(&self) -> Result<StateLock<'_>> {

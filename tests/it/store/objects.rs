@@ -1,6 +1,10 @@
 //! Objects: partial, complete, claimed, put.
 
-use std::{fs, os::unix::fs::FileExt as _, os::unix::fs::PermissionsExt as _};
+use std::{
+    fs,
+    os::unix::fs::{FileExt as _, PermissionsExt as _},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
+};
 
 use super::*;
 use hearth::store::{AlignedBuf, StoreErrorKind, hash_file};
@@ -195,6 +199,49 @@ fn discarded_chunks_are_absent_for_all() {
     again
         .finish(Digest::of(&bytes), again.generation())
         .unwrap();
+}
+
+/// Another reader sees, at any time, a generation and the chunks that are here. What it sees of the
+/// generation that stays is not what was discarded.
+#[test]
+fn what_is_discarded_does_not_count_for_the_next_generation() {
+    const CHUNKS: u64 = 4096;
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let id = ObjectId::located("wrong", "1", (CHUNKS - 1) * CHUNK_SIZE + 1);
+    let partial = store.partial(&id, (CHUNKS - 1) * CHUNK_SIZE + 1).unwrap();
+    let last = CHUNKS - 1;
+    let seen = AtomicU32::new(u32::MAX);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Relaxed) {
+                let generation = partial.generation();
+                if partial.present(last) {
+                    seen.store(generation, Relaxed);
+                }
+            }
+        });
+        for round in 0..500 {
+            let lease = partial.claim(last..CHUNKS).unwrap().unwrap();
+            lease.commit(last, b"x", WriteMode::Cached).unwrap();
+            drop(lease);
+            let before = partial.generation();
+            while seen.load(Relaxed) != before {
+                std::hint::spin_loop();
+            }
+            partial.discard().unwrap();
+            let after = partial.generation();
+            // Long enough for what was read before the end of `discard` to be noted.
+            std::thread::sleep(std::time::Duration::from_micros(200));
+            let seen = seen.load(Relaxed);
+            if seen == after {
+                stop.store(true, Relaxed);
+            }
+            assert_ne!(seen, after, "round {round}");
+        }
+        stop.store(true, Relaxed);
+    });
 }
 
 #[test]
