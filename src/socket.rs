@@ -4,6 +4,8 @@
 //! somebody does. Serving ends with what is under way, within bounds. Nothing here survives a crash but the name of the
 //! socket, which the next process replaces. Called by `snapshotter` and `csi`.
 
+mod authority;
+
 use std::{
     fs::{self, DirBuilder, File},
     io,
@@ -143,7 +145,8 @@ impl Listener {
             let _ = stopped.send(());
         };
         let trusted = UnixListenerStream::new(listener)
-            .filter(|stream| std::future::ready(stream.as_ref().map_or(true, is_trusted)));
+            .filter(|stream| std::future::ready(stream.as_ref().map_or(true, is_trusted)))
+            .map(|stream| stream.map(authority::Named::new));
         let serving = router.serve_with_incoming_shutdown(trusted, stop);
         let late = async {
             match drained.await {

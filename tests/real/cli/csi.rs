@@ -287,6 +287,26 @@ fn a_model_is_a_volume() {
     csi.assert_empty();
 }
 
+/// Another library of gRPC, which names a socket by its path, as it is or percent-encoded.
+#[test]
+fn clients_name_the_socket_as_they_like() {
+    let csi = Csi::new();
+    let script = "
+import sys, grpc
+for authority in (None, sys.argv[1], 'localhost'):
+    options = [('grpc.default_authority', authority)] if authority else []
+    with grpc.insecure_channel('unix://' + sys.argv[1], options=options) as channel:
+        for _ in range(3):  # the later ones refer to the headers of the first
+            said = channel.unary_unary('/csi.v1.Identity/GetPluginInfo')(b'', timeout=20)
+            assert b'csi.hearth.dev' in said, said
+            try: channel.unary_unary('/csi.v1.Node/NodeUnpublishVolume')(b'', timeout=20)
+            except grpc.RpcError as e: assert e.code() == grpc.StatusCode.INVALID_ARGUMENT, e
+            else: assert False, 'was not refused'
+";
+    let socket = csi.bed.path("csi.sock");
+    Done::of(&mut python(script, &[socket.to_str().unwrap()])).ok();
+}
+
 #[test]
 fn lazy_volumes_do_not_wait_and_complete_ones_do() {
     let web = Web::slow("1m");
