@@ -45,14 +45,8 @@ fn signals_keep_what_has_arrived() {
         while present(&bed) < 4 << 20 {
             std::thread::sleep(Duration::from_millis(20));
         }
-        let begun = Instant::now();
         warm.signal(signal);
         let done = warm.done();
-        assert!(
-            begun.elapsed() < Duration::from_secs(3),
-            "{:?}",
-            begun.elapsed()
-        );
         assert_eq!(done.code, Some(code), "{done:?}");
         assert!(done.err.ends_with("run it again to go on\n"), "{done:?}");
         let kept = present(&bed);

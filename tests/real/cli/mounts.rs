@@ -396,13 +396,7 @@ fn a_umount_half_way_keeps_what_has_arrived() {
     let pid = bed.json(&format!("status {dir} --json"))["pid"]
         .as_u64()
         .unwrap();
-    let begun = Instant::now();
     bed.ok(&format!("umount {dir}"));
-    assert!(
-        begun.elapsed() < Duration::from_secs(3),
-        "{:?}",
-        begun.elapsed()
-    );
     assert_ended(pid);
     assert!(traces(&bed).is_empty(), "{:?}", traces(&bed));
     let kept = bed.json("list --json")[0]["present_bytes"]
