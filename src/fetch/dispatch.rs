@@ -460,7 +460,8 @@ impl Job {
         };
         match self.handle.first_missing(&self.partial) {
             Some(missing) if missing < waiting => {
-                let lease = self.partial.claim(missing..waiting);
+                let end = waiting.min(missing + SHORT_SEGMENT);
+                let lease = self.partial.claim(missing..end);
                 lease.map_err(|e| FetchError::store(&self.handle, &e))
             }
             _ => Ok(None),

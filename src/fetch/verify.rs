@@ -113,8 +113,9 @@ impl Verifier {
         // Look again after letting go: a chunk may have come between the last look and that.
         while let Some(mut frontier) = self.frontier.try_lock() {
             let before = frontier.next;
-            self.hash_on(&mut frontier, object, partial, cached);
-            if frontier.next <= before {
+            // An error is said by whoever needs the chunk: the judge.
+            let hashed = self.hash_on(&mut frontier, object, partial, cached);
+            if hashed.is_err() || frontier.next <= before {
                 break;
             }
         }
@@ -122,7 +123,13 @@ impl Verifier {
 
     /// Hashes from the frontier on, from memory or from the store; from there through the page
     /// cache, if the bytes are `cached`.
-    fn hash_on(&self, frontier: &mut Frontier, object: &Object, partial: &Partial, cached: bool) {
+    fn hash_on(
+        &self,
+        frontier: &mut Frontier,
+        object: &Object,
+        partial: &Partial,
+        cached: bool,
+    ) -> Result<(), StoreError> {
         let generation = partial.generation();
         if frontier.generation != generation {
             *frontier = Frontier::new(object, generation);
@@ -137,15 +144,13 @@ impl Verifier {
             // It did not fit into the backlog, or was here before.
             let bytes = chunk::bytes(index, partial.size());
             let mut buffer = vec![0; (bytes.end - bytes.start) as usize];
-            let read = match cached {
+            match cached {
                 true => partial.read_at(&mut buffer, bytes.start),
                 false => partial.read_past_cache(&mut buffer, bytes.start),
-            };
-            if read.is_err() {
-                break; // said by whoever needs it: the judge
-            }
+            }?;
             frontier.update(&buffer);
         }
+        Ok(())
     }
 
     /// Hashes the rest, reading it back from the store, and judges; `None` where a chunk is absent, as
@@ -157,12 +162,8 @@ impl Verifier {
         cached: bool,
     ) -> Result<Option<Verdict>, StoreError> {
         let mut frontier = self.frontier.lock();
-        self.hash_on(&mut frontier, object, partial, cached);
+        self.hash_on(&mut frontier, object, partial, cached)?;
         if frontier.next < partial.chunks() {
-            // Says what is wrong with a chunk that could not be read.
-            let bytes = chunk::bytes(frontier.next, partial.size());
-            let mut buffer = vec![0; (bytes.end - bytes.start) as usize];
-            partial.read_at(&mut buffer, bytes.start)?;
             return Ok(None);
         }
         let sha256 = Digest::from_bytes(frontier.sha256.clone().finalize().into());
