@@ -38,7 +38,7 @@ fn assert_warm(bed: &Bed, web: &Web, model: &str) {
 fn signals_keep_what_has_arrived() {
     for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143)] {
         let bed = Bed::new();
-        let web = Web::slow("2m");
+        let web = Web::slow("500k");
         let model = web.model("m", 12, 2);
         let size = total_size(&web.path("m"));
         let warm = bed.start(&format!("warm {model}"));

@@ -382,7 +382,7 @@ fn who_is_interrupted_gets_no_mount() {
 #[test]
 fn a_umount_half_way_keeps_what_has_arrived() {
     let bed = Bed::new();
-    let web = Web::slow("1m");
+    let web = Web::slow("400k");
     let model = web.model("m", 12, 2);
     let size = total_size(&web.path("m"));
     let dir = bed.mount_dir("mnt");
