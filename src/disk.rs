@@ -73,6 +73,16 @@ impl DiskError {
     }
 }
 
+/// Whether it is the error of a disk that is full, or cannot be written any more: what it holds can
+/// still be served.
+pub fn takes_nothing(error: &io::Error) -> bool {
+    use io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(
+        error.kind(),
+        QuotaExceeded | ReadOnlyFilesystem | StorageFull
+    )
+}
+
 /// The result of an operation on a file.
 pub type Result<T> = std::result::Result<T, DiskError>;
 

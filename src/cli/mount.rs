@@ -20,6 +20,7 @@ use super::{
 use crate::{
     config::Config,
     digest::Digest,
+    disk::takes_nothing,
     fs::{Fetched, View, hub},
     metrics,
     mount::{
@@ -169,15 +170,6 @@ fn keep(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
     control::remove_empty_log(&context.root, &args.dir);
     kept.context("the keeper failed")?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Whether it is a disk that is full, or cannot be written any more: what it holds is served without.
-fn takes_nothing(error: &std::io::Error) -> bool {
-    use std::io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
-    matches!(
-        error.kind(),
-        QuotaExceeded | ReadOnlyFilesystem | StorageFull
-    )
 }
 
 /// Starts a process in the background and waits until it has mounted.

@@ -1,6 +1,6 @@
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
-use super::{Context, control};
+use super::{Context, control, output};
 use crate::mount::keeper::Link;
 
 /// Unmount what `hearth mount` mounted
@@ -49,18 +49,30 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         PATIENCE
     };
     let started = std::time::Instant::now();
-    while started.elapsed() < patience && processes.iter().any(|&process| runs(process)) {
+    while let Some(process) = processes.iter().find(|&&process| runs(process)) {
+        if started.elapsed() > patience {
+            if !args.lazy {
+                output::note(&format!(
+                    "unmounted; process {process} is not done with the store yet"
+                ));
+            }
+            break;
+        }
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Whether a process runs: it is there, and no zombie that nobody waits for.
+/// Whether a process runs: a thread of it is there, and no zombie that nobody waits for. The first
+/// thread may be one while others still end, and with them the process's files and locks.
 fn runs(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name in parentheses may hold anything (proc(5)).
-    let state = stat
-        .rsplit_once(") ")
-        .and_then(|(_, rest)| rest.chars().next());
-    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task"));
+    threads.into_iter().flatten().flatten().any(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        // The name in parentheses may hold anything (proc(5)).
+        let state = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.chars().next());
+        state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+    })
 }

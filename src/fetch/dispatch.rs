@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 use super::{Class, FetchError, Inner, handle::Handle};
 use crate::{
     chunk, metrics,
-    store::{Lease, Partial},
+    store::{Lease, Partial, StoreErrorKind},
 };
 
 /// Chunks in a segment where one object has several connections: short, so that what arrives
@@ -191,12 +191,16 @@ impl Queue {
         self.wake();
         loop {
             let look_again = handle.changed_within(LOOK_AGAIN * 5);
-            // Or complete by another way, in another process.
-            if handle.all_present(partial)
-                || partial.generation() != generation
-                || matches!(partial.completed(), Ok(Some(_)))
-            {
+            if handle.all_present(partial) || partial.generation() != generation {
                 return Ok(());
+            }
+            // By another way, in another process.
+            match partial.completed() {
+                Ok(Some(_)) => return Ok(()),
+                Err(error) if error.kind() == StoreErrorKind::NotFound => {
+                    return Err(FetchError::store(handle, &error));
+                }
+                _ => {}
             }
             if let Some(error) = job.failed.get() {
                 return Err(error.clone());
@@ -205,9 +209,11 @@ impl Queue {
         }
     }
 
-    /// Asks for chunks ahead of a reader.
+    /// Asks for chunks ahead of a reader. What can begin does so here: a reader who outruns the
+    /// dispatcher asks for each chunk alone.
     pub(super) fn read_ahead(
         &self,
+        engine: &Arc<Inner>,
         handle: &Arc<Handle>,
         partial: &Arc<Partial>,
         chunks: Range<u64>,
@@ -223,6 +229,7 @@ impl Queue {
                 chunks,
             });
         }
+        self.fill_ahead(engine);
         self.wake();
     }
 
@@ -274,8 +281,7 @@ impl Queue {
                 connections.measure(received(), saturated);
                 connections.limit
             };
-            let ahead = self.running_ahead.load(Ordering::Relaxed);
-            let started = (ahead < limit && self.start_ahead(engine))
+            let started = self.start_ahead(engine, limit)
                 || (running < limit && self.start_job(engine, limit));
             if !started {
                 return;
@@ -283,8 +289,17 @@ impl Queue {
         }
     }
 
-    fn start_ahead(&self, engine: &Arc<Inner>) -> bool {
+    /// Starts read-ahead until its connections are busy or nothing is left to claim.
+    fn fill_ahead(&self, engine: &Arc<Inner>) {
+        let limit = self.connections.lock().limit;
+        while self.start_ahead(engine, limit) {}
+    }
+
+    fn start_ahead(&self, engine: &Arc<Inner>, limit: usize) -> bool {
         let mut queue = self.ahead.lock();
+        if self.running_ahead.load(Ordering::Relaxed) >= limit {
+            return false;
+        }
         while let Some(wish) = queue.front_mut() {
             let Some(handle) = wish.handle.upgrade() else {
                 queue.pop_front();
@@ -335,6 +350,16 @@ impl Queue {
         } else {
             LONG_SEGMENT
         };
+        for job in &jobs {
+            match job.gap() {
+                Ok(Some(lease)) => {
+                    self.start(engine, &job.handle, Some(Arc::clone(job)), lease, job.class);
+                    return true;
+                }
+                Ok(None) => {}
+                Err(error) => job.fail(error),
+            }
+        }
         // The first must be through before the next begins, not wait for its turn behind it.
         if in_order && jobs.iter().any(|job| job.handle.verifier().is_behind()) {
             return false;
@@ -386,6 +411,7 @@ impl Queue {
             engine.queue.running.fetch_sub(1, Ordering::Relaxed);
             if class == Class::Readahead {
                 engine.queue.running_ahead.fetch_sub(1, Ordering::Relaxed);
+                engine.queue.fill_ahead(&engine);
             }
             if let Some(job) = job {
                 job.running.fetch_sub(1, Ordering::Relaxed);
@@ -424,6 +450,22 @@ impl Job {
             }
         }
         Ok(None)
+    }
+
+    /// Claims what the hasher waits for while too much has come after it, where nobody brings it any
+    /// more: a reader whose fetch failed, another process that was killed.
+    fn gap(&self) -> Result<Option<Lease>, FetchError> {
+        let Some(waiting) = self.handle.verifier().behind() else {
+            return Ok(None);
+        };
+        match self.handle.first_missing(&self.partial) {
+            Some(missing) if missing < waiting => {
+                let end = waiting.min(missing + SHORT_SEGMENT);
+                let lease = self.partial.claim(missing..end);
+                lease.map_err(|e| FetchError::store(&self.handle, &e))
+            }
+            _ => Ok(None),
+        }
     }
 
     fn fail(&self, error: FetchError) {

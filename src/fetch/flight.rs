@@ -293,7 +293,8 @@ impl<'a> Run<'a> {
                 &e,
             ))
         })?;
-        self.handle.arriving(index, writer.buf());
+        let generation = self.flight.lease.read().partial().generation();
+        self.handle.arriving(index, generation, writer.buf());
         Ok(writer)
     }
 

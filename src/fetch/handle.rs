@@ -52,8 +52,9 @@ pub struct Handle {
     me: Weak<Handle>,
     state: RwLock<State>,
     flights: Mutex<Vec<Arc<Flight>>>,
-    /// Chunks that are arriving, or have just arrived.
-    in_memory: Mutex<HashMap<u64, Arc<ChunkBuf>>>,
+    /// Chunks that are arriving, or have just arrived,
+    /// each with the generation of the partial object that it began in.
+    in_memory: Mutex<HashMap<u64, (u32, Arc<ChunkBuf>)>>,
     changed: Notify,
     waiting: AtomicUsize,
     verifier: Verifier,
@@ -75,6 +76,8 @@ pub struct Handle {
     poisoned: AtomicBool,
     /// A chunk broke off of which readers may have been served a part.
     torn: AtomicBool,
+    /// Readers were served bytes that never were in the store.
+    streamed: AtomicBool,
     /// Since when the disk is avoided: it is full, or fails.
     no_disk_since: Mutex<Option<Instant>>,
     since_checkpoint: AtomicU64,
@@ -184,6 +187,7 @@ impl Handle {
             read: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             torn: AtomicBool::new(false),
+            streamed: AtomicBool::new(false),
             no_disk_since: Mutex::new(no_disk_since),
             since_checkpoint: AtomicU64::new(0),
             finishing: tokio::sync::Mutex::default(),
@@ -283,6 +287,11 @@ impl Handle {
                 if !self.copy_present(&partial, &bytes, buf)? {
                     return Ok(false);
                 }
+                // Who finds out that it is wrong, or that what is complete has other bytes, tells of
+                // what was served before, not of this.
+                if self.strict() || self.complete().is_some() {
+                    return Ok(false);
+                }
                 self.note(&bytes, &partial);
                 Ok(true)
             }
@@ -337,9 +346,14 @@ impl Handle {
         }
         let mut data = vec![0; len];
         let filled = self.fill(&partial, &bytes, &mut data).await;
-        // Became complete meanwhile, perhaps with other bytes than those that were arriving.
+        // Became complete meanwhile, perhaps with other bytes than those that were arriving; or was
+        // found wrong.
         let filled = match filled {
             Ok(()) if self.complete().is_some() => self.read_complete(offset, len),
+            Ok(()) if self.strict() => {
+                let complete = self.ensure(Class::Demand).await;
+                complete.and_then(|_| self.read_complete(offset, len))
+            }
             filled => filled.map(|()| data.into()),
         };
         self.or_through(filled, bytes).await
@@ -382,8 +396,13 @@ impl Handle {
         routes.truncate(MAX_ROUTES);
     }
 
-    /// Whether all chunks are here; remembers how far they were.
+    /// Whether all chunks are here.
     pub(super) fn all_present(&self, partial: &Partial) -> bool {
+        self.first_missing(partial).is_none()
+    }
+
+    /// The first chunk that is not here; remembers how far they were.
+    pub(super) fn first_missing(&self, partial: &Partial) -> Option<u64> {
         let mut prefix = self.prefix.lock();
         let generation = partial.generation();
         if prefix.0 != generation {
@@ -391,7 +410,7 @@ impl Handle {
         }
         let missing = partial.first_missing(prefix.1..partial.chunks());
         prefix.1 = missing.unwrap_or(partial.chunks());
-        missing.is_none()
+        missing
     }
 
     pub(super) fn verifier(&self) -> &Verifier {
@@ -406,9 +425,11 @@ impl Handle {
         self.read.load(Ordering::Relaxed)
     }
 
-    /// Chunk `index` has begun to arrive in `buf`.
-    pub(super) fn arriving(&self, index: u64, buf: &Arc<ChunkBuf>) {
-        self.in_memory.lock().insert(index, Arc::clone(buf));
+    /// Chunk `index` of `generation` has begun to arrive in `buf`.
+    pub(super) fn arriving(&self, index: u64, generation: u32, buf: &Arc<ChunkBuf>) {
+        self.in_memory
+            .lock()
+            .insert(index, (generation, Arc::clone(buf)));
     }
 
     /// Lets go of the buffer of a chunk that is in the store.
@@ -450,7 +471,7 @@ impl Handle {
             // What had begun to arrive and was not committed will arrive in another buffer.
             self.in_memory
                 .lock()
-                .retain(|_, buf| Arc::strong_count(buf) > 1);
+                .retain(|_, (_, buf)| Arc::strong_count(buf) > 1);
         }
         self.wake();
         if let Some(engine) = self.engine.upgrade() {

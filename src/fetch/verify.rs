@@ -21,7 +21,7 @@ use super::buffer::ChunkBuf;
 use crate::{
     chunk,
     digest::{Digest, ObjectId},
-    store::{Partial, StoreError, StoreErrorKind},
+    store::{Partial, StoreError},
     tree::Object,
 };
 
@@ -54,8 +54,12 @@ struct Frontier {
 pub(super) enum Verdict {
     /// The digest, and the generation of the partial object that has it.
     Good(Digest, u32),
-    /// What was expected, and what was found.
-    Bad { expected: String, found: String },
+    /// What was expected, and what was found in a generation.
+    Bad {
+        expected: String,
+        found: String,
+        generation: u32,
+    },
 }
 
 impl Verifier {
@@ -67,20 +71,24 @@ impl Verifier {
         }
     }
 
-    /// Whether chunks arrive faster than they are hashed. Not while the frontier is far away: what
-    /// was here before is being hashed then.
+    /// Whether chunks arrive faster than they are hashed.
     pub(super) fn is_behind(&self) -> bool {
+        self.behind().is_some()
+    }
+
+    /// The first chunk that waits, where chunks arrive faster than they are hashed. Not while the
+    /// frontier is far away: what was here before is being hashed then.
+    pub(super) fn behind(&self) -> Option<u64> {
         let waiting = self.waiting.lock();
-        let Some(&first) = waiting.keys().next() else {
-            return false;
-        };
+        let &first = waiting.keys().next()?;
         // The last one that was hashed, or the one that is.
         let hashed = self.hashed.load(Ordering::Relaxed);
         let most = match first > hashed + 1 {
             true => BACKLOG_OF_GAP,
             false => BACKLOG,
         };
-        waiting.len() as u64 > most && first <= hashed + 2 * BACKLOG
+        let behind = waiting.len() as u64 > most && first <= hashed + 2 * BACKLOG;
+        behind.then_some(first)
     }
 
     /// Notes a chunk that was committed to `generation`; its content is kept for a while if there
@@ -105,8 +113,9 @@ impl Verifier {
         // Look again after letting go: a chunk may have come between the last look and that.
         while let Some(mut frontier) = self.frontier.try_lock() {
             let before = frontier.next;
-            self.hash_on(&mut frontier, object, partial, cached);
-            if frontier.next <= before {
+            // An error is said by whoever needs the chunk: the judge.
+            let hashed = self.hash_on(&mut frontier, object, partial, cached);
+            if hashed.is_err() || frontier.next <= before {
                 break;
             }
         }
@@ -114,7 +123,13 @@ impl Verifier {
 
     /// Hashes from the frontier on, from memory or from the store; from there through the page
     /// cache, if the bytes are `cached`.
-    fn hash_on(&self, frontier: &mut Frontier, object: &Object, partial: &Partial, cached: bool) {
+    fn hash_on(
+        &self,
+        frontier: &mut Frontier,
+        object: &Object,
+        partial: &Partial,
+        cached: bool,
+    ) -> Result<(), StoreError> {
         let generation = partial.generation();
         if frontier.generation != generation {
             *frontier = Frontier::new(object, generation);
@@ -129,38 +144,31 @@ impl Verifier {
             // It did not fit into the backlog, or was here before.
             let bytes = chunk::bytes(index, partial.size());
             let mut buffer = vec![0; (bytes.end - bytes.start) as usize];
-            let read = match cached {
+            match cached {
                 true => partial.read_at(&mut buffer, bytes.start),
                 false => partial.read_past_cache(&mut buffer, bytes.start),
-            };
-            if read.is_err() {
-                break; // said by whoever needs it: the judge
-            }
+            }?;
             frontier.update(&buffer);
         }
+        Ok(())
     }
 
-    /// Hashes the rest, reading it back from the store, and judges. All chunks must be present.
-    /// Blocking.
+    /// Hashes the rest, reading it back from the store, and judges; `None` where a chunk is absent, as
+    /// after another process has discarded it. Blocking.
     pub(super) fn judge(
         &self,
         object: &Object,
         partial: &Partial,
         cached: bool,
-    ) -> Result<Verdict, StoreError> {
+    ) -> Result<Option<Verdict>, StoreError> {
         let mut frontier = self.frontier.lock();
-        self.hash_on(&mut frontier, object, partial, cached);
+        self.hash_on(&mut frontier, object, partial, cached)?;
         if frontier.next < partial.chunks() {
-            // Says what is wrong with the chunk that could not be read.
-            let bytes = chunk::bytes(frontier.next, partial.size());
-            let mut buffer = vec![0; (bytes.end - bytes.start) as usize];
-            partial.read_at(&mut buffer, bytes.start)?;
-            let message = format!("object {}: chunk {} is missing", object.id, frontier.next);
-            return Err(StoreError::new(StoreErrorKind::Invalid, message));
+            return Ok(None);
         }
         let sha256 = Digest::from_bytes(frontier.sha256.clone().finalize().into());
         let sha1 = frontier.sha1.clone().map(|h| h.finalize().into());
-        Ok(verdict(object, sha256, sha1, frontier.generation))
+        Ok(Some(verdict(object, sha256, sha1, frontier.generation)))
     }
 
     fn take(&self, index: u64, generation: u32) -> Option<Arc<ChunkBuf>> {
@@ -209,12 +217,14 @@ fn verdict(object: &Object, sha256: Digest, sha1: Option<[u8; 20]>, generation: 
         return Verdict::Bad {
             expected: expected.to_string(),
             found: sha256.to_string(),
+            generation,
         };
     }
     match (object.git_sha1, sha1) {
         (Some(expected), Some(found)) if expected != found => Verdict::Bad {
             expected: format!("git:{}", crate::digest::to_hex(&expected)),
             found: format!("git:{}", crate::digest::to_hex(&found)),
+            generation,
         },
         _ => Verdict::Good(sha256, generation),
     }

@@ -47,6 +47,7 @@ pub use self::{
     wire::Kept,
 };
 use super::{MountError, MountErrorKind, device, session::Session, table};
+use crate::disk::takes_nothing;
 
 /// Most connections at a time.
 const MAX_PEERS: usize = 256;
@@ -113,7 +114,14 @@ impl Keeper {
     pub fn new(settings: Settings) -> Result<Self, MountError> {
         let path = settings.socket.as_deref();
         let failed = |e: io::Error| MountError::system(path.unwrap_or(Path::new("")), "keeper", e);
-        let listener = path.map(Listener::bind).transpose().map_err(failed)?;
+        let listener = match path.map(Listener::bind).transpose() {
+            // The server that it runs is connected already; others find no way in.
+            Err(error) if settings.server.is_some() && takes_nothing(&error) => {
+                tracing::warn!(%error, "the keeper has no socket");
+                None
+            }
+            listener => listener.map_err(failed)?,
+        };
         let mut ending = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
             ending.add(signal);

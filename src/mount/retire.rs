@@ -63,12 +63,12 @@ pub(super) fn retire(
         write(&ours, &destroy(OURS | thread))?;
     }
     let ours = Arc::new(ours);
-    let (relay, device) = (ours.clone(), device.clone());
+    let (relay, kernel) = (ours.clone(), device.clone());
     let (done, answered) = mpsc::sync_channel(1);
     std::thread::Builder::new()
         .name("hearth-retire".into())
         .spawn(move || {
-            pass_on(&relay, &device);
+            pass_on(&relay, &kernel);
             done.send(())
         })?;
     // SAFETY: the number is open, see above.
@@ -85,6 +85,7 @@ pub(super) fn retire(
         tracing::warn!("requests that wait for content are left to the next server");
     }
     // From here on nothing that this process does reaches the kernel or the next server.
+    device.leave();
     server.state.freeze();
     let _ = shutdown(std::os::fd::AsRawFd::as_raw_fd(&*ours), Shutdown::Both);
     Ok(())

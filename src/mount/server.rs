@@ -80,8 +80,8 @@ impl Server {
     }
 
     /// Takes over what predecessors have noted as open, if there were any. Returns the inodes whose pages
-    /// are to be dropped: their content has been verified since they were opened, but nobody may have
-    /// been there to say that it had been wrong before. What is not verified yet is watched.
+    /// are to be dropped: the predecessor may have served them bytes that nobody has verified, and
+    /// that this process would take for those that it serves itself.
     pub(super) fn succeed(self: &Arc<Self>, device: &Arc<Device>) -> Vec<u64> {
         let before = self.state.next_server();
         if before == 0 {
@@ -101,13 +101,11 @@ impl Server {
                 Kind::Cached | Kind::Passthrough(_) => {}
             }
             let ino = entry.ino;
+            if entry.kind == Kind::Cached {
+                cached.push(ino);
+            }
             let body = || match self.view.open(ino, false) {
-                Ok(Opened::Body(body)) => {
-                    if entry.kind == Kind::Cached && body.is_verified() {
-                        cached.push(ino);
-                    }
-                    Some(body)
-                }
+                Ok(Opened::Body(body)) => Some(body),
                 Ok(Opened::Upper) => None,
                 Err(error) => {
                     tracing::warn!(ino, %error, "what is open cannot be opened again yet");
@@ -118,6 +116,8 @@ impl Server {
             let wrap = |id| device.backing(id);
             self.opens.restore(slot, entry, body, wrap, watch);
         }
+        cached.sort_unstable();
+        cached.dedup();
         cached
     }
 

@@ -14,7 +14,10 @@ use std::{
     ops::RangeInclusive,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use fuser::BackingId;
@@ -53,7 +56,11 @@ nix::ioctl_write_ptr!(backing_close, 229, 2, u32);
 
 /// A connection to the kernel.
 #[derive(Debug)]
-pub(super) struct Device(OwnedFd);
+pub(super) struct Device {
+    fd: OwnedFd,
+    /// What is open belongs to the next server.
+    left: AtomicBool,
+}
 
 /// A file that the kernel reads by itself, by its backing id; closed when dropped, unless the device
 /// has been let go before.
@@ -75,11 +82,18 @@ pub(super) struct Session {
 
 impl Device {
     pub(super) fn new(fd: OwnedFd) -> Self {
-        Self(fd)
+        let left = AtomicBool::new(false);
+        Self { fd, left }
     }
 
     pub(super) fn fd(&self) -> io::Result<OwnedFd> {
-        self.0.try_clone()
+        self.fd.try_clone()
+    }
+
+    /// From here on this process closes nothing that it had the kernel open: to the next server that
+    /// would be an id that is not there, and each open of the file an error.
+    pub(super) fn leave(&self) {
+        self.left.store(true, Ordering::SeqCst);
     }
 
     pub(super) fn open_backing(self: &Arc<Self>, file: &std::fs::File) -> io::Result<Backing> {
@@ -96,7 +110,7 @@ impl Device {
 
 impl AsFd for Device {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
@@ -111,8 +125,11 @@ impl Drop for Backing {
         let Some(device) = self.device.upgrade() else {
             return;
         };
+        if device.left.load(Ordering::SeqCst) {
+            return;
+        }
         // SAFETY: FUSE_DEV_IOC_BACKING_CLOSE reads one u32, which lives until it returns.
-        let closed = unsafe { backing_close(device.0.as_raw_fd(), &raw const self.id) };
+        let closed = unsafe { backing_close(device.fd.as_raw_fd(), &raw const self.id) };
         if let Err(error) = closed {
             tracing::debug!(%error, id = self.id, "a backing file could not be closed");
         }
@@ -285,7 +302,7 @@ pub(super) fn drop_pages(device: &Device, inodes: RangeInclusive<u64>) -> io::Re
     let mut message = [0u8; OUT_HEADER + 24];
     message[..4].copy_from_slice(&((OUT_HEADER + 24) as u32).to_ne_bytes());
     message[4..8].copy_from_slice(&NOTIFY_INVAL_INODE.to_ne_bytes());
-    let fd = device.0.as_raw_fd();
+    let fd = device.fd.as_raw_fd();
     // SAFETY: the child makes system calls only, on numbers and on memory that are its own.
     match unsafe { fork() }? {
         // SAFETY: as above. It keeps no fd but this one: no lock, and no connection to the keeper.

@@ -18,7 +18,10 @@ use std::{
     fs::File,
     ops::Range,
     path::Path,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering, fence},
+    },
 };
 
 use parking_lot::{Mutex, MutexGuard};
@@ -279,12 +282,21 @@ impl Partial {
     /// partial stays readable. One load while it is unfinished.
     ///
     /// # Errors
-    /// As [`Store::complete`].
+    /// As [`Store::complete`]; [`StoreErrorKind::NotFound`] where it was finished and removed since.
     pub fn completed(&self) -> Result<Option<Arc<Complete>>> {
-        if self.live.finished() {
-            return self.store.complete_sized(&self.id, self.size);
+        match self.live.finished() {
+            true => self.done().map(Some),
+            false => Ok(None),
         }
-        Ok(None)
+    }
+
+    /// The complete object of what is finished.
+    fn done(&self) -> Result<Arc<Complete>> {
+        let complete = self.store.complete_sized(&self.id, self.size)?;
+        complete.ok_or_else(|| {
+            let message = format!("object {} was completed and removed since", self.id);
+            StoreError::new(StoreErrorKind::NotFound, message)
+        })
     }
 
     /// Reserves disk space for the whole object (fallocate).
@@ -345,10 +357,7 @@ impl Partial {
         let state = self.lock_state()?;
         if self.live.finished() {
             drop((state, structure));
-            return self.completed()?.ok_or_else(|| {
-                let message = format!("object {} was completed and removed since", self.id);
-                StoreError::new(StoreErrorKind::NotFound, message)
-            });
+            return self.done();
         }
         if self.live.generation() != generation {
             let message = format!("object {} changed while it was verified", self.id);
@@ -429,15 +438,19 @@ impl Partial {
         Ok(())
     }
 
-    /// Content turned out wrong: all chunks absent again, durably.
+    /// The content of `generation` turned out wrong: all chunks absent again, durably. Does nothing
+    /// where the generation is another by now: what was wrong is gone.
     ///
     /// # Errors
     /// [`StoreErrorKind::InUse`] where it is complete already, and what the disk says.
-    pub fn discard(&self) -> Result<()> {
+    pub fn discard(&self, generation: u32) -> Result<()> {
         let _state = self.lock_state()?;
         if self.live.finished() {
             let message = format!("object {} is complete: it cannot be discarded", self.id);
             return Err(StoreError::new(StoreErrorKind::InUse, message));
+        }
+        if self.live.generation() != generation {
+            return Ok(());
         }
         // Before any chunk is written anew: the map must not speak of what will be half written.
         if self.store.disk.unlink(&self.paths.map)? {
@@ -465,10 +478,15 @@ impl Partial {
         Err(error.into())
     }
 
-    /// Makes chunks absent. Before: whoever finds some of them gone sees another generation. After:
-    /// nobody takes those that were still there for chunks of the generation that stays.
+    /// Makes chunks absent, in a generation of its own, which is odd. Before: whoever finds some of them
+    /// gone sees another generation. After: nobody takes those that were still there for chunks of the
+    /// generation that stays.
     fn make_absent(&self, chunks: impl Iterator<Item = u64>) {
-        self.live.next_generation();
+        if self.live.generation().is_multiple_of(2) {
+            self.live.next_generation();
+        }
+        // As in `fill`: who says of a chunk after this that it is here sees the generation.
+        fence(Ordering::SeqCst);
         chunks.for_each(|index| self.live.clear(index));
         self.live.next_generation();
     }
@@ -478,10 +496,16 @@ impl Partial {
         let data = self.data.file();
         lock_span(data, &STATE, Span::Exclusive, true)
             .map_err(|e| StoreError::io(self.paths.data.display(), &e))?;
-        Ok(StateLock {
+        let lock = StateLock {
             data,
             _threads: threads,
-        })
+        };
+        // Whoever was making chunks absent died over it.
+        if !self.live.generation().is_multiple_of(2) && !self.live.finished() {
+            let durable = self.durable()?;
+            self.make_absent((0..self.chunks()).filter(|&index| !durable.get(index)));
+        }
+        Ok(lock)
     }
 }
 

@@ -127,7 +127,7 @@ impl Live {
         self.chunk_words().len() as u64
     }
 
-    /// How often chunks were made absent.
+    /// Changes when chunks are made absent; odd while they are.
     pub(super) fn generation(&self) -> u32 {
         self.map.words()[GENERATION].load(Ordering::Acquire)
     }

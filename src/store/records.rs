@@ -356,9 +356,16 @@ impl Store {
             });
         }
         // Where nothing can be written, nothing can be evicted.
-        let lock = match self.writable {
-            true => self.lock_removable(&self.hold_path(reference), Span::Shared, true)?,
-            false => None,
+        let (lock, written) = match self.writable {
+            true => match self.lock_removable(&self.hold_path(reference), Span::Shared, true) {
+                // The disk has become so since. It may be mended while this is held.
+                Err(error) if error.errno() == Some(libc::EROFS) => {
+                    let path = self.hold_path(reference);
+                    (self.lock_there(&path, Span::Shared, true)?, false)
+                }
+                lock => (lock?, true),
+            },
+            false => (None, false),
         };
         let Some(record) = self.read_record(&path)? else {
             return Err(missing());
@@ -367,7 +374,7 @@ impl Store {
             true => Some(self.lock_tree(&record.digest, Span::Shared, true)?),
             false => None,
         };
-        if self.writable {
+        if written {
             self.disk.touch(&path)?;
         }
         Ok(Hold {
@@ -412,8 +419,12 @@ impl Store {
         how: Span,
         wait: bool,
     ) -> Result<Option<FileLock>> {
-        let path = self.tree_path(digest);
-        let file = match self.disk.open(&path, Open::Read) {
+        self.lock_there(&self.tree_path(digest), how, wait)
+    }
+
+    /// Locks a file that is only read; `None` where it is missing, or taken and `wait` is false.
+    fn lock_there(&self, path: &Path, how: Span, wait: bool) -> Result<Option<FileLock>> {
+        let file = match self.disk.open(path, Open::Read) {
             Ok(file) => file,
             Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
             Err(error) => return Err(error.into()),

@@ -1,10 +1,6 @@
 //! The fetch engine over a scripted source: every fault, and no wrong byte.
 
-use std::{
-    ops::Range,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use hearth::{
     digest::{Digest, ObjectId},
@@ -148,15 +144,16 @@ async fn many_readers_of_one_chunk_make_one_request() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bytes_are_served_as_they_arrive() {
-    // A chunk takes 16 x 50 ms; its first bytes are served after the first frame.
-    let bed = Bed::new(Scripted::new(4 * MIB).paced(64 << 10, Duration::from_millis(50)));
-    let started = Instant::now();
-    check_read(&bed.handle(), &bed.source, 100..5000).await;
-    assert!(
-        started.elapsed() < Duration::from_millis(600),
-        "{:?}",
-        started.elapsed()
-    );
+    // The rest of the chunk comes much later.
+    let config = Config {
+        stall_timeout: Duration::from_secs(60),
+        ..config()
+    };
+    let source = Scripted::new(4 * MIB).script([Some(Fault::Hold(64 << 10))]);
+    let bed = Bed::with(source, config);
+    let handle = bed.handle();
+    check_read(&handle, &bed.source, 100..5000).await;
+    assert_eq!(handle.present_bytes(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -222,17 +219,16 @@ async fn an_origin_that_is_down_is_given_up_after_the_patience() {
     };
     let down = vec![Some(Fault::Refuse(SourceErrorKind::Unavailable)); 1000];
     let bed = Bed::with(Scripted::new(3 * MIB).script(down), config);
-    let started = Instant::now();
     let error = bed.handle().read(0, 10).await.unwrap_err();
     assert_eq!(error.kind(), FetchErrorKind::Unavailable);
     assert!(error.to_string().contains("weights.bin"), "{error}");
-    assert!(started.elapsed() < Duration::from_secs(5));
+    assert!(bed.source.requests().len() < 100);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn trouble_shows_while_it_lasts() {
     for size in [1000, 3 * MIB] {
-        let down = vec![Some(Fault::Refuse(SourceErrorKind::Unavailable)); 3];
+        let down = vec![Some(Fault::Refuse(SourceErrorKind::Unavailable)); 5];
         let bed = Bed::new(Scripted::new(size).script(down));
         let handle = bed.handle();
         assert_eq!(handle.trouble(), None);
@@ -364,13 +360,12 @@ async fn demand_does_not_wait_for_background_work() {
     });
     tokio::time::sleep(Duration::from_millis(200)).await;
     for chunk in [60, 3, 31] {
-        let started = Instant::now();
         check_read(&handle, &bed.source, chunk * MIB..chunk * MIB + 1000).await;
         assert!(
-            started.elapsed() < Duration::from_millis(500),
-            "{:?}",
-            started.elapsed()
+            handle.present_bytes() < 60 * MIB as u64,
+            "it comes out of turn"
         );
+        assert!(!background.is_finished());
     }
     background.abort();
 }
@@ -389,9 +384,15 @@ async fn an_interrupted_warm_goes_on_where_it_stopped() {
         );
     }
     // What was in flight lands.
-    tokio::time::sleep(Duration::from_millis(2500)).await;
     let store = open(bed.dir.path());
-    let present = store.present_bytes(&object.id, object.size);
+    let mut present = 0;
+    loop {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let before = std::mem::replace(&mut present, store.present_bytes(&object.id, object.size));
+        if before == present && hearth::metrics::global().fetch_connections.get() == 0 {
+            break;
+        }
+    }
     assert!(present > 0 && present < object.size, "{present}");
     let before = bed.asked();
     let engine = Engine::new(store, config());
@@ -428,6 +429,77 @@ async fn two_engines_on_one_store_share_the_work() {
     let (a, b) = tokio::join!(mine.ensure(Class::Warm), theirs.ensure(Class::Warm));
     assert_eq!(a.unwrap().digest, b.unwrap().digest);
     assert!(bed.asked() <= 36 * MIB as u64, "{} asked", bed.asked());
+}
+
+/// The chunk to be hashed next is another process's, which dies when much of what follows is here.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gap_that_nobody_fills_any_more_is_filled() {
+    let bed = Bed::new(Scripted::new(170 * MIB));
+    let (other, object) = (open(bed.dir.path()), bed.source.object());
+    let partial = other.partial(&object.id, object.size).unwrap();
+    let lease = partial.claim(1..2).unwrap().unwrap();
+    let handle = bed.handle();
+    let warm = tokio::spawn({
+        let handle = Arc::clone(&handle);
+        async move { handle.ensure(Class::Warm).await }
+    });
+    while handle.present_bytes() < 130 * MIB as u64 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop((lease, partial));
+    warm.await.unwrap().unwrap();
+    assert_eq!(bed.asked(), object.size);
+}
+
+/// Chunks stay in memory for whoever reads on; not once another process has found them wrong.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_process_discards_is_not_served_from_memory() {
+    let bed = Bed::new(Scripted::new(8 * MIB));
+    let handle = bed.handle();
+    bed.source.serve_wrong_bytes(true);
+    handle.prefetch(0..3 * MIB as u64).await.unwrap();
+    let read = handle.read(0, 1000).await.unwrap();
+    assert!(read != bed.source.data.slice(0..1000), "not verified yet");
+    let (other, object) = (open(bed.dir.path()), bed.source.object());
+    let partial = other.partial(&object.id, object.size).unwrap();
+    partial.discard(partial.generation()).unwrap();
+    bed.source.serve_wrong_bytes(false);
+    for chunk in 0..3 {
+        check_read(&handle, &bed.source, chunk * MIB..chunk * MIB + 1000).await;
+    }
+    bed.check_whole().await;
+}
+
+/// The first part of a chunk was served, then its body broke for good; it comes from another one.
+/// Nobody has verified that part, so whoever keeps it is told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_served_of_a_broken_body_is_not_vouched_for() {
+    for broken in [true, false] {
+        let config = Config {
+            stall_timeout: Duration::from_secs(2),
+            ..config()
+        };
+        let refused = Fault::Refuse(SourceErrorKind::NotFound);
+        let faults = [Fault::Hold(100_000), refused, refused].map(|fault| broken.then_some(fault));
+        let bed = Bed::with(Scripted::new(3 * MIB).script(faults), config);
+        bed.source.serve_wrong_bytes(broken);
+        let handle = bed.handle();
+        let told = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        handle.on_wrong({
+            let told = Arc::clone(&told);
+            move || {
+                told.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }
+        });
+        let first = handle.read(0, 1000).await.unwrap();
+        assert_eq!(first != bed.source.data.slice(0..1000), broken);
+        assert_eq!(handle.read(900_000, 1000).await.is_err(), broken);
+        bed.source.serve_wrong_bytes(false);
+        while handle.read(2 * MIB as u64, 10).await.is_err() {}
+        bed.check_whole().await;
+        let told = told.load(std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(told > 0, broken);
+    }
 }
 
 mod model {

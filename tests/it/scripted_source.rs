@@ -28,6 +28,8 @@ pub(crate) enum Fault {
     Break(u64),
     /// The body just ends after this many bytes.
     Short(u64),
+    /// After this many bytes nothing comes any more.
+    Hold(u64),
     /// The body goes on for longer than asked.
     Long,
     /// The first byte of the body is wrong.
@@ -143,7 +145,7 @@ impl Source for Scripted {
             .data
             .slice(range.start as usize..range.end as usize)
             .to_vec();
-        let mut broken = false;
+        let (mut broken, mut held) = (false, false);
         match fault {
             None => {}
             Some(Fault::Refuse(kind)) => return Err(SourceError::new(kind, what, "scripted")),
@@ -153,6 +155,10 @@ impl Source for Scripted {
                 broken = true;
             }
             Some(Fault::Short(at)) => body.truncate(at as usize),
+            Some(Fault::Hold(at)) => {
+                body.truncate(at as usize);
+                held = true;
+            }
             Some(Fault::Long) => body.push(0),
             Some(Fault::Flip) => body[0] ^= 1,
             Some(Fault::FlipBit(bit)) => {
@@ -182,6 +188,9 @@ impl Source for Scripted {
             }
             frame
         });
-        Ok(frames.boxed())
+        Ok(match held {
+            true => frames.chain(stream::pending()).boxed(),
+            false => frames.boxed(),
+        })
     }
 }

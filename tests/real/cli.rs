@@ -419,15 +419,22 @@ fn assert_same(one: &str, other: &Path) {
     assert_eq!(done.ok(), "");
 }
 
-/// Waits until a background process has ended (a zombie has, whoever its parent is).
+/// Waits until a background process has ended, with all its threads (a zombie has, whoever its parent is).
 fn assert_ended(pid: u64) {
     let begun = Instant::now();
+    let runs = |thread: fs::DirEntry| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        !(stat.is_empty() || stat.contains(") Z ") || stat.contains(") X "))
+    };
     loop {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        if stat.is_empty() || stat.contains(") Z ") || stat.contains(") X ") {
+        let threads = fs::read_dir(format!("/proc/{pid}/task"));
+        if !threads.into_iter().flatten().flatten().any(runs) {
             return;
         }
-        assert!(begun.elapsed() < Duration::from_secs(5), "{pid} still runs");
+        assert!(
+            begun.elapsed() < Duration::from_secs(30),
+            "{pid} still runs"
+        );
         std::thread::sleep(Duration::from_millis(10));
     }
 }

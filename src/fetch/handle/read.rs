@@ -100,7 +100,7 @@ impl Handle {
         {
             engine
                 .queue
-                .read_ahead(&me, partial, chunk::covering(&ahead));
+                .read_ahead(&engine, &me, partial, chunk::covering(&ahead));
         }
     }
 
@@ -192,6 +192,7 @@ impl Handle {
                 let since = *elsewhere_since.get_or_insert_with(Instant::now);
                 if since.elapsed() > OTHER_PROCESS_PATIENCE {
                     // It may be slow, or stopped: no reader waits for that.
+                    self.streamed.store(true, Ordering::Relaxed);
                     let data = self.receive(piece.clone(), Class::Demand).await?;
                     out.copy_from_slice(&data);
                     return Ok(());
@@ -231,12 +232,20 @@ impl Handle {
     ) -> Result<bool, FetchError> {
         if self.served.load(Ordering::Relaxed) == NOTHING_SERVED {
             let generation = u64::from(partial.generation());
-            self.served.store(generation, Ordering::Relaxed);
+            // The first stays: another reader may be about to copy bytes of that.
+            let _ = self.served.compare_exchange(
+                NOTHING_SERVED,
+                generation,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
         }
         let start = index * CHUNK_SIZE;
         let within = (piece.start - start) as usize..(piece.end - start) as usize;
         let in_memory = self.in_memory.lock().get(&index).cloned();
-        if let Some(buf) = in_memory
+        // Another process may have discarded them.
+        if let Some((generation, buf)) = in_memory
+            && generation == partial.generation()
             && let Some(arrived) = buf.filled().get(within)
         {
             out.copy_from_slice(arrived);
@@ -300,7 +309,11 @@ impl Handle {
         let chunks = lease.chunks();
         if chunks.end > end && end > chunks.start {
             drop(lease.split_off(end));
-            engine.queue.read_ahead(self, partial, end..chunks.end);
+            let flight = self.launch(engine, lease, Class::Demand);
+            engine
+                .queue
+                .read_ahead(engine, self, partial, end..chunks.end);
+            return flight;
         }
         self.launch(engine, lease, Class::Demand)
     }

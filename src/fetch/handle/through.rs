@@ -2,7 +2,7 @@
 
 use std::{
     ops::Range,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -88,7 +88,14 @@ impl Handle {
                 "the disk is full, and nothing may be served before it is stored and verified";
             return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
         }
-        let data = self.receive(bytes, Class::Demand).await?;
+        self.streamed.store(true, Ordering::Relaxed);
+        let data = self.receive(bytes.clone(), Class::Demand).await?;
+        // Complete since: who made it so may not have known of this reader.
+        if self.complete().is_some()
+            && let Ok(read) = self.read_complete(bytes.start, data.len())
+        {
+            return Ok(read);
+        }
         metrics::global()
             .fetch_streamed_bytes
             .add(data.len() as u64);

@@ -22,7 +22,7 @@ use crate::{
     },
     metrics,
     source::{SourceError, SourceErrorKind},
-    store::{Complete, Partial},
+    store::{Complete, Partial, StoreErrorKind},
 };
 
 /// How long content that was wrong twice is not fetched again; doubles each time.
@@ -60,6 +60,7 @@ impl Handle {
             },
             State::Partial(partial) => partial,
         };
+        let mut lost = false;
         loop {
             // Before the look at the hold-off: content that is found wrong after it is another
             // generation, which this turn does not fetch.
@@ -79,6 +80,15 @@ impl Handle {
                     if error.kind() == FetchErrorKind::Corrupt && !self.was_wrong_twice() =>
                 {
                     tracing::warn!(object = %self.id(), %error, "fetching again");
+                }
+                // The disk has lost pages: once is an accident.
+                Err(error)
+                    if error.kind() == FetchErrorKind::Disk
+                        && partial.generation() != generation
+                        && !lost =>
+                {
+                    tracing::warn!(object = %self.id(), %error, "fetching again what the disk lost");
+                    lost = true;
                 }
                 Err(error) => return Err(error),
             }
@@ -146,6 +156,10 @@ impl Handle {
     /// Whether all that readers can have been served is what `complete` has. Where that cannot be told
     /// it is not.
     fn served_as_in(&self, complete: &Complete, partial: &Partial) -> bool {
+        // Past the store: nobody has verified that.
+        if self.streamed.load(Ordering::Relaxed) {
+            return false;
+        }
         let served = self.served.load(Ordering::Relaxed);
         if served == NOTHING_SERVED {
             return true;
@@ -154,13 +168,17 @@ impl Handle {
         if served != u64::from(partial.generation()) {
             return false;
         }
+        // A chunk may have been served in part from a body that broke, and come from another since.
+        if self.torn.load(Ordering::Relaxed) {
+            return false;
+        }
         let inode = |file: &File| file.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
         if inode(complete.file()).is_some_and(|one| inode(partial.file()) == Some(one)) {
             return true;
         }
         // It came by another way: nobody has verified what was served, and now nobody will.
         // Pieces of chunks that are not in the store may have been served, too.
-        if self.torn.load(Ordering::Relaxed) || !self.in_memory.lock().is_empty() {
+        if !self.in_memory.lock().is_empty() {
             return false;
         }
         let (mut here, mut there) = (Vec::new(), Vec::new());
@@ -273,7 +291,9 @@ impl Handle {
             };
             drop(slot);
             match judge_bytes(&self.object, &data) {
-                Verdict::Bad { expected, found } => wrong = Some(self.poison(&expected, &found)),
+                Verdict::Bad {
+                    expected, found, ..
+                } => wrong = Some(self.poison(&expected, &found)),
                 Verdict::Good(..) => {
                     // Who reads it need not wait for the disk; nor does memory fill up with what
                     // that is too slow for.
@@ -370,25 +390,34 @@ impl Handle {
         if !self.all_present(partial) {
             return Ok(None);
         }
-        match self
-            .verifier
-            .judge(&self.object, partial, self.is_read())
-            .map_err(failed)?
-        {
-            Verdict::Good(digest, generation) => {
+        let verdict = self.verifier.judge(&self.object, partial, self.is_read());
+        match verdict.map_err(failed)? {
+            None => Ok(None),
+            Some(Verdict::Good(digest, generation)) => {
                 let complete = match partial.finish(digest, generation) {
                     Ok(complete) => complete,
-                    Err(_) if partial.generation() != generation => return Ok(None),
+                    Err(error)
+                        if error.kind() == StoreErrorKind::Invalid
+                            && partial.generation() != generation =>
+                    {
+                        return Ok(None);
+                    }
                     Err(error) => return Err(failed(error)),
                 };
                 metrics::global().store_objects_completed.add(1);
                 self.completed(&complete, partial);
                 Ok(Some(complete))
             }
-            Verdict::Bad { expected, found } => {
+            // What was hashed is gone: of what is here now it says nothing.
+            Some(Verdict::Bad { generation, .. }) if generation != partial.generation() => Ok(None),
+            Some(Verdict::Bad {
+                expected,
+                found,
+                generation,
+            }) => {
                 let error = self.poison(&expected, &found);
                 self.in_memory.lock().clear();
-                let discarded = partial.discard();
+                let discarded = partial.discard(generation);
                 // Also where that failed: what has been served was wrong.
                 self.call_wrong();
                 discarded.map_err(failed)?;
@@ -429,7 +458,7 @@ impl Handle {
         self.poisoned.store(false, Ordering::Relaxed);
         self.wake();
         if !self.served_as_in(complete, partial) {
-            tracing::warn!(object = %self.id(), path = %self.name, "what was read of it was wrong");
+            tracing::warn!(object = %self.id(), path = %self.name, "what was read of it was not verified: the kernel drops that");
             self.call_wrong();
         }
     }

@@ -22,6 +22,7 @@ use tokio::{
     time::timeout,
 };
 use url::Url;
+use zeroize::Zeroizing;
 
 pub(super) use self::challenge::Challenge;
 use super::{
@@ -100,8 +101,8 @@ pub(super) struct Gate<'a> {
 
 #[derive(Deserialize)]
 struct Token {
-    token: Option<String>,
-    access_token: Option<String>,
+    token: Option<Zeroizing<String>>,
+    access_token: Option<Zeroizing<String>>,
     expires_in: Option<f64>,
 }
 
@@ -407,7 +408,8 @@ impl Gate<'_> {
             _ => error,
         })?;
         // The error of the parser could show the token.
-        let answer: Option<Token> = serde_json::from_slice(&document.body).ok();
+        let body = Zeroizing::new(document.body);
+        let answer: Option<Token> = serde_json::from_slice(&body).ok();
         let life = answer.as_ref().and_then(|answer| answer.expires_in);
         let token = answer.and_then(|answer| {
             let given = answer.token.filter(|token| !token.is_empty());
@@ -421,7 +423,7 @@ impl Gate<'_> {
             Some(life) if life.is_finite() && life > 0.0 => life.min(MAX_LIFE as f64),
             _ => DEFAULT_LIFE as f64,
         };
-        let auth = Auth::bearer(self.base, &Secret::new(token)).ok_or_else(unusable)?;
+        let auth = Auth::bearer(self.base, &Secret::new(token.as_str())).ok_or_else(unusable)?;
         Ok(grant(Some(auth), Some(Duration::from_secs_f64(life))))
     }
 }

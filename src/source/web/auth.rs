@@ -2,6 +2,7 @@
 
 use reqwest::header::HeaderValue;
 use url::Url;
+use zeroize::Zeroizing;
 
 use super::root_cause;
 use crate::{
@@ -66,7 +67,8 @@ impl Auth {
     /// `Authorization: Bearer token` for the origin of `url`; `None` where the token has bytes that
     /// no header can hold.
     pub(crate) fn bearer(url: &Url, token: &Secret) -> Option<Self> {
-        let mut value = HeaderValue::from_str(&format!("Bearer {}", token.expose())).ok()?;
+        let text = Zeroizing::new(format!("Bearer {}", token.expose()));
+        let mut value = HeaderValue::from_str(&text).ok()?;
         value.set_sensitive(true);
         Some(Self {
             origin: url.origin(),

@@ -1,6 +1,13 @@
 //! Claims and writes: who fills which chunks.
 
-use std::{collections::BTreeMap, ops::Range, sync::Arc, sync::atomic::Ordering};
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{Ordering, fence},
+    },
+};
 
 use super::Partial;
 use crate::{
@@ -88,6 +95,8 @@ impl Partial {
                 self.data.write_at(&data[done..], offset + done as u64)?;
             }
             chunks.clone().for_each(|index| self.live.set(index));
+            // Either `make_absent` clears these after this, or its generation is seen here.
+            fence(Ordering::SeqCst);
             if self.generation() == generation {
                 return Ok(());
             }

@@ -271,7 +271,7 @@ fn a_discarded_object_never_comes_back() {
         let partial = store.partial(&id, bytes.len() as u64).unwrap();
         fill(&partial, &content(3, MIB + 5000), WriteMode::Cached);
         partial.checkpoint().unwrap();
-        partial.discard().unwrap();
+        partial.discard(partial.generation()).unwrap();
         expected
             .lock()
             .unwrap()

@@ -151,7 +151,7 @@ fn run(ops: Vec<Op>) {
                 }
             }
             Op::Discard { who } => {
-                let discarded = partials[who].discard();
+                let discarded = partials[who].discard(partials[who].generation());
                 assert_eq!(discarded.is_ok(), !model.complete);
                 if !model.complete {
                     model.present = [false; CHUNKS as usize];

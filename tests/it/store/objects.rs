@@ -64,7 +64,10 @@ fn an_object_is_filled_finished_and_found() {
         assert_eq!(mode & 0o7777, 0o444);
         assert!(partial.completed().unwrap().is_some());
         assert!(partial.claim(0..4).unwrap().is_none());
-        assert_eq!(partial.discard().unwrap_err().kind(), StoreErrorKind::InUse);
+        assert_eq!(
+            partial.discard(0).unwrap_err().kind(),
+            StoreErrorKind::InUse
+        );
         assert!(partial.finish(digest, partial.generation()).is_ok());
     }
     let left: Vec<_> = fs::read_dir(store.root().join("partial"))
@@ -190,7 +193,7 @@ fn discarded_chunks_are_absent_for_all() {
     let theirs = two.partial(&id, bytes.len() as u64).unwrap();
     fill(&ours, &content(7, 3 * MIB), WriteMode::Cached);
     ours.checkpoint().unwrap();
-    theirs.discard().unwrap();
+    theirs.discard(theirs.generation()).unwrap();
     assert_eq!(ours.present_bytes(), 0);
     drop((ours, theirs));
     let again = one.partial(&id, bytes.len() as u64).unwrap();
@@ -199,6 +202,61 @@ fn discarded_chunks_are_absent_for_all() {
     again
         .finish(Digest::of(&bytes), again.generation())
         .unwrap();
+}
+
+/// Who has hashed a generation that another process has discarded since says nothing of what is here.
+#[test]
+fn a_verdict_on_what_is_gone_discards_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (open(dir.path()), open(dir.path()));
+    let bytes = content(5, 3 * MIB);
+    let id = ObjectId::located("late", "1", bytes.len() as u64);
+    let [ours, theirs] = [&one, &two].map(|s| s.partial(&id, bytes.len() as u64).unwrap());
+    fill(&ours, &content(6, bytes.len()), WriteMode::Cached);
+    let hashed = theirs.generation();
+    ours.discard(ours.generation()).unwrap();
+    fill(&ours, &bytes, WriteMode::Cached);
+    theirs.discard(hashed).unwrap();
+    assert!(ours.all_present());
+    let late = theirs.finish(Digest::of(&bytes), hashed).unwrap_err();
+    assert_eq!(late.kind(), StoreErrorKind::Invalid);
+    ours.finish(Digest::of(&bytes), ours.generation()).unwrap();
+}
+
+/// A process dies while it makes chunks absent: some are gone, others not yet.
+#[test]
+fn who_dies_while_chunks_are_made_absent_leaves_what_is_durable() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let bytes = content(7, 4 * MIB);
+    let id = ObjectId::located("half", "1", bytes.len() as u64);
+    let partial = store.partial(&id, bytes.len() as u64).unwrap();
+    let commit = |index: u64| {
+        let lease = partial.claim(index..index + 1).unwrap().unwrap();
+        let data = chunk_of(&bytes, index);
+        lease.commit(index, data, WriteMode::Cached).unwrap();
+    };
+    commit(0);
+    partial.checkpoint().unwrap();
+    (1..4).for_each(commit);
+    let name = id.to_string().replace(':', "-");
+    let live = store.root().join(format!("partial/{name}.live"));
+    let live = fs::File::options().write(true).open(live).unwrap();
+    // Of the header, the generation; and the word of chunk 2.
+    let half = partial.generation() + 1;
+    live.write_all_at(&half.to_ne_bytes(), 84).unwrap();
+    live.write_all_at(&[0; 4], 128 + 4 * 2).unwrap();
+    assert_eq!(partial.generation(), half);
+    commit(2);
+    let late = partial.finish(Digest::of(&bytes), half).unwrap_err();
+    assert_eq!(late.kind(), StoreErrorKind::Invalid);
+    assert_eq!(
+        (partial.present_run(0), partial.generation()),
+        (0..1, half + 1)
+    );
+    assert_eq!(partial.present_bytes(), CHUNK_SIZE);
+    fill(&partial, &bytes, WriteMode::Cached);
+    partial.finish(Digest::of(&bytes), half + 1).unwrap();
 }
 
 /// Another reader sees, at any time, a generation and the chunks that are here. What it sees of the
@@ -228,9 +286,9 @@ fn what_is_discarded_does_not_count_for_the_next_generation() {
             drop(lease);
             let before = partial.generation();
             while seen.load(Relaxed) != before {
-                std::hint::spin_loop();
+                std::thread::yield_now();
             }
-            partial.discard().unwrap();
+            partial.discard(before).unwrap();
             let after = partial.generation();
             // Long enough for what was read before the end of `discard` to be noted.
             std::thread::sleep(std::time::Duration::from_micros(200));

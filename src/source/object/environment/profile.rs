@@ -5,6 +5,8 @@
 
 use std::{env, fs, path::PathBuf};
 
+use zeroize::{Zeroize as _, Zeroizing};
+
 /// Largest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
@@ -37,13 +39,21 @@ pub(super) fn load() -> Profile {
     profile
 }
 
-fn read(variable: &str, file: &str) -> Option<String> {
+fn read(variable: &str, file: &str) -> Option<Zeroizing<String>> {
     let path = match env::var_os(variable) {
         Some(path) => PathBuf::from(path),
         None => PathBuf::from(env::var_os("HOME")?).join(".aws").join(file),
     };
     let small = fs::metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() <= MAX_FILE);
-    small.then(|| fs::read_to_string(&path).ok()).flatten()
+    let text = small.then(|| fs::read_to_string(&path).ok()).flatten();
+    text.map(Zeroizing::new)
+}
+
+impl Drop for Profile {
+    fn drop(&mut self) {
+        self.secret_access_key.zeroize();
+        self.session_token.zeroize();
+    }
 }
 
 impl Profile {
