@@ -7,7 +7,7 @@ use super::{Node, NodeError, Progress, Resolved, blocking};
 use crate::{
     reference::{Locator, Reference},
     source::{SourceError, SourceErrorKind},
-    store::Reservation,
+    store::{Reservation, Store},
     tree::Artifact,
 };
 
@@ -37,6 +37,41 @@ impl Planned {
             Some(_) => self.bytes,
             None => self.bytes.saturating_mul(UNPACKED),
         }
+    }
+
+    /// Bytes that it will take at least: of layers none, since nothing says what they unpack to.
+    pub fn at_least(&self) -> u64 {
+        match self.artifact {
+            Some(_) => self.bytes,
+            None => 0,
+        }
+    }
+
+    /// What it is, where that is known, perhaps from a record of the same generation in the store. Blocking.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn recorded(&self, store: &Store) -> Result<Option<Arc<Artifact>>, NodeError> {
+        if let Some(artifact) = &self.artifact {
+            return Ok(Some(Arc::clone(artifact)));
+        }
+        let known = store.artifact(&self.reference)?;
+        let same = known.filter(|(record, _)| record.revision == self.revision);
+        Ok(same.map(|(_, artifact)| Arc::new(artifact)))
+    }
+
+    /// Bytes, at most, usually, of the files in its layers whose indexes the store has. Blocking.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn known_layers(&self, store: &Store) -> Result<u64, NodeError> {
+        let mut bytes = 0u64;
+        for (layer, size) in &self.layers {
+            if store.has_index(layer)? {
+                bytes = bytes.saturating_add(size.saturating_mul(UNPACKED));
+            }
+        }
+        Ok(bytes)
     }
 }
 

@@ -15,9 +15,7 @@ use super::{
 use bytes::Bytes;
 use hearth::{
     disk::{Disk, DiskFile, Open, RealDisk, Result as DiskResult, Space, Stat},
-    store::{
-        Bake, CollectOptions, StoreErrorKind, TierConfig, TierMode, VerifyReport, VerifyScope,
-    },
+    store::{Bake, CollectOptions, StoreErrorKind, TierConfig, VerifyReport, VerifyScope},
 };
 
 /// A store with the tiers `names` of `dir`.
@@ -27,11 +25,10 @@ fn over(dir: &Path, names: &[&str]) -> Arc<Store> {
 }
 
 fn tiers(dir: &Path, names: &[&str]) -> Vec<TierConfig> {
-    let tier = |name: &&str| TierConfig {
-        path: dir.join(name),
-        mode: TierMode::Ro,
-    };
-    names.iter().map(tier).collect()
+    names
+        .iter()
+        .map(|name| TierConfig::at(dir.join(name)))
+        .collect()
 }
 
 /// Records an artifact of these contents, and stores them.
@@ -351,10 +348,7 @@ fn broken_tiers_are_named_and_the_rest_works() {
     let names = [
         "newer", "older", "torn", "empty", "file", "absent", "half", "good", "same", "store",
     ];
-    let relative = TierConfig {
-        path: "tier".into(),
-        mode: TierMode::Ro,
-    };
+    let relative = TierConfig::at("tier");
     let refused = Store::open_with_tiers(&dir.path().join("store"), &config(), &[relative]);
     assert!(refused.unwrap_err().to_string().contains("absolute"));
     let store = over(dir.path(), &names);
