@@ -8,6 +8,8 @@ use crate::pushed::{MANIFEST, Registry, gzip, tar};
 
 use super::*;
 
+mod disks;
+
 const OCI: &str = "application/vnd.oci.image";
 
 /// An image of one layer for each directory; its reference.
@@ -428,62 +430,6 @@ fn locks_bake_the_same_and_updates_link_what_is_there() {
     let error = baker.fails(&line(&broken, &baker.path("no"), ""));
     assert!(error.contains("version 7"), "{error}");
     assert!(!baker.path("no").exists());
-}
-
-#[test]
-fn disk_images_are_tiers_when_they_are_mounted() {
-    let (web, registry, baker) = (Web::new(), Registry::start(), Bed::new());
-    let model = web.model("m", 5, 2);
-    let root = baker.path("root");
-    write_model(&root, 2, 1, 40);
-    for at in 0..300 {
-        fs::write(root.join(format!("file-{at}")), bytes(at, at as usize)).unwrap();
-    }
-    let image = push(&registry, "1", &[&root]);
-    let images: Vec<PathBuf> = ["ext4", "erofs"]
-        .map(|format| {
-            let output = baker.path(&format!("disk.{format}"));
-            let path = output.display();
-            baker.ok(&format!(
-                "bake {model} {image} --output {path} --format {format}"
-            ));
-            let error = baker.fails(&format!("bake {model} --output {path} --format {format}"));
-            assert!(error.contains("is there already"), "{error}");
-            output
-        })
-        .into();
-    // Nothing but images is left.
-    assert_eq!(
-        files_below(baker.dir.path())
-            .iter()
-            .filter(|p| p.starts_with(&root))
-            .count()
-            + 2,
-        files_below(baker.dir.path()).len()
-    );
-    let label = Done::of(&mut tool(
-        "blkid",
-        &["-o", "value", "-s", "LABEL", images[0].to_str().unwrap()],
-    ));
-    assert_eq!(label.ok().trim(), "hearth");
-    Done::of(&mut tool("e2fsck", &["-fn", images[0].to_str().unwrap()])).ok();
-    drop((web, registry));
-    let place = Bed::new();
-    for disk in &images {
-        let at = Bind(place.path(disk.file_name().unwrap().to_str().unwrap()));
-        fs::create_dir_all(&at.0).unwrap();
-        let (from, to) = (disk.to_str().unwrap(), at.0.to_str().unwrap());
-        Done::of(&mut tool("mount", &["-o", "loop,ro", from, to])).ok();
-        let node = node(&[&at.0]);
-        let with = config(&node);
-        let dir = node.mount_dir("mnt");
-        node.ok(&format!("{with} mount {image} {dir}"));
-        assert_same(&dir, &root);
-        node.ok(&format!("{with} umount {dir}"));
-        node.ok(&format!("{with} warm {model}"));
-        node.ok(&format!("{with} verify --all"));
-        assert!(node.objects().is_empty());
-    }
 }
 
 #[test]
