@@ -278,7 +278,37 @@ async fn plan(node: &Node, wanted: &Wanted) -> anyhow::Result<Vec<Planned>> {
     Ok(asked.try_collect().await?)
 }
 
+/// A directory that is removed with all that is in it.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> anyhow::Result<Self> {
+        let name = format!("hearth-bake-{}", std::process::id());
+        let dir = std::env::temp_dir().join(name);
+        std::fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(%error, dir = %self.0.display(), "could not remove a directory");
+        }
+    }
+}
+
 fn dry_run(context: &Context, wanted: &Wanted, json: bool) -> anyhow::Result<ExitCode> {
+    // Who builds an image wants no store in it.
+    let scratch = Scratch::new()?;
+    let mut config = context.config.clone();
+    config.tiers.clear();
+    let context = &Context {
+        root: std::path::absolute(&scratch.0)?,
+        config,
+        config_path: None,
+        verbose: context.verbose,
+    };
     context.with_node(|node| async move {
         let artifacts = plan(&node, wanted).await?;
         let bytes = artifacts.iter().map(|planned| planned.bytes).sum();

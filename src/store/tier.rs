@@ -88,7 +88,7 @@ pub enum TierVerify {
     Never,
     /// Once, after it was attached for the first time.
     Once,
-    /// Again and again.
+    /// Once a day.
     Always,
 }
 

@@ -29,6 +29,8 @@ const WATCH: Duration = Duration::from_secs(5);
 const PIECE: usize = 1 << 20;
 /// Longest sleep between two looks whether to go on.
 const NAP: Duration = Duration::from_millis(500);
+/// How long a verification is good for, where that is not for ever.
+const AGAIN: Duration = Duration::from_secs(24 * 60 * 60);
 /// Parts that the objects of a store are in, by their first two digits.
 const SHARDS: u16 = 256;
 
@@ -118,7 +120,15 @@ impl Store {
             return Ok(());
         };
         let mut known = self.verified(&path);
-        if tier.config.verify == TierVerify::Once && known.finished_at.is_some() {
+        let now = || {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            now.map_or(0, |now| now.as_secs())
+        };
+        if let Some(finished_at) = known.finished_at
+            && known.shards == 0
+            && (tier.config.verify == TierVerify::Once
+                || now() < finished_at.saturating_add(AGAIN.as_secs()))
+        {
             return Ok(());
         }
         let dir = run_dir(&self.root).map(|run| run.join("verified"));
@@ -162,10 +172,9 @@ impl Store {
             known.shards += 1;
             self.write_durably(&path, &crate::store::layout::json(&known)?)?;
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let known = Verified {
             shards: 0,
-            finished_at: now.ok().map(|now| now.as_secs()),
+            finished_at: Some(now()),
         };
         self.write_durably(&path, &crate::store::layout::json(&known)?)
     }

@@ -132,6 +132,41 @@ fn what_cannot_be_mounted_leaves_nothing_behind() {
 }
 
 #[test]
+fn of_what_several_directories_have_the_first_is_read() {
+    let mut maker = Maker::new();
+    for name in ["store", "tier", "both"] {
+        maker.file(name, name, meta(0o644));
+    }
+    let bed = maker.finish();
+    let object = |root: &Path, content: &str| {
+        let hex = Digest::of(content.as_bytes()).hex();
+        root.join("sha256").join(&hex[..2]).join(&hex)
+    };
+    let (objects, tier) = (bed.objects(), bed.path("tier"));
+    for name in ["tier", "both"] {
+        let path = object(&tier, name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, name).unwrap();
+    }
+    fs::remove_file(object(&objects, "tier")).unwrap();
+    fs::write(object(&tier, "both"), "beth").unwrap();
+    let dir = bed.path("root");
+    let root = native::mount(&bed.image(), &[&objects, &tier], &dir).unwrap();
+    assert!(native::is_of_several(&dir).unwrap());
+    for name in ["store", "tier", "both"] {
+        assert_eq!(fs::read_to_string(dir.join(name)).unwrap(), name);
+    }
+    drop(root);
+    let root = bed.mount();
+    assert!(!native::is_of_several(&dir).unwrap());
+    assert!(fs::read(dir.join("tier")).is_err());
+    drop(root);
+    let many = vec![objects; 11];
+    let error = native::mount(&bed.image(), &many, &dir).unwrap_err();
+    assert!(error.to_string().contains("11 directories"), "{error}");
+}
+
+#[test]
 fn an_object_that_is_missing_fails_its_file_only() {
     let mut maker = Maker::new();
     maker.file("gone", "gone", meta(0o644));

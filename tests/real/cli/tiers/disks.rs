@@ -221,6 +221,51 @@ fn disk_images_that_cannot_be_made_are_refused_before_the_first_byte() {
 }
 
 #[test]
+fn a_bake_that_is_killed_while_its_disk_image_is_made_goes_on() {
+    let (web, baker) = (Web::new(), Bed::new());
+    let model = web.model("m", 2, 1);
+    let disk = baker.path("disk");
+    let tools = baker.path("tools");
+    fs::create_dir(&tools).unwrap();
+    // It says when it begins, and waits until it may.
+    let slow = tools.join("mkfs.erofs");
+    let script = "#!/bin/sh\n[ \"$1\" != --help ] || exec /usr/bin/mkfs.erofs --help\n\
+                  touch \"$HOME/begun\"\nwhile [ ! -e \"$HOME/go\" ]; do sleep 0.1; done\n\
+                  exec /usr/bin/mkfs.erofs \"$@\"\n";
+    fs::write(&slow, script).unwrap();
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::set_permissions(&slow, fs::Permissions::from_mode(0o755)).unwrap();
+    let line = format!("bake {model} --output {} --format erofs", disk.display());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hearth"));
+    command.args(line.split(' ')).env_remove("HEARTH_CONFIG");
+    command
+        .env("HOME", baker.dir.path())
+        .env("HEARTH_STORE", baker.store());
+    let path = std::env::var("PATH").unwrap();
+    command.env("PATH", format!("{}:{path}", tools.display()));
+    let mut bake = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("the tool", || baker.path("begun").exists());
+    bake.kill().unwrap();
+    bake.wait().unwrap();
+    assert!(!disk.exists());
+    // The tool that it has left is still there.
+    let error = baker.fails(&line);
+    assert!(error.contains("another process makes an image"), "{error}");
+    fs::write(baker.path("go"), "").unwrap();
+    web.forget();
+    wait_for("the tool to end", || baker.run(&line).code == Some(0));
+    assert_eq!(web.sent(), 0);
+    let place = Bed::new();
+    let at = mount(&disk, place.path("disk"));
+    let node = node(&[&at.0]);
+    node.ok(&format!("{} verify --all", config(&node)));
+}
+
+#[test]
 fn erofs_images_of_the_same_content_are_the_same() {
     let web = Web::new();
     let model = web.model("m", 2, 2);
