@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::{Node, NodeError, Progress, Resolved, blocking};
 use crate::{
-    reference::{Locator, Reference},
-    source::{SourceError, SourceErrorKind},
+    reference::{Locator, Platform, Reference},
+    source::{Layered, SourceError, SourceErrorKind},
     store::{Reservation, Store},
     tree::Artifact,
 };
@@ -90,6 +90,7 @@ impl Node {
         let at = at.as_ref().unwrap_or(reference);
         let name = reference.to_string();
         if let Some(layered) = self.layers(at).await? {
+            for_this_machine(reference, &layered)?;
             let sizes = layered.layers.iter().map(|layer| layer.size);
             return Ok(Planned {
                 reference: name,
@@ -185,6 +186,26 @@ fn pinned(reference: &Reference, revision: &str) -> Option<Reference> {
         _ => return None,
     }
     Some(pinned)
+}
+
+/// Fails where an image, which is for one platform only, is for another one than this machine, and nobody
+/// has said that this is meant: containerd would not run it.
+fn for_this_machine(reference: &Reference, layered: &Layered) -> Result<(), NodeError> {
+    let host = Platform::here();
+    let (Locator::Oci(oci), Some(found)) = (&reference.locator, &layered.platform) else {
+        return Ok(());
+    };
+    let fits = found.os == host.os && found.arch == host.arch;
+    if fits || oci.platform.is_some() || !layered.root.is_empty() {
+        return Ok(());
+    }
+    let name = reference.to_string();
+    let why = format!("has an image for {found}, and none for {host}, which this machine is");
+    let hint = "to bake it for other machines say ?platform=os/arch";
+    Err(NodeError::Resolve {
+        source: SourceError::new(SourceErrorKind::NotFound, &name, why).with_hint(hint),
+        reference: name,
+    })
 }
 
 /// Fails where an origin that keeps no generations has another one now.

@@ -364,14 +364,14 @@ fn label_erofs(file: &fs::File, label: &str) -> anyhow::Result<()> {
     /// Where the superblock is.
     const AT: u64 = 1024;
     const CHECKSUMMED: u8 = 1;
-    let mut head = [0; BLOCK as usize - AT as usize];
+    let mut head = vec![0; 128];
     file.read_exact_at(&mut head, AT)?;
     anyhow::ensure!(head[..4] == [0xe2, 0xe1, 0xf5, 0xe0], "it is no erofs");
     let bits = head[12];
-    anyhow::ensure!(
-        1u64.checked_shl(bits.into()) == Some(BLOCK),
-        "its blocks are of another size"
-    );
+    anyhow::ensure!((12..=16).contains(&bits), "it has blocks of 2^{bits} bytes");
+    // Its block is what the checksum is of.
+    head.resize((1 << bits) - AT as usize, 0);
+    file.read_exact_at(&mut head, AT)?;
     head[64..80].fill(0);
     head[64..64 + label.len()].copy_from_slice(label.as_bytes());
     if head[8] & CHECKSUMMED != 0 {

@@ -201,6 +201,7 @@ fn attach(device: &Device, root: &Path) -> Result<PathBuf, String> {
     let tiers = run_dir(root).map_err(io)?.join("tiers");
     let dir = tiers.join(device.name.replace('/', "!"));
     fs::create_dir_all(&dir).map_err(io)?;
+    let dir = dir.canonicalize().map_err(io)?;
     let lock = File::create(tiers.join("lock")).map_err(io)?;
     lock_file(&lock, Span::Exclusive, true).map_err(io)?;
     for (number, place) in mounts().map_err(io)? {
@@ -231,11 +232,12 @@ fn attach(device: &Device, root: &Path) -> Result<PathBuf, String> {
 /// Unmounts what is mounted below `tiers` and has lost its disk. Who has files of it open keeps them.
 fn release(tiers: &Path) {
     let known = Path::new("/sys/dev/block");
-    let (Ok(mounts), true) = (mounts(), known.exists()) else {
+    // As the kernel names it.
+    let (Ok(tiers), Ok(mounts), true) = (tiers.canonicalize(), mounts(), known.exists()) else {
         return;
     };
     for (number, place) in mounts {
-        if place.parent() == Some(tiers) && !known.join(&number).exists() {
+        if place.parent() == Some(&*tiers) && !known.join(&number).exists() {
             match umount2(&place, MntFlags::MNT_DETACH) {
                 Ok(()) => {
                     // Where it is not empty, somebody mounts the next one there.

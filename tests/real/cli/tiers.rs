@@ -14,11 +14,15 @@ const OCI: &str = "application/vnd.oci.image";
 
 /// An image of one layer for each directory; its reference.
 fn push(registry: &Registry, tag: &str, layers: &[&Path]) -> String {
+    push_for(registry, tag, layers, "amd64")
+}
+
+fn push_for(registry: &Registry, tag: &str, layers: &[&Path], architecture: &str) -> String {
     let tars = layers.iter().map(|dir| tar(dir, &["--sort=name"], &["."]));
     let tars: Vec<Vec<u8>> = tars.collect();
     let diff_ids: Vec<String> = tars.iter().map(|tar| Digest::of(tar).to_string()).collect();
     let config = json!({
-        "architecture": "amd64", "os": "linux",
+        "architecture": architecture, "os": "linux",
         "rootfs": {"type": "layers", "diff_ids": diff_ids},
     });
     let config = config.to_string();
@@ -453,4 +457,23 @@ fn what_does_not_fit_is_refused_before_the_first_byte() {
     );
     assert_eq!(sent, 0);
     unmounted.ok();
+}
+
+#[test]
+fn images_for_other_machines_are_baked_only_when_that_is_said() {
+    let (registry, baker) = (Registry::start(), Bed::new());
+    let root = baker.path("root");
+    write_model(&root, 1, 1, 1);
+    let image = push_for(&registry, "1", &[&root], "s390x");
+    let tier = baker.path("tier");
+    let error = baker.fails(&format!("bake {image} --output {}", tier.display()));
+    assert!(
+        error.contains("an image for linux/s390x") && error.contains("?platform="),
+        "{error}"
+    );
+    assert!(files_below(&tier.join("objects")).is_empty());
+    baker.ok(&format!(
+        "bake {image}?platform=linux/s390x --output {}",
+        tier.display()
+    ));
 }
