@@ -23,6 +23,7 @@ import argparse, contextlib, functools, hashlib, json, os, shutil, statistics, s
 from pathlib import Path
 from bed import BED, MODELS, Origin
 from image_bed import Containerd, Registry, Served, Step, drop, sh, unmount
+from measure import ENV
 
 PIECE = 1 << 20
 
@@ -87,7 +88,7 @@ def model_tier(a, at, row):
         row["attach"] = time.monotonic() - begun
         run, dir = config(a, at, [disk]), at / "m"; dir.mkdir()
         try:
-            sh(*run, "mount", a.reference, dir); read_all(dir, row, begun)
+            sh(*run, "mount", a.reference, dir, env=a.env); read_all(dir, row, begun)
         finally: sh(*run, "umount", dir, "--lazy", check=False)
 
 def model_cp(a, at, row):
@@ -191,7 +192,7 @@ def main():
         a.certs = base / "certs"; hosts = a.certs / a.registry.host; hosts.mkdir(parents=True)
         hosts.joinpath("hosts.toml").write_text('[host."http://127.0.0.1:5700"]\ncapabilities = ["pull", "resolve"]\n')
         a.about, images = a.registry.about(a.image), any(name.startswith("image") for name in names)
-        wanted, a.env = [f"oci://{a.registry.host}/{a.image}"] if images else [], dict(os.environ)
+        wanted, a.env = [f"oci://{a.registry.host}/{a.image}"] if images else [], dict(ENV)
         if any(name.startswith("model") for name in names):
             origin = bed.enter_context(Origin())
             a.env |= {"AWS_ENDPOINT_URL": origin.s3}; a.reference = f"s3://models/{a.model}/"
