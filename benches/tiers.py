@@ -4,7 +4,7 @@
 usage: tiers.py IMAGE [-n 5] [--cmd 'python3 /app/main.py'] [--hearth PATH] [--data DIR] [--model m4g] [--dir DIR] [case ...]
 
 IMAGE is repository:tag in the files of a docker-registry below --data, the model is one that `benches/run` has made. As root;
-needs containerd, runc, docker-registry, skopeo, umoci, erofs-utils, curl, nginx. Both are baked once, onto an erofs image, which
+needs containerd, runc, docker-registry, skopeo, umoci, erofs-utils, curl, nginx. Each is baked once, onto an erofs image, which
 is attached as a loop device. Cases, in turns, each round beginning with another:
   image-containerd  empty containerd: PullImage of the CRI, mount of a snapshot (`ready`), first start of --cmd (`start`)
   image-tier        empty containerd, empty store: `attach` of the disk, then the same, from the disk, through hearth's mirror
@@ -21,7 +21,7 @@ The page cache is dropped before each case. Figures are medians [min-max] of sec
 working directory. --sizes bakes several images that have layers in common, and prints what they take together."""
 import argparse, contextlib, functools, hashlib, json, os, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
-from bed import BED, MODELS, Origin
+from bed import BED, Origin
 from image_bed import Containerd, Registry, Served, Step, drop, sh, unmount
 from measure import ENV
 
@@ -41,8 +41,8 @@ def config(a, at, tiers=(), more=""):
     return [a.hearth, "--config", path, "--store", at / "store"]
 
 def read_all(dir, row, begun):
-    """4 KiB in the midst of the first shard, then all of them; seconds since `begun`."""
-    shards = sorted(p for p in dir.iterdir() if p.suffix == ".safetensors")
+    """4 KiB in the midst of a shard, then all of them; seconds since `begun`."""
+    shards = sorted(p for p in dir.rglob("*") if p.is_file() and p.stat().st_size > 100 * PIECE)
     with open(shards[0], "rb", buffering=0) as f: os.pread(f.fileno(), 4096, f.seek(0, 2) // 2)
     row["first"] = time.monotonic() - begun
     buf = bytearray(PIECE)
@@ -84,7 +84,7 @@ def image(a, at, row, tier):
 
 def model_tier(a, at, row):
     drop(); begun = time.monotonic()
-    with Disk(a.disk, at / "disk") as disk:
+    with Disk(a.model_disk, at / "disk") as disk:
         row["attach"] = time.monotonic() - begun
         run, dir = config(a, at, [disk]), at / "m"; dir.mkdir()
         try:
@@ -93,9 +93,9 @@ def model_tier(a, at, row):
 
 def model_cp(a, at, row):
     drop(); begun = time.monotonic()
-    with Disk(a.plain, at / "disk") as disk:
+    with Disk(a.model_disk, at / "disk") as disk:
         row["attach"] = time.monotonic() - begun
-        sh("cp", "-r", disk / a.model, at / "copy"); read_all(at / "copy", row, begun)
+        sh("cp", "-r", disk / "objects", at / "copy"); read_all(at / "copy", row, begun)
 
 def model_warm(a, at, row):
     drop(); begun, run, dir = time.monotonic(), config(a, at), at / "m"; dir.mkdir()
@@ -192,18 +192,15 @@ def main():
         a.certs = base / "certs"; hosts = a.certs / a.registry.host; hosts.mkdir(parents=True)
         hosts.joinpath("hosts.toml").write_text('[host."http://127.0.0.1:5700"]\ncapabilities = ["pull", "resolve"]\n')
         a.about, images = a.registry.about(a.image), any(name.startswith("image") for name in names)
-        wanted, a.env = [f"oci://{a.registry.host}/{a.image}"] if images else [], dict(ENV)
+        a.env, a.disk, a.model_disk = dict(ENV), base / "disk", base / "model"
+        def make(disk, reference):
+            print("baking", reference, file=sys.stderr)
+            sh(*config(a, base / "baker"), "bake", reference, "--output", disk, "--format", "erofs", env=a.env)
+        if images: make(a.disk, f"oci://{a.registry.host}/{a.image}")
         if any(name.startswith("model") for name in names):
             origin = bed.enter_context(Origin())
             a.env |= {"AWS_ENDPOINT_URL": origin.s3}; a.reference = f"s3://models/{a.model}/"
-            wanted.append(a.reference)
-        if wanted:
-            a.disk = base / "disk"
-            print("baking", *wanted, file=sys.stderr)
-            sh(*config(a, base / "baker"), "bake", *wanted, "--output", a.disk, "--format", "erofs", env=a.env)
-        if "model-cp" in names:  # the same disk, as people make it without hearth
-            (base / "plain.d").mkdir(); shutil.copytree(MODELS / a.model, base / "plain.d" / a.model)
-            a.plain = base / "plain"; sh("mkfs.erofs", "--quiet", a.plain, base / "plain.d"); shutil.rmtree(base / "plain.d")
+            make(a.model_disk, a.reference)
         for i in range(a.n):
             for name in names[i % len(names):] + names[:i % len(names)]:
                 at, row = base / f"{name}{i}", {}
