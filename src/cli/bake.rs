@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::{Context, output, parse_reference, warm};
 use crate::{
+    digest::Digest,
     fetch::Engine,
     node::{Node, NodeError, Planned, Progress},
     reference::Reference,
@@ -135,7 +136,7 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         Some(image) => {
             anyhow::ensure!(!output.exists(), "{} is there already", output.display());
             let staging = disk::staging(&output);
-            let lock = match sealed(&staging, &wanted)? {
+            let lock = match sealed(&staging, &wanted, args.reproducible)? {
                 None => bake(context, &staging, &older, &wanted, &kind)?,
                 Some(before) => Ok(before),
             };
@@ -208,7 +209,7 @@ fn bake(
 }
 
 /// The lock of a directory that was baked before, to become a disk image.
-fn sealed(staging: &Path, wanted: &Wanted) -> anyhow::Result<Option<Lock>> {
+fn sealed(staging: &Path, wanted: &Wanted, reproducible: bool) -> anyhow::Result<Option<Lock>> {
     if !Bake::is_sealed(staging).map_err(NodeError::from)? {
         return Ok(None);
     }
@@ -221,6 +222,14 @@ fn sealed(staging: &Path, wanted: &Wanted) -> anyhow::Result<Option<Lock>> {
     anyhow::ensure!(
         is_it,
         "{} holds something else: remove it",
+        staging.display()
+    );
+    // Then its id is made of the lock.
+    let identity = warm::read_text(&staging.join("hearth.json"), MAX_FROM)?;
+    let id = &Digest::of(text.as_bytes()).hex()[..32];
+    anyhow::ensure!(
+        !reproducible || identity.contains(&format!("\"id\":\"{id}\"")),
+        "{} was baked without --reproducible: remove it",
         staging.display()
     );
     Ok(Some(lock))

@@ -118,11 +118,17 @@ impl Format {
     /// Bytes that a file system takes for this.
     const fn takes(self, needs: Needs) -> u64 {
         let Needs { bytes, inodes } = needs;
-        match self {
-            Self::Ext4 => bytes + bytes / 32 + inodes * 256 + EXT4_SLACK,
-            Self::Xfs => bytes + bytes / 16 + inodes * 1024 + XFS_SLACK,
-            Self::Erofs => bytes + inodes * 128,
-        }
+        // Of bytes, of an inode, and of all.
+        let (more, inode, slack) = match self {
+            Self::Ext4 => (bytes / 32, 256, EXT4_SLACK),
+            Self::Xfs => (bytes / 16, 1024, XFS_SLACK),
+            Self::Erofs => (0, 128, 0),
+        };
+        let inodes = inodes.saturating_mul(inode);
+        bytes
+            .saturating_add(more)
+            .saturating_add(inodes)
+            .saturating_add(slack)
     }
 }
 
