@@ -51,10 +51,11 @@ class Registry:
         config = at / f"registry-{port}.yml"
         config.write_text(f"version: 0.1\nlog: {{level: warn, accesslog: {{disabled: false}}}}\n"
             f"storage: {{filesystem: {{rootdirectory: {data}, maxthreads: 100}}}}\nhttp: {{addr: '{self.host}'}}\n")
-        with open(self.log, "w") as log:
-            self.proc = subprocess.Popen([*ns, "docker-registry", "serve", config], stdout=log, stderr=log, start_new_session=True)
+        self.log.write_text(""); self.command, self.address = [*ns, "docker-registry", "serve", config], (name, port); self.start()
+    def start(self):
+        with open(self.log, "a") as log: self.proc = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
         for _ in range(200):
-            try: socket.create_connection((name, port), 1).close(); return
+            try: socket.create_connection(self.address, 1).close(); return
             except OSError: time.sleep(.05)
         raise RuntimeError(f"docker-registry did not come up, see {self.log}")
     def mark(self): return self.log.stat().st_size
@@ -82,8 +83,9 @@ def wait_for(what, ready, proc):
     raise RuntimeError(f"{what} did not come up")
 
 class Containerd:
-    """A private one, with all it has below one directory. `plugin`: a proxy snapshotter of that name, at `<at>/s.sock`."""
-    def __init__(self, at, plugin=None, cri=False):
+    """A private one, with all it has below one directory. `plugin`: a proxy snapshotter of that name, at `<at>/s.sock`;
+    `certs`: a directory of hosts.toml files, for the CRI."""
+    def __init__(self, at, plugin=None, cri=False, certs=None):
         self.at, self.plugin = at, plugin; at.mkdir(parents=True, exist_ok=True)
         off = ["io.containerd.internal.v1.opt"] + ([] if cri else ["io.containerd.grpc.v1.cri"])
         config = f"""version = 2
@@ -97,6 +99,7 @@ address = "{at}/t.sock"
 """
         if plugin: config += f'[proxy_plugins.{plugin}]\ntype = "snapshot"\naddress = "{at}/s.sock"\n'
         if cri: config += f'[plugins."io.containerd.grpc.v1.cri"]\ndisable_apparmor = true\n[plugins."io.containerd.grpc.v1.cri".containerd]\nsnapshotter = "{plugin or "overlayfs"}"\n'
+        if certs: config += f'[plugins."io.containerd.grpc.v1.cri".registry]\nconfig_path = "{certs}"\n'
         (at / "config.toml").write_text(config)
         with open(at / "log", "w") as log: self.proc = subprocess.Popen(["containerd", "-c", at / "config.toml"], stdout=log, stderr=log)
         wait_for(f"containerd, see {at}/log,", lambda: subprocess.run(self.ctr("version"), capture_output=True).returncode == 0, self.proc)

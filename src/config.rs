@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{csi, fetch, mirror, mount, source, store};
+use crate::{
+    csi, fetch, mirror, mount, source,
+    store::{self, TierConfig},
+};
 
 /// Longest configuration file read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -24,7 +27,7 @@ pub struct Config {
     pub csi: csi::Config,
     /// Read-only tiers below the store, in the order in which they are looked at.
     #[serde(rename = "tier", skip_serializing_if = "Vec::is_empty")]
-    pub tiers: Vec<store::TierConfig>,
+    pub tiers: Vec<TierConfig>,
 }
 
 /// A configuration file that cannot be used.
@@ -69,7 +72,10 @@ impl Config {
     /// # Errors
     /// As [`Config::read`].
     pub fn parse(text: &str) -> Result<Self, String> {
-        toml::from_str(text).map_err(|e| e.to_string())
+        let config: Self = toml::from_str(text).map_err(|e| e.to_string())?;
+        let checked = config.tiers.iter().try_for_each(TierConfig::check);
+        checked.map_err(|e| e.to_string())?;
+        Ok(config)
     }
 
     /// Where the configuration is looked for when nothing is said: `/etc/hearth/config.toml` for
@@ -107,9 +113,11 @@ mod tests {
         let text = toml::to_string(&Config::default()).unwrap();
         assert_eq!(Config::parse(&text), Ok(Config::default()));
         assert_eq!(Config::parse(""), Ok(Config::default()));
-        let tiers = "[[tier]]\npath = \"/a\"\n\n[[tier]]\npath = \"/b\"\nmode = \"ro\"\n";
+        let tiers = "[[tier]]\npath = \"/a/*\"\nverify = \"once\"\nverify_rate = \"8MiB\"\n\n\
+                     [[tier]]\nlabel = \"hearth\"\nmode = \"ro\"\n";
         let config = Config::parse(tiers).unwrap();
         assert_eq!(config.tiers.len(), 2);
+        assert_eq!(config.tiers[1], TierConfig::labelled("hearth"));
         let text = toml::to_string(&config).unwrap();
         assert_eq!(Config::parse(&text), Ok(config));
         let error = Config::parse("[fetch]\nmax_conections = 3\n").unwrap_err();
@@ -122,6 +130,13 @@ mod tests {
             "[fetch]\nverify = \"no\"\n",
             "[[tier]]\nmode = \"ro\"\n",
             "[[tier]]\npath = \"/t\"\nmode = \"rw\"\n",
+            "[[tier]]\npath = \"/t\"\nlabel = \"hearth\"\n",
+            "[[tier]]\npath = \"t\"\n",
+            "[[tier]]\npath = \"/t[\"\n",
+            "[[tier]]\nlabel = \"\"\n",
+            "[[tier]]\nlabel = \"more than 16 bytes\"\n",
+            "[[tier]]\nlabel = \"a/b\"\n",
+            "[[tier]]\npath = \"/t\"\nverify_rate = 0\n",
             "x",
             "[",
         ] {

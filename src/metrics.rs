@@ -66,6 +66,7 @@ metrics! {
     counter image_span_bytes "hearth_image_span_bytes_total" "Bytes that those spans decoded to";
     counter store_written_bytes "hearth_store_written_bytes_total" "Content bytes written to the store";
     counter store_objects_completed "hearth_store_objects_completed_total" "Objects completed and verified";
+    counter store_tier_damaged "hearth_store_tier_damaged_objects_total" "Objects found damaged on read-only tiers, and never read from there again";
     counter snapshotter_claimed "hearth_snapshotter_claimed_layers_total" "Layers that containerd neither fetched nor unpacked, since hearth serves them";
     counter snapshotter_unclaimed "hearth_snapshotter_unclaimed_layers_total" "Layers that containerd was left to fetch and unpack itself";
     gauge csi_volumes "hearth_csi_volumes" "Volumes that are published, each target counted";

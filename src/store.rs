@@ -19,6 +19,8 @@
 //! <root>/pins/<sha256 of reference>/<owner>     what keeps it from eviction
 //! <root>/gc.lock                         flock: shared to record, exclusive to collect
 //! <root>/distrusted/<tier>/<hex>         objects of a tier that are damaged there
+//! <root>/run/tiers/<device>/             where a tier is mounted that was found by its label
+//! <root>/run/verified/<tier>.json        how far a tier was read through in the background
 //! <root>/hearth.lock                     of a baked tier: what it holds, as text
 //! ```
 //!
@@ -74,7 +76,7 @@ pub use objects::{Complete, hash_file};
 pub use partial::{MAX_OBJECT, Partial};
 pub use records::{Hold, Record};
 pub use space::{Reservation, Usage};
-pub use tier::{TierConfig, TierMode, TierStatus};
+pub use tier::{Placement, TierConfig, TierMode, TierStatus, TierVerify, label_is_plain};
 pub use verify::{Damage, VerifyProgress, VerifyReport, VerifyScope};
 
 use std::{
@@ -176,7 +178,9 @@ impl Store {
             None => store.make(false)?,
         };
         store.begin(identity);
-        Ok(Arc::new(store))
+        let store = Arc::new(store);
+        store.watch_tiers();
+        Ok(store)
     }
 
     /// A store whose identity is not known yet.
@@ -187,23 +191,36 @@ impl Store {
         tiers: &[TierConfig],
     ) -> Result<Store> {
         let boot = disk.boot_id()?;
-        let new = |root: &Path, writable| Store {
+        Ok(Store {
             root: root.to_owned(),
             config: config.clone(),
-            disk: Arc::clone(&disk),
-            writable,
+            disk,
+            writable: true,
             boot,
+            id: String::new(),
+            partials: Mutex::default(),
+            reservations: Mutex::default(),
+            tiers: tier::Tiers::new(tiers),
+            temp_salt: layout::temp_salt(),
+            temps: AtomicU64::new(0),
+        })
+    }
+
+    /// A store below this one, at `root`: only read.
+    fn tier_store(&self, root: &Path) -> Store {
+        Store {
+            root: root.to_owned(),
+            config: self.config.clone(),
+            disk: Arc::clone(&self.disk),
+            writable: false,
+            boot: self.boot,
             id: String::new(),
             partials: Mutex::default(),
             reservations: Mutex::default(),
             tiers: tier::Tiers::default(),
             temp_salt: layout::temp_salt(),
             temps: AtomicU64::new(0),
-        };
-        let tiers = tiers.iter().map(|tier| new(&tier.path, false)).collect();
-        let mut store = new(root, true);
-        store.tiers = tier::Tiers::new(tiers);
-        Ok(store)
+        }
     }
 
     /// Takes its identity, and looks at its tiers.

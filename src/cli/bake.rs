@@ -12,11 +12,12 @@ use serde::Serialize;
 
 use super::{Context, output, parse_reference, warm};
 use crate::{
+    digest::Digest,
     fetch::Engine,
     node::{Node, NodeError, Planned, Progress},
     reference::Reference,
     source::Sources,
-    store::{self, Bake, ByteSize, Lock, Store, TierConfig, TierMode},
+    store::{self, Bake, ByteSize, Lock, Store, TierConfig},
 };
 
 /// Longest list or lock read by --from, in bytes.
@@ -50,8 +51,17 @@ pub(super) struct Args {
     /// Make a disk image, sparse and to be mounted read-only; needs room for the content twice
     #[arg(long, value_enum)]
     format: Option<disk::Format>,
-    /// Leave out what differs between two bakes of the same content: times and ids
-    #[arg(long, conflicts_with_all = ["update", "format"])]
+    /// How large the disk image is: auto (what it needs), or a size such as 200GiB
+    #[arg(long, value_name = "SIZE", default_value = "auto", requires = "format")]
+    size: disk::Size,
+    /// Compress the content of the disk image (erofs only). Weights hardly get smaller
+    #[arg(long, value_enum, default_value = "none", requires = "format")]
+    compress: disk::Compress,
+    /// Label of the disk image's file system, by which nodes can find it: `[[tier]]`, `label = "LABEL"`
+    #[arg(long, default_value = "hearth", requires = "format")]
+    label: String,
+    /// Leave out what differs between two bakes of the same content: times and ids. Disk images: erofs only
+    #[arg(long, conflicts_with = "update")]
     reproducible: bool,
     /// Only say what would be baked, and how large it is
     #[arg(long)]
@@ -69,13 +79,10 @@ struct Wanted {
 }
 
 /// What becomes of a directory that is baked.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Directory {
-        reproducible: bool,
-    },
+struct Kind<'i> {
+    reproducible: bool,
     /// Its content is needed twice.
-    Image,
+    image: Option<&'i disk::Image>,
 }
 
 #[derive(Serialize)]
@@ -94,6 +101,16 @@ struct Report {
 }
 
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
+    let image = args.format.map(|format| disk::Image {
+        format,
+        size: args.size,
+        compress: args.compress,
+        label: args.label,
+        reproducible: args.reproducible,
+    });
+    if let Some(image) = &image {
+        image.check()?;
+    }
     let wanted = wanted(args.references, args.from.as_deref())?;
     if args.dry_run {
         return dry_run(context, &wanted, args.json);
@@ -102,25 +119,30 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     let output = std::path::absolute(&args.output)?;
     let mut older = Vec::new();
     if let Some(path) = args.update {
-        let (path, mode) = (std::path::absolute(path)?, TierMode::Ro);
-        older.push(TierConfig { path, mode });
-    }
-    let lock = match args.format {
-        None => {
-            let kind = Kind::Directory {
-                reproducible: args.reproducible,
-            };
-            bake(context, &output, &older, &wanted, kind)?
+        if path.is_file() {
+            return Err(output::hinted(
+                format!("--update {}: it is a file", path.display()),
+                "mount the older disk image (mount -o loop,ro), and name the directory",
+            ));
         }
-        Some(format) => {
+        older.push(TierConfig::at(std::path::absolute(path)?));
+    }
+    let kind = Kind {
+        reproducible: args.reproducible,
+        image: image.as_ref(),
+    };
+    let lock = match &image {
+        None => bake(context, &output, &older, &wanted, &kind)?,
+        Some(image) => {
             anyhow::ensure!(!output.exists(), "{} is there already", output.display());
             let staging = disk::staging(&output);
-            let lock = match sealed(&staging, &wanted)? {
-                None => bake(context, &staging, &older, &wanted, Kind::Image)?,
+            let lock = match sealed(&staging, &wanted, args.reproducible)? {
+                None => bake(context, &staging, &older, &wanted, &kind)?,
                 Some(before) => Ok(before),
             };
             if lock.is_ok() {
-                disk::make(format, &staging, &output)?;
+                output::note(&format!("making the disk image {}", output.display()));
+                image.make(&staging, &output)?;
             }
             lock
         }
@@ -157,7 +179,7 @@ fn bake(
     root: &Path,
     older: &[TierConfig],
     wanted: &Wanted,
-    kind: Kind,
+    kind: &Kind<'_>,
 ) -> anyhow::Result<Result<Lock, ExitCode>> {
     let config = store::Config {
         max_bytes: None,
@@ -182,13 +204,12 @@ fn bake(
     if let Err(interrupted) = brought? {
         return Ok(Err(interrupted));
     }
-    let reproducible = kind == Kind::Directory { reproducible: true };
-    let sealed = bake.seal(&wanted.names(), wanted.lock.as_ref(), reproducible);
+    let sealed = bake.seal(&wanted.names(), wanted.lock.as_ref(), kind.reproducible);
     Ok(Ok(sealed.map_err(NodeError::from)?))
 }
 
 /// The lock of a directory that was baked before, to become a disk image.
-fn sealed(staging: &Path, wanted: &Wanted) -> anyhow::Result<Option<Lock>> {
+fn sealed(staging: &Path, wanted: &Wanted, reproducible: bool) -> anyhow::Result<Option<Lock>> {
     if !Bake::is_sealed(staging).map_err(NodeError::from)? {
         return Ok(None);
     }
@@ -201,6 +222,14 @@ fn sealed(staging: &Path, wanted: &Wanted) -> anyhow::Result<Option<Lock>> {
     anyhow::ensure!(
         is_it,
         "{} holds something else: remove it",
+        staging.display()
+    );
+    // Then its id is made of the lock.
+    let identity = warm::read_text(&staging.join("hearth.json"), MAX_FROM)?;
+    let id = &Digest::of(text.as_bytes()).hex()[..32];
+    anyhow::ensure!(
+        !reproducible || identity.contains(&format!("\"id\":\"{id}\"")),
+        "{} was baked without --reproducible: remove it",
         staging.display()
     );
     Ok(Some(lock))
@@ -258,7 +287,37 @@ async fn plan(node: &Node, wanted: &Wanted) -> anyhow::Result<Vec<Planned>> {
     Ok(asked.try_collect().await?)
 }
 
+/// A directory that is removed with all that is in it.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> anyhow::Result<Self> {
+        let name = format!("hearth-bake-{}", std::process::id());
+        let dir = std::env::temp_dir().join(name);
+        std::fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(%error, dir = %self.0.display(), "could not remove a directory");
+        }
+    }
+}
+
 fn dry_run(context: &Context, wanted: &Wanted, json: bool) -> anyhow::Result<ExitCode> {
+    // Who builds an image wants no store in it.
+    let scratch = Scratch::new()?;
+    let mut config = context.config.clone();
+    config.tiers.clear();
+    let context = &Context {
+        root: std::path::absolute(&scratch.0)?,
+        config,
+        config_path: None,
+        verbose: context.verbose,
+    };
     context.with_node(|node| async move {
         let artifacts = plan(&node, wanted).await?;
         let bytes = artifacts.iter().map(|planned| planned.bytes).sum();
@@ -288,17 +347,29 @@ fn dry_run(context: &Context, wanted: &Wanted, json: bool) -> anyhow::Result<Exi
 }
 
 /// Brings everything into the store of the bake.
-async fn bring(node: &Node, bake: &Bake, wanted: &Wanted, kind: Kind) -> anyhow::Result<()> {
+async fn bring(node: &Node, bake: &Bake, wanted: &Wanted, kind: &Kind<'_>) -> anyhow::Result<()> {
     let planned = plan(node, wanted).await?;
     let mut room = Vec::new();
     for planned in &planned {
         room.push(node.reserve(planned).await?);
     }
-    if kind == Kind::Image {
+    let reserve = |what: &str, bytes| {
+        let reserved = bake.store().admit_bytes(what, bytes);
+        reserved.map_err(NodeError::from)
+    };
+    let copied = tokio::task::block_in_place(|| copied(bake, &planned))?;
+    if copied > 0 {
+        room.push(reserve("what is copied from the older tier", copied)?);
+    }
+    if let Some(image) = kind.image {
+        // What layers unpack to is not known before.
+        let known = planned.iter().map(Planned::at_least);
+        image.admit(known.fold(0, u64::saturating_add))?;
         let bytes = planned.iter().map(Planned::space);
-        let bytes = bytes.fold(0, u64::saturating_add);
-        let image = bake.store().admit_bytes("the disk image", bytes);
-        room.push(image.map_err(NodeError::from)?);
+        room.push(reserve(
+            "the disk image",
+            bytes.fold(0, u64::saturating_add),
+        )?);
     }
     // It all fits. Each of them reserves for itself now.
     drop(room);
@@ -309,6 +380,20 @@ async fn bring(node: &Node, bake: &Bake, wanted: &Wanted, kind: Kind) -> anyhow:
         .buffer_unordered(AT_ONCE)
         .try_collect()
         .await
+}
+
+/// Bytes that are to be copied from older tiers, since they lie on another disk: at most, usually.
+fn copied(bake: &Bake, planned: &[Planned]) -> Result<u64, NodeError> {
+    let mut artifacts = Vec::new();
+    let mut layers = 0u64;
+    for planned in planned {
+        if let Some(artifact) = planned.recorded(bake.store())? {
+            artifacts.push(artifact);
+        } else {
+            layers = layers.saturating_add(planned.known_layers(bake.store())?);
+        }
+    }
+    Ok(bake.copies(&artifacts, layers)?)
 }
 
 async fn bring_one(

@@ -89,7 +89,18 @@ fn store(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
     ))?;
     for tier in status.tiers {
         output::line(match tier.problem {
-            None => format!("tier {}: in use", tier.path.display()),
+            None => format!(
+                "tier {}: in use{}{}",
+                tier.path.display(),
+                match tier.verified_at {
+                    Some(_) => ", verified",
+                    None => "",
+                },
+                match tier.distrusted {
+                    0 => String::new(),
+                    damaged => format!(", {damaged} damaged objects are not read there"),
+                }
+            ),
             Some(why) => format!("tier {}: not used: {why}", tier.path.display()),
         })?;
     }

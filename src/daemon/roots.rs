@@ -35,7 +35,7 @@ use crate::{
     node::{Node, NodeError, Progress, Resolved, Start},
     reference::{Locator, Reference},
     snapshotter::{Hints, Root, Roots, RootsError, RootsErrorKind, Usage},
-    store::{self, Hold, Store, StoreError, StoreErrorKind},
+    store::{self, Hold, Placement, Store, StoreError, StoreErrorKind},
     tree::{Inode, Kind},
 };
 
@@ -63,7 +63,13 @@ struct About {
 #[derive(Default)]
 struct Chain {
     lazy: Option<Lazy>,
-    native: Option<Root>,
+    native: Option<Native>,
+}
+
+/// A native root, and where its objects were when it was looked.
+struct Native {
+    root: Root,
+    placement: Placement,
 }
 
 /// A FUSE mount and what belongs to it.
@@ -194,25 +200,29 @@ impl ImageRoots {
         id: &Digest,
         resolved: &Resolved,
         support: Support,
+        placement: &Placement,
     ) -> Result<(PathBuf, Vec<PathBuf>), RootsError> {
         let dir = self.dir(id, "native");
         let store = Arc::clone(self.node.store());
         let artifact = Arc::clone(&resolved.artifact);
+        let (objects, in_store) = (placement.dirs().to_vec(), placement.is_in_store());
         let mounted = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
-            let objects = store.objects_dir();
             let contents = |is_metadata| match is_metadata {
-                true => vec![objects.clone()],
+                true => objects.clone(),
                 false => Vec::new(),
             };
             // Made by an earlier process, perhaps otherwise than this one would.
-            if let Some(found) = dir
-                .exists()
-                .then(|| native::find(&dir))
-                .transpose()?
-                .flatten()
-            {
-                let contents = contents(native::is_metadata(&found)?);
-                return Ok((found, contents));
+            let found = match dir.exists() {
+                true => native::find(&dir)?,
+                false => None,
+            };
+            if let Some(found) = found {
+                let is_metadata = native::is_metadata(&found)?;
+                if is_metadata || (in_store && !native::is_of_several(&found)?) {
+                    return Ok((found, contents(is_metadata)));
+                }
+                // Its objects may lie elsewhere by now. Who runs on it keeps it.
+                native::unmount(&found, true)?;
             }
             store::run_dir(store.root())?;
             fs::create_dir_all(&dir)?;
@@ -325,20 +335,38 @@ impl ImageRoots {
         })
     }
 
-    /// Whether every file of the image is in the store itself: a native root reads one directory of
-    /// objects, and none of a tier.
-    async fn is_complete(&self, resolved: &Resolved) -> bool {
+    /// Where every file of the image lies, so that its root needs nobody; none where some are missing, or
+    /// lie where the options of a mount cannot say.
+    async fn placement(&self, resolved: &Resolved) -> Option<Placement> {
+        if !resolved.is_verified() {
+            return None;
+        }
         let (store, artifact) = (
             Arc::clone(self.node.store()),
             Arc::clone(&resolved.artifact),
         );
-        let here = tokio::task::spawn_blocking(move || {
-            artifact.objects.iter().all(|o| {
-                o.id.sha256()
-                    .is_some_and(|digest| matches!(store.has_itself(&digest), Ok(true)))
-            })
-        });
-        resolved.is_verified() && here.await.unwrap_or(false)
+        let placed = tokio::task::spawn_blocking(move || store.placement(&artifact));
+        let placement = match placed.await {
+            Ok(Ok(placement)) => placement?,
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "it cannot be seen whether an image is complete");
+                return None;
+            }
+            Err(_) => return None,
+        };
+        let fits = |dir: &PathBuf| {
+            let text = dir.to_str();
+            text.is_some_and(|text| !text.contains([':', ',', '\\', '"']))
+        };
+        match placement.dirs().iter().all(fits) {
+            true => Some(placement),
+            false => {
+                tracing::warn!(
+                    "the path of a tier has a colon, comma, quote or backslash: images on it are served by FUSE"
+                );
+                None
+            }
+        }
     }
 }
 
@@ -387,7 +415,14 @@ impl Roots for ImageRoots {
         };
         let store = Arc::clone(self.node.store());
         let owner = owner(chain_id);
-        let pinned = tokio::task::spawn_blocking(move || store.pin(&reference, &owner)).await;
+        let claim = move || {
+            // The claim is for good: it holds when the tier is gone that the image lies on.
+            if !store.has_adopted(&reference)? {
+                store.adopt(&reference)?;
+            }
+            store.pin(&reference, &owner)
+        };
+        let pinned = tokio::task::spawn_blocking(claim).await;
         match pinned {
             Ok(Ok(())) => Ok(true),
             Ok(Err(error)) if error.kind() == StoreErrorKind::ReadOnly => Ok(true),
@@ -399,8 +434,10 @@ impl Roots for ImageRoots {
     async fn root(&self, chain_id: &Digest, hints: &Hints) -> Result<Root, RootsError> {
         let chain = self.chain(chain_id);
         let mut chain = chain.lock().await;
-        if let Some(native) = &chain.native {
-            return Ok(native.clone());
+        if let Some(native) = &chain.native
+            && self.node.store().still_holds(&native.placement)
+        {
+            return Ok(native.root.clone());
         }
         let resolved = self
             .find(chain_id, hints)
@@ -419,20 +456,25 @@ impl Roots for ImageRoots {
             gid,
         };
         if let Ok(support) = self.native
-            && self.is_complete(&resolved).await
+            && let Some(placement) = self.placement(&resolved).await
         {
             let _hold = self
                 .node
                 .hold(&resolved.artifact.reference)
                 .await
                 .map_err(|e| of_node(&e))?;
-            match self.mount_native(chain_id, &resolved, support).await {
+            let mounted = self.mount_native(chain_id, &resolved, support, &placement);
+            match mounted.await {
                 Ok((dir, contents)) => {
                     let root = Root {
                         contents,
                         ..found(&dir)
                     };
-                    chain.native = Some(root.clone());
+                    let native = root.clone();
+                    chain.native = Some(Native {
+                        root: native,
+                        placement,
+                    });
                     return Ok(root);
                 }
                 Err(error) => tracing::warn!(chain = %chain_id, %error, "served by FUSE"),
@@ -468,7 +510,7 @@ impl Roots for ImageRoots {
                 drop(lazy);
             }
             if let Some(native) = native
-                && let Err(error) = native::unmount(&native.dir, true)
+                && let Err(error) = native::unmount(&native.root.dir, true)
             {
                 tracing::warn!(%error, "a root stays mounted");
             }

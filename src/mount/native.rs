@@ -53,6 +53,10 @@ use crate::{
 
 /// What the overlay says it mounts.
 const SOURCE: &str = "hearth";
+/// The same, where it has several directories of objects.
+const SOURCE_OF_SEVERAL: &str = "hearth-tiers";
+/// Most directories of objects: their names go into one option of 255 bytes.
+const MAX_OBJECTS: usize = 10;
 /// What lets an overlay follow metadata to data; Linux 6.16 needs none of it where the data are in
 /// a data-only layer.
 const FOLLOW: [(&CStr, &str); 2] = [(c"redirect_dir", "on"), (c"metacopy", "on")];
@@ -93,14 +97,18 @@ pub enum Support {
     Stacked,
 }
 
-/// Mounts the root of `image`, whose contents are in the directory `objects` of a store, on the
-/// directory `dir`, read-only. The caller holds the artifact until this returns; from then on the
+/// Mounts the root of `image`, whose contents are in the directories `objects` of a store and its tiers
+/// (of what several have, that of the first), on the directory `dir`, read-only. The caller holds the artifact until this returns; from then on the
 /// image is [`in_use`].
 ///
 /// # Errors
 /// Where [`available`] would say so; an image that is missing or no EROFS; a directory that cannot be
 /// mounted on.
-pub fn mount(image: &Path, objects: &Path, dir: &Path) -> Result<Root, MountError> {
+pub fn mount(image: &Path, objects: &[impl AsRef<Path>], dir: &Path) -> Result<Root, MountError> {
+    if objects.len() > MAX_OBJECTS {
+        let message = format!("it would have {} directories of objects", objects.len());
+        return Err(MountError::new(MountErrorKind::NoNative, dir, message));
+    }
     let mut root = mount_metadata(image, dir)?;
     let Some(dir) = root.dir.clone() else {
         return Ok(root);
@@ -109,8 +117,9 @@ pub fn mount(image: &Path, objects: &Path, dir: &Path) -> Result<Root, MountErro
         let dir = dir.clone();
         move |error: io::Error| MountError::system(&dir, doing, error)
     };
+    let objects: Vec<&Path> = objects.iter().map(AsRef::as_ref).collect();
     let overlay =
-        overlay([&dir, objects], "::", &FOLLOW).map_err(fail("overlay of the native root"))?;
+        overlay(&dir, "::", &objects, &FOLLOW).map_err(fail("overlay of the native root"))?;
     // The overlay has a mount of its own of it.
     root.dir = None;
     mounts::unmount(&dir, true)?;
@@ -193,6 +202,14 @@ pub fn is_metadata(dir: &Path) -> io::Result<bool> {
     Ok(table::find(dir)?.is_some_and(|info| info.fstype() == "erofs"))
 }
 
+/// Whether what is mounted on `dir`, by [`mount()`], has several directories of objects.
+///
+/// # Errors
+/// The list of mounts cannot be read.
+pub fn is_of_several(dir: &Path) -> io::Result<bool> {
+    Ok(table::find(dir)?.is_some_and(|info| info.fsname == SOURCE_OF_SEVERAL))
+}
+
 /// All directories on which native roots are mounted, in the mount namespace of this process.
 ///
 /// # Errors
@@ -205,7 +222,7 @@ pub fn mounted() -> io::Result<Vec<PathBuf>> {
 /// An overlay of ours, or the metadata of one that was never finished.
 fn is_root(info: &table::MountInfo) -> bool {
     match info.fstype() {
-        "overlay" => info.fsname == SOURCE,
+        "overlay" => [SOURCE, SOURCE_OF_SEVERAL].contains(&info.fsname.as_str()),
         "erofs" => info.fsname.starts_with("/dev/loop"),
         _ => false,
     }
@@ -285,7 +302,7 @@ fn try_out(store: &Path) -> Result<Support, TryError> {
     let reads = |dir: &Path| std::fs::read(dir.join("file")).is_ok_and(|read| read == CONTENT);
 
     let root = mount_metadata(&image, &dir)?;
-    if let Ok(container) = overlay([&dir, &objects], "::", &[])
+    if let Ok(container) = overlay(&dir, "::", &[&objects], &[])
         && container.attach(&other).is_ok()
     {
         let read = reads(&other);
@@ -295,12 +312,12 @@ fn try_out(store: &Path) -> Result<Support, TryError> {
         }
     }
     drop(root);
-    let root = mount(&image, &objects, &dir)?;
+    let root = mount(&image, &[&objects], &dir)?;
     if !reads(&dir) {
         return Err(TryError::Content);
     }
     // Any second layer will do: whether a container can have an upper one is decided elsewhere.
-    overlay([&dir, &other], ":", &[]).map_err(TryError::Container)?;
+    overlay(&dir, ":", &[&other], &[]).map_err(TryError::Container)?;
     drop(root);
     Ok(Support::Stacked)
 }
@@ -348,13 +365,29 @@ fn image_file_system(image: &Path) -> io::Result<Detached> {
     context.create()
 }
 
-/// An overlay with two lower directories, mounted nowhere.
-fn overlay(lower: [&Path; 2], separator: &str, options: &[(&CStr, &str)]) -> io::Result<Detached> {
-    let (upper, lower) = (handle(lower[0])?, handle(lower[1])?);
+/// An overlay with several lower directories, mounted nowhere.
+fn overlay(
+    first: &Path,
+    separator: &str,
+    others: &[&Path],
+    options: &[(&CStr, &str)],
+) -> io::Result<Detached> {
+    let first = handle(first)?;
+    let others: Vec<File> = others
+        .iter()
+        .map(|dir| handle(dir))
+        .collect::<Result<_, _>>()?;
     let context = Context::new(c"overlay")?;
-    context.set(c"source", SOURCE)?;
+    let source = match others.len() {
+        0 | 1 => SOURCE,
+        _ => SOURCE_OF_SEVERAL,
+    };
+    context.set(c"source", source)?;
     // These paths are short and need no escaping, whatever the directories are called.
-    let layers = format!("{}{separator}{}", proc_path(&upper), proc_path(&lower));
+    let mut layers = proc_path(&first);
+    for dir in &others {
+        layers = layers + separator + &proc_path(dir);
+    }
     context.set(c"lowerdir", &layers)?;
     for (key, value) in options {
         context.set(key, value)?;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use super::{Node, NodeError, Progress, Resolved, blocking};
 use crate::{
-    reference::{Locator, Reference},
-    source::{SourceError, SourceErrorKind},
-    store::Reservation,
+    reference::{Locator, Platform, Reference},
+    source::{Layered, SourceError, SourceErrorKind},
+    store::{Reservation, Store},
     tree::Artifact,
 };
 
@@ -38,6 +38,41 @@ impl Planned {
             None => self.bytes.saturating_mul(UNPACKED),
         }
     }
+
+    /// Bytes that it will take at least: of layers none, since nothing says what they unpack to.
+    pub fn at_least(&self) -> u64 {
+        match self.artifact {
+            Some(_) => self.bytes,
+            None => 0,
+        }
+    }
+
+    /// What it is, where that is known, perhaps from a record of the same generation in the store. Blocking.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn recorded(&self, store: &Store) -> Result<Option<Arc<Artifact>>, NodeError> {
+        if let Some(artifact) = &self.artifact {
+            return Ok(Some(Arc::clone(artifact)));
+        }
+        let known = store.artifact(&self.reference)?;
+        let same = known.filter(|(record, _)| record.revision == self.revision);
+        Ok(same.map(|(_, artifact)| Arc::new(artifact)))
+    }
+
+    /// Bytes, at most, usually, of the files in its layers whose indexes the store has. Blocking.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn known_layers(&self, store: &Store) -> Result<u64, NodeError> {
+        let mut bytes = 0u64;
+        for (layer, size) in &self.layers {
+            if store.has_index(layer)? {
+                bytes = bytes.saturating_add(size.saturating_mul(UNPACKED));
+            }
+        }
+        Ok(bytes)
+    }
 }
 
 impl Node {
@@ -55,6 +90,7 @@ impl Node {
         let at = at.as_ref().unwrap_or(reference);
         let name = reference.to_string();
         if let Some(layered) = self.layers(at).await? {
+            for_this_machine(reference, &layered)?;
             let sizes = layered.layers.iter().map(|layer| layer.size);
             return Ok(Planned {
                 reference: name,
@@ -150,6 +186,26 @@ fn pinned(reference: &Reference, revision: &str) -> Option<Reference> {
         _ => return None,
     }
     Some(pinned)
+}
+
+/// Fails where an image, which is for one platform only, is for another one than this machine, and nobody
+/// has said that this is meant: containerd would not run it.
+fn for_this_machine(reference: &Reference, layered: &Layered) -> Result<(), NodeError> {
+    let host = Platform::here();
+    let (Locator::Oci(oci), Some(found)) = (&reference.locator, &layered.platform) else {
+        return Ok(());
+    };
+    let fits = found.os == host.os && found.arch == host.arch;
+    if fits || oci.platform.is_some() || !layered.root.is_empty() {
+        return Ok(());
+    }
+    let name = reference.to_string();
+    let why = format!("has an image for {found}, and none for {host}, which this machine is");
+    let hint = "to bake it for other machines say ?platform=os/arch";
+    Err(NodeError::Resolve {
+        source: SourceError::new(SourceErrorKind::NotFound, &name, why).with_hint(hint),
+        reference: name,
+    })
 }
 
 /// Fails where an origin that keeps no generations has another one now.

@@ -20,13 +20,13 @@ use super::{
     StoreErrorKind, TierConfig,
     batch::Batch,
     hash_file,
-    indexes::layers_of,
     layout::{self, FileLock},
     tier::Tier,
 };
 use crate::{
     digest::Digest,
     disk::{Open, RealDisk, Span, lock_file},
+    tree::Artifact,
 };
 
 /// What an object is copied in.
@@ -119,32 +119,10 @@ impl Bake {
     /// [`StoreErrorKind::NotFound`] where it is not recorded, and what the disk says.
     pub fn take_over(&self, reference: &str) -> Result<bool> {
         let store = &self.store;
-        let Some((record, artifact)) = store.artifact(reference)? else {
-            return Err(missing(reference, "its record"));
-        };
-        if store.own_tree(&record.digest)?.is_none() {
-            store.write_tree(&record.digest, &artifact.encode())?;
-        }
-        if store.disk.stat(&store.record_path(reference))?.is_none() {
-            store.adopt_record(reference)?;
-        }
-        let mut layers = layers_of(&artifact.objects);
+        let (artifact, image) = store.adopt(reference)?;
         let mut contents: Vec<(Digest, Option<u64>)> = Vec::new();
-        if let Some(image) = store.image(reference)? {
-            if store.own_image(reference)?.is_none() {
-                store.record_image(&image)?;
-            }
-            layers.extend(image.layers.iter().map(|layer| layer.blob));
-            // Its access profile.
-            layers.insert(image.manifest);
+        if let Some(image) = image {
             contents.extend([(image.manifest, None), (image.config, None)]);
-        }
-        for layer in layers {
-            if store.own_index(&layer)?.is_none()
-                && let Some(index) = store.index(&layer)?
-            {
-                store.put_index(&layer, &index)?;
-            }
         }
         let mut whole = true;
         for object in artifact.stored() {
@@ -170,10 +148,42 @@ impl Bake {
         Ok(whole)
     }
 
+    /// How many bytes [`Bake::take_over`] of these will copy, since an older tier lies on another disk; and
+    /// `more`, which would be copied from there, too.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn copies(&self, artifacts: &[Arc<Artifact>], more: u64) -> Result<u64> {
+        let store = &self.store;
+        let mut far = Vec::new();
+        for tier in store.usable_tiers() {
+            let temp = store.temp_path();
+            match store.disk.link(&tier.store.root.join("hearth.json"), &temp) {
+                Ok(true) => drop(store.disk.unlink(&temp)?),
+                _ => far.push(tier),
+            }
+        }
+        if far.is_empty() {
+            return Ok(0);
+        }
+        let mut copied = BTreeMap::new();
+        for object in artifacts.iter().flat_map(|artifact| artifact.stored()) {
+            if let Some(digest) = store.content_of(&object.id)?
+                && !store.has_itself(&digest)?
+            {
+                let stat = |tier: &Arc<Tier>| tier.or_nothing(store.stat_on_tier(tier, &digest));
+                if far.iter().any(|tier| stat(tier).is_some()) {
+                    copied.insert(digest, object.size);
+                }
+            }
+        }
+        Ok(copied.into_values().fold(more, u64::saturating_add))
+    }
+
     /// Takes an object from the first older tier where it is what it should be.
     fn take(&self, batch: &mut Batch<'_>, digest: &Digest, size: Option<u64>) -> Result<bool> {
         let store = &self.store;
-        for tier in store.usable_tiers() {
+        for tier in &store.usable_tiers() {
             let stat = match store.stat_on_tier(tier, digest) {
                 Ok(Some(stat)) if size.is_none_or(|size| size == stat.len) => stat,
                 _ => continue,

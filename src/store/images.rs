@@ -243,7 +243,7 @@ impl Store {
         for path in self.image_paths()? {
             images.extend(self.read_image(&path)?.here());
         }
-        for tier in self.usable_tiers() {
+        for tier in &self.usable_tiers() {
             for image in tier.or_nothing(tier.store.images()) {
                 if images
                     .iter()

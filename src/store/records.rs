@@ -257,7 +257,7 @@ impl Store {
 
     /// The records of all tiers, in their order.
     pub(super) fn tier_records(&self) -> Vec<Record> {
-        self.usable_tiers()
+        (self.usable_tiers().iter())
             .flat_map(|tier| tier.or_nothing(tier.store.own_records()))
             .collect()
     }

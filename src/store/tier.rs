@@ -3,25 +3,39 @@
 //! Reads look in the store first, then in the tiers in their order. Nothing is ever written to a
 //! tier, and nothing is loaded from one: it costs one small file to open, and that file is looked at
 //! again from time to time, so that a disk may come and go. What is wrong with a tier is said once,
-//! and then it counts as empty.
+//! and then it counts as empty. Tiers are directories that are named (`path`), or found: by a glob, or
+//! by the label of a disk's file system (`tier/find.rs`, `tier/label.rs`).
 //!
 //! An object that a verification found damaged is remembered beside the store
 //! (`distrusted/<tier id>/<hex>`), for all processes, and never read from that tier again.
 
+mod background;
+mod find;
+mod label;
+mod placement;
+
+pub use placement::Placement;
+
 use std::{
     collections::{HashMap, HashSet},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 
-use super::{Complete, FORMAT, Result, Store, StoreError, StoreErrorKind};
+use super::{
+    ByteSize, Complete, FORMAT, ImageRecord, Result, Store, StoreError, StoreErrorKind,
+    indexes::layers_of,
+};
 use crate::{
     digest::{Digest, ObjectId},
-    disk::Stat,
+    disk::{Open, Span, Stat},
+    metrics,
     tree::Artifact,
 };
 
@@ -29,16 +43,31 @@ use crate::{
 const RECHECK: Duration = Duration::from_secs(2);
 /// At most one warning about reads of a tier in so long.
 const WARN_EVERY: Duration = Duration::from_secs(10);
+/// Longest label of a file system that a tier may have, in bytes: that of ext4.
+const MAX_LABEL: usize = 16;
+/// How fast tiers are verified in the background, in bytes a second, where nothing is said.
+const VERIFY_RATE: u64 = 64 << 20;
 
-/// A tier in the configuration.
+/// A tier in the configuration, or several.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TierConfig {
-    /// The directory.
-    pub path: PathBuf,
+    /// The directory; or a glob, as in `/mnt/disks/*`: what it matches is used where it is a tier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// In place of a path: the label of the file system (ext4, xfs, erofs) of a disk. Where that is
+    /// mounted nowhere, it is mounted in `<store>/run/tiers`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
     /// How it is used.
     #[serde(default)]
     pub mode: TierMode,
+    /// Whether it is read through in the background.
+    #[serde(default)]
+    pub verify: TierVerify,
+    /// How fast, in bytes a second.
+    #[serde(default = "verify_rate")]
+    pub verify_rate: ByteSize,
 }
 
 /// How a tier is used.
@@ -50,15 +79,32 @@ pub enum TierMode {
     Ro,
 }
 
+/// Whether a tier is read through in the background, and compared with its digests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TierVerify {
+    /// Only when somebody asks for it.
+    #[default]
+    Never,
+    /// Once, after it was attached for the first time.
+    Once,
+    /// Once a day.
+    Always,
+}
+
 /// A tier, as `status` shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct TierStatus {
-    /// The directory.
+    /// The directory; where nothing is found, the glob or `LABEL=…`.
     pub path: PathBuf,
     /// Its id; none where it cannot be used.
     pub id: Option<String>,
     /// Why it cannot be used, where it cannot.
     pub problem: Option<String>,
+    /// When it was last read through in the background, in seconds since the epoch.
+    pub verified_at: Option<u64>,
+    /// Objects that are damaged there, and never read from it.
+    pub distrusted: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,6 +120,7 @@ pub(super) struct Tier {
     /// The same format: never writable, without tiers of its own.
     pub(super) store: Store,
     path: Arc<Path>,
+    config: TierConfig,
     health: RwLock<Health>,
     warned: Mutex<Option<Instant>>,
     /// Objects that this process found damaged.
@@ -83,43 +130,105 @@ pub(super) struct Tier {
 /// The tiers of a store, in order.
 #[derive(Debug, Default)]
 pub(super) struct Tiers {
-    list: Vec<Tier>,
+    configs: Vec<TierConfig>,
+    /// Those that were found when it was last looked.
+    list: RwLock<Vec<Arc<Tier>>>,
+    /// What was looked for in vain, and what there is to say of that.
+    absent: Mutex<Vec<(PathBuf, String)>>,
     checked: Mutex<Option<Instant>>,
 }
 
+fn verify_rate() -> ByteSize {
+    ByteSize(VERIFY_RATE)
+}
+
 impl TierConfig {
+    /// The tier in the directory `path`.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: Some(path.into()),
+            label: None,
+            mode: TierMode::Ro,
+            verify: TierVerify::Never,
+            verify_rate: verify_rate(),
+        }
+    }
+
+    /// The tiers on file systems with this label.
+    pub fn labelled(label: impl Into<String>) -> Self {
+        Self {
+            path: None,
+            label: Some(label.into()),
+            ..Self::at("/")
+        }
+    }
+
     /// Whether it can be used wherever a process runs.
     ///
     /// # Errors
-    /// [`StoreErrorKind::Invalid`], naming the path.
-    pub(super) fn check(&self) -> Result<()> {
-        if self.path.is_absolute() {
-            return Ok(());
+    /// [`StoreErrorKind::Invalid`], naming the setting.
+    pub fn check(&self) -> Result<()> {
+        let wrong = match (&self.path, &self.label) {
+            (Some(path), None) if !path.is_absolute() => {
+                format!("tier.path = {path:?}: expected an absolute path")
+            }
+            (Some(path), None) => match find::check(path) {
+                Ok(()) => String::new(),
+                Err(why) => format!("tier.path = {path:?}: {why}"),
+            },
+            (None, Some(label)) if !label_is_plain(label) => format!(
+                "tier.label = {label:?}: expected 1 to {MAX_LABEL} bytes without slashes and control characters"
+            ),
+            (None, Some(_)) => String::new(),
+            _ => "tier: expected either path or label".to_owned(),
+        };
+        let wrong = match self.verify_rate.0 {
+            0 => "tier.verify_rate = 0: expected bytes a second; verify = \"never\" is the way to have none".into(),
+            _ => wrong,
+        };
+        match wrong.is_empty() {
+            true => Ok(()),
+            false => Err(StoreError::new(StoreErrorKind::Invalid, wrong)),
         }
-        let message = format!("tier.path = {:?}: expected an absolute path", self.path);
-        Err(StoreError::new(StoreErrorKind::Invalid, message))
     }
 }
 
+/// Whether a file system may have this label.
+pub fn label_is_plain(label: &str) -> bool {
+    (1..=MAX_LABEL).contains(&label.len()) && !label.contains(|c: char| c == '/' || c.is_control())
+}
+
 impl Tiers {
-    pub(super) fn new(list: Vec<Store>) -> Self {
-        let tier = |store: Store| Tier {
-            path: store.root.as_path().into(),
-            store,
-            health: RwLock::new(Health::Unknown),
-            warned: Mutex::default(),
-            bad: Mutex::default(),
-        };
+    pub(super) fn new(configs: &[TierConfig]) -> Self {
         Self {
-            list: list.into_iter().map(tier).collect(),
-            checked: Mutex::default(),
+            configs: configs.to_vec(),
+            ..Self::default()
         }
+    }
+
+    fn list(&self) -> Vec<Arc<Tier>> {
+        self.list.read().clone()
     }
 }
 
 impl Tier {
+    fn new(store: Store, config: &TierConfig) -> Self {
+        Self {
+            path: store.root.as_path().into(),
+            store,
+            config: config.clone(),
+            health: RwLock::new(Health::Unknown),
+            warned: Mutex::default(),
+            bad: Mutex::default(),
+        }
+    }
+
     /// Looks at `hearth.json`; `ids` are the stores above, by id.
     fn look(&self, ids: &HashMap<String, PathBuf>) -> Health {
+        if disk_is_gone(&self.path) {
+            return Health::Unusable("its disk was detached while it was mounted".into());
+        }
+        self.forget_cached();
         let identity = match self.store.identity() {
             Ok(Some(identity)) => identity,
             Ok(None) => {
@@ -146,11 +255,30 @@ impl Tier {
         }
     }
 
+    /// So that it is the disk that answers, not the memory of what it said.
+    fn forget_cached(&self) {
+        let path = self.store.root.join("hearth.json");
+        if let Ok(file) = self.store.disk.open(&path, Open::Read) {
+            // Advice: what stays cached is believed a little longer.
+            let _ = posix_fadvise(file.file(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        matches!(*self.health.read(), Health::Ready { .. })
+    }
+
     fn id(&self) -> Option<String> {
         match &*self.health.read() {
             Health::Ready { id } => Some(id.clone()),
             Health::Unknown | Health::Unusable(_) => None,
         }
+    }
+
+    /// What it is called in the store above. Whoever made the tier chose its id.
+    fn key(&self) -> Option<String> {
+        let id = self.id()?;
+        Some(Digest::of(id.as_bytes()).hex()[..32].to_owned())
     }
 
     /// What was read, or nothing, with a warning, where that failed.
@@ -173,24 +301,44 @@ impl Tier {
     }
 }
 
+/// Whether what is mounted here has lost its disk: the kernel goes on answering from its caches.
+fn disk_is_gone(path: &Path) -> bool {
+    let known = Path::new("/sys/dev/block");
+    path.metadata().is_ok_and(|meta| {
+        let (major, minor) = (libc::major(meta.dev()), libc::minor(meta.dev()));
+        // Without a number of its own: no single disk is behind it.
+        major != 0 && known.exists() && !known.join(format!("{major}:{minor}")).exists()
+    })
+}
+
 impl Store {
     /// The tiers, as they are now.
     pub fn tiers(&self) -> Vec<TierStatus> {
         self.look_at_tiers(true);
-        let status = |tier: &Tier| TierStatus {
+        let status = |tier: &Arc<Tier>| TierStatus {
             path: tier.path.to_path_buf(),
             id: tier.id(),
             problem: match &*tier.health.read() {
                 Health::Unusable(why) => Some(why.clone()),
                 Health::Ready { .. } | Health::Unknown => None,
             },
+            verified_at: self.verified_at(tier),
+            distrusted: self.distrusted(tier),
         };
-        self.tiers.list.iter().map(status).collect()
+        let absent = self.tiers.absent.lock().clone();
+        let absent = absent.into_iter().map(|(path, why)| TierStatus {
+            path,
+            id: None,
+            problem: Some(why),
+            verified_at: None,
+            distrusted: 0,
+        });
+        self.tiers.list().iter().map(status).chain(absent).collect()
     }
 
-    /// Sees which tiers can be used, unless that was done just now.
+    /// Sees which tiers there are and can be used, unless that was done just now.
     pub(super) fn look_at_tiers(&self, now: bool) {
-        if self.tiers.list.is_empty() {
+        if self.tiers.configs.is_empty() {
             return;
         }
         let mut checked = match (self.tiers.checked.try_lock(), now) {
@@ -202,40 +350,55 @@ impl Store {
         if !now && checked.is_some_and(|at| at.elapsed() < RECHECK) {
             return;
         }
+        let before = self.tiers.list();
+        let (found, absent) = self.find_tiers(&before);
         let mut ids = HashMap::from([(self.id.clone(), self.root.clone())]);
-        for tier in &self.tiers.list {
+        for tier in &found {
             let health = tier.look(&ids);
-            let mut before = tier.health.write();
-            if *before != health {
+            let mut known = tier.health.write();
+            if *known != health {
                 let path = tier.path.display();
                 match &health {
                     Health::Unusable(why) => {
                         tracing::warn!(tier = %path, why, "a tier cannot be used");
                     }
-                    Health::Ready { id } if *before != Health::Unknown => {
+                    Health::Ready { id } if checked.is_some() => {
                         tracing::warn!(tier = %path, id, "a tier can be used now");
                     }
                     Health::Ready { .. } | Health::Unknown => {}
                 }
-                *before = health;
+                *known = health;
             }
-            if let Health::Ready { id } = &*before {
+            if let Health::Ready { id } = &*known {
                 ids.insert(id.clone(), tier.path.to_path_buf());
             }
         }
+        for gone in before {
+            if found.iter().all(|tier| !Arc::ptr_eq(tier, &gone)) {
+                let path = gone.path.display();
+                tracing::warn!(tier = %path, "a tier is gone: what only it has is fetched from now on");
+                *gone.health.write() = Health::Unusable("it is gone".into());
+            }
+        }
+        *self.tiers.list.write() = found;
+        *self.tiers.absent.lock() = absent;
         *checked = Some(Instant::now());
     }
 
     /// The tiers that can be used.
-    pub(super) fn usable_tiers(&self) -> impl Iterator<Item = &Tier> {
+    pub(super) fn usable_tiers(&self) -> Vec<Arc<Tier>> {
+        if self.tiers.configs.is_empty() {
+            return Vec::new();
+        }
         self.look_at_tiers(false);
-        let usable = |tier: &&Tier| matches!(*tier.health.read(), Health::Ready { .. });
-        self.tiers.list.iter().filter(usable)
+        let mut tiers = self.tiers.list();
+        tiers.retain(|tier| tier.is_ready());
+        tiers
     }
 
     /// What the first tier says that has it. One that fails is passed over.
     pub(super) fn on_tiers<T>(&self, look: impl Fn(&Tier) -> Result<Option<T>>) -> Option<T> {
-        self.usable_tiers()
+        (self.usable_tiers().iter())
             .find_map(|tier| look(tier).inspect_err(|e| tier.failed(e)).ok().flatten())
     }
 
@@ -301,7 +464,9 @@ impl Store {
     /// # Errors
     /// What the disk says.
     pub(super) fn distrust(&self, tier: &Tier, digest: &Digest) -> Result<()> {
-        tier.bad.lock().insert(*digest);
+        if tier.bad.lock().insert(*digest) {
+            metrics::global().store_tier_damaged.add(1);
+        }
         let Some(path) = self.distrusted_path(tier, digest).filter(|_| self.writable) else {
             return Ok(());
         };
@@ -332,10 +497,71 @@ impl Store {
     }
 
     fn distrusted_path(&self, tier: &Tier, digest: &Digest) -> Option<PathBuf> {
-        let id = tier.id()?;
-        // Whoever made the tier chose it.
-        let id = Digest::of(id.as_bytes()).hex();
-        let dir = self.root.join("distrusted").join(&id[..32]);
-        Some(dir.join(digest.hex()))
+        Some(self.distrusted_dir(tier)?.join(digest.hex()))
+    }
+
+    fn distrusted_dir(&self, tier: &Tier) -> Option<PathBuf> {
+        Some(self.root.join("distrusted").join(tier.key()?))
+    }
+
+    /// How many objects of a tier are not read from it.
+    fn distrusted(&self, tier: &Tier) -> u64 {
+        let names = self
+            .distrusted_dir(tier)
+            .and_then(|dir| self.disk.list(&dir).ok());
+        let bad = tier.bad.lock().len();
+        names.map_or(bad, |names| names.len().max(bad)) as u64
+    }
+
+    /// Whether the image of a reference is known to the store itself: see [`Store::adopt`].
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn has_adopted(&self, reference: &str) -> Result<bool> {
+        Ok(self.own_image(reference)?.is_some())
+    }
+
+    /// Makes what only a tier knows known to the store itself, so that it stays known when the tier is
+    /// gone: the record, tree, image and indexes of a reference, but not its objects.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::NotFound`] where it is not recorded, [`StoreErrorKind::ReadOnly`], and what
+    /// the disk says.
+    pub fn adopt(&self, reference: &str) -> Result<(Artifact, Option<ImageRecord>)> {
+        self.need_writable()?;
+        let Some((record, artifact)) = self.artifact(reference)? else {
+            let message = format!("{reference} is not in store {}", self.root.display());
+            return Err(StoreError::new(StoreErrorKind::NotFound, message));
+        };
+        // No collection may come between what is written.
+        let records = self.lock_records(Span::Shared)?;
+        if self.own_tree(&record.digest)?.is_none() {
+            self.write_tree(&record.digest, &artifact.encode())?;
+        }
+        if self.disk.stat(&self.record_path(reference))?.is_none() {
+            self.adopt_record(reference)?;
+        }
+        drop(records);
+        let mut layers = layers_of(&artifact.objects);
+        let image = self.image(reference)?;
+        if let Some(image) = &image {
+            layers.extend(image.layers.iter().map(|layer| layer.blob));
+            // Its access profile.
+            layers.insert(image.manifest);
+        }
+        for layer in layers {
+            if self.own_index(&layer)?.is_none()
+                && let Some(index) = self.index(&layer)?
+            {
+                self.put_index(&layer, &index)?;
+            }
+        }
+        // Last: it says that the rest is here, too.
+        if let Some(image) = &image
+            && self.own_image(reference)?.is_none()
+        {
+            self.record_image(image)?;
+        }
+        Ok((artifact, image))
     }
 }

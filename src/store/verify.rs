@@ -3,7 +3,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     thread,
 };
 
@@ -80,12 +83,12 @@ pub struct VerifyProgress {
 }
 
 /// An object to read.
-struct Check<'s> {
+struct Check {
     digest: Digest,
     path: PathBuf,
     len: u64,
     /// Where it lies on one.
-    tier: Option<&'s Tier>,
+    tier: Option<Arc<Tier>>,
 }
 
 /// What is wrong with an object.
@@ -114,7 +117,7 @@ impl Store {
         }
         let mut report = self.verify_itself(scope, repair, false, &progress)?;
         if let VerifyScope::All = scope {
-            for tier in self.usable_tiers() {
+            for tier in &self.usable_tiers() {
                 match tier.store.verify_itself(scope, false, true, &progress) {
                     Ok(found) => self.add_tier(tier, found, &mut report)?,
                     Err(error) => tier.failed(&error),
@@ -200,7 +203,7 @@ impl Store {
             if removed {
                 self.disk.unlink(&check.path)?;
             }
-            if let Some(tier) = check.tier.filter(|_| is_wrong) {
+            if let Some(tier) = check.tier.as_ref().filter(|_| is_wrong) {
                 self.distrust(tier, &check.digest)?;
             }
             let references = users.get(&check.digest);
@@ -217,12 +220,12 @@ impl Store {
     }
 
     /// The object to read for this content: in the store, else on a tier.
-    fn check_of(&self, digest: &Digest) -> Result<Option<Check<'_>>> {
+    fn check_of(&self, digest: &Digest) -> Result<Option<Check>> {
         let path = self.object_path(digest);
         let own = self.disk.stat(&path)?.map(|stat| (path, stat.len, None));
         let found = own.or_else(|| {
-            self.usable_tiers().find_map(|tier| {
-                let stat = tier.or_nothing(self.stat_on_tier(tier, digest))?;
+            self.usable_tiers().into_iter().find_map(|tier| {
+                let stat = tier.or_nothing(self.stat_on_tier(&tier, digest))?;
                 Some((tier.store.object_path(digest), stat.len, Some(tier)))
             })
         });
@@ -257,10 +260,10 @@ impl Store {
     /// Hashes objects with a few threads; those that are not what they should be, and why.
     fn hash_all<'c>(
         &self,
-        checks: &'c [Check<'c>],
+        checks: &'c [Check],
         progress: impl Fn(VerifyProgress) -> bool + Sync,
         report: &mut VerifyReport,
-    ) -> Result<Vec<(&'c Check<'c>, Bad)>> {
+    ) -> Result<Vec<(&'c Check, Bad)>> {
         let total = checks.iter().map(|check| check.len).sum();
         let next = AtomicUsize::new(0);
         let stop = AtomicBool::new(false);
@@ -298,11 +301,7 @@ impl Store {
     }
 
     /// What is wrong with an object, if anything.
-    fn check_object(
-        &self,
-        check: &Check<'_>,
-        seen: impl FnMut(u64) -> bool,
-    ) -> Result<Option<Bad>> {
+    fn check_object(&self, check: &Check, seen: impl FnMut(u64) -> bool) -> Result<Option<Bad>> {
         let unreadable = |error: &dyn std::fmt::Display| Bad {
             what: format!("it cannot be read: {error}"),
             is_wrong: false,

@@ -21,3 +21,5 @@ mod ordinary;
 mod pinned;
 #[path = "containerd/served.rs"]
 mod served;
+#[path = "containerd/tiers.rs"]
+mod tiers;

@@ -149,7 +149,7 @@ impl Bed {
     }
 
     fn mount(&self) -> native::Root {
-        native::mount(&self.image(), &self.objects(), &self.path("root")).unwrap()
+        native::mount(&self.image(), &[&self.objects()], &self.path("root")).unwrap()
     }
 
     /// The tree as a plain directory, made by the system calls that anybody would use.

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use hearth::{
     disk::{Disk, DiskFile, Open, RealDisk, Result as DiskResult, Space, Stat},
     store::{
-        Bake, CollectOptions, StoreErrorKind, TierConfig, TierMode, VerifyReport, VerifyScope,
+        Bake, CollectOptions, StoreErrorKind, TierConfig, TierVerify, VerifyReport, VerifyScope,
     },
 };
 
@@ -27,11 +27,10 @@ fn over(dir: &Path, names: &[&str]) -> Arc<Store> {
 }
 
 fn tiers(dir: &Path, names: &[&str]) -> Vec<TierConfig> {
-    let tier = |name: &&str| TierConfig {
-        path: dir.join(name),
-        mode: TierMode::Ro,
-    };
-    names.iter().map(tier).collect()
+    names
+        .iter()
+        .map(|name| TierConfig::at(dir.join(name)))
+        .collect()
 }
 
 /// Records an artifact of these contents, and stores them.
@@ -351,10 +350,7 @@ fn broken_tiers_are_named_and_the_rest_works() {
     let names = [
         "newer", "older", "torn", "empty", "file", "absent", "half", "good", "same", "store",
     ];
-    let relative = TierConfig {
-        path: "tier".into(),
-        mode: TierMode::Ro,
-    };
+    let relative = TierConfig::at("tier");
     let refused = Store::open_with_tiers(&dir.path().join("store"), &config(), &[relative]);
     assert!(refused.unwrap_err().to_string().contains("absolute"));
     let store = over(dir.path(), &names);
@@ -684,4 +680,183 @@ impl Disk for Counting {
     fn boot_id(&self) -> DiskResult<[u8; 16]> {
         self.counted().boot_id()
     }
+}
+
+/// The directories of a placement, below `dir`.
+fn placed(store: &Store, made: &Artifact, dir: &Path) -> Option<Vec<String>> {
+    let placement = store.placement(made).unwrap()?;
+    let name = |path: &PathBuf| path.strip_prefix(dir).unwrap().display().to_string();
+    assert!(store.still_holds(&placement));
+    Some(placement.dirs().iter().map(name).collect())
+}
+
+#[test]
+fn the_kernel_is_given_no_directory_with_damaged_objects_before_a_good_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let contents: [&[u8]; 3] = [b"first", b"second", b"both"];
+    bake(dir.path(), "one", &[("s3://b/a", &[b"first", b"both"])]);
+    bake(dir.path(), "two", &[("s3://b/b", &[b"second", b"both"])]);
+    let store = over(dir.path(), &["one", "two"]);
+    let made = artifact("s3://b/all", &contents, false);
+    let all = ["store/objects", "one/objects", "two/objects"];
+    let place = |made: &Artifact| placed(&store, made, dir.path());
+    assert_eq!(place(&made).unwrap(), all);
+    let only = artifact("s3://b/only", &[b"second"], false);
+    assert_eq!(place(&only).unwrap(), ["store/objects", "two/objects"]);
+    let missing = artifact("s3://b/missing", &[b"first", b"nowhere"], false);
+    assert_eq!(place(&missing), None);
+    let located = artifact("s3://b/located", &[b"first"], true);
+    assert_eq!(place(&located), None);
+
+    // The first has a damaged one of what the second has, too: whoever looks there first must not.
+    let before = store.placement(&made).unwrap().unwrap();
+    fs::write(object_path(&dir.path().join("one"), b"both"), b"bath").unwrap();
+    let other = over(dir.path(), &["one", "two"]);
+    assert_eq!(verify(&other).damaged.len(), 1);
+    assert!(!store.still_holds(&before), "another process has found it");
+    assert_eq!(place(&made), None);
+    let both = artifact("s3://b/both", &[b"second", b"both"], false);
+    assert_eq!(place(&both).unwrap(), ["store/objects", "two/objects"]);
+    let object = ObjectId::Sha256(Digest::of(b"both"));
+    // In the store, which comes first: what was fetched although a tier has it.
+    let root = store.root().to_owned();
+    drop((store, other));
+    let alone = Store::open(&root, &config()).unwrap();
+    alone.put(&[(object, Bytes::from_static(b"both"))]).unwrap();
+    drop(alone);
+    let store = over(dir.path(), &["one", "two"]);
+    assert_eq!(placed(&store, &made, dir.path()).unwrap(), all);
+    let mine = artifact("s3://b/mine", &[b"both"], false);
+    let placement = store.placement(&mine).unwrap().unwrap();
+    assert!(placement.is_in_store());
+    let before = store.placement(&made).unwrap().unwrap();
+    fs::rename(dir.path().join("two"), dir.path().join("away")).unwrap();
+    store.tiers();
+    assert!(!store.still_holds(&before) && store.still_holds(&placement));
+}
+
+#[test]
+fn what_is_adopted_is_known_when_the_tier_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let layer = Digest::of(b"layer");
+    let bake = Bake::begin(&dir.path().join("tier"), &config(), &[]).unwrap();
+    let made = layered("s3://b/i", b"in a layer", &layer);
+    bake.store().record(&made).unwrap();
+    let record = image("s3://b/i", &["base"]);
+    bake.store().record_image(&record).unwrap();
+    for blob in [layer, record.layers[0].blob] {
+        bake.store().put_index(&blob, b"index").unwrap();
+    }
+    let id = made.objects[0].id;
+    bake.store()
+        .put(&[(id, Bytes::from_static(b"in a layer"))])
+        .unwrap();
+    bake.seal(&["s3://b/i".into()], None, false).unwrap();
+    let store = over(dir.path(), &["tier"]);
+    assert!(!store.has_adopted("s3://b/i").unwrap());
+    for _ in 0..2 {
+        store.adopt("s3://b/i").unwrap();
+        assert!(store.has_adopted("s3://b/i").unwrap());
+    }
+    assert!(store.adopt("s3://b/none").unwrap_err().kind() == StoreErrorKind::NotFound);
+    assert!(!store.has_itself(&Digest::of(b"in a layer")).unwrap());
+    fs::rename(dir.path().join("tier"), dir.path().join("away")).unwrap();
+    store.tiers();
+    assert_eq!(store.image("s3://b/i").unwrap(), Some(record.clone()));
+    assert_eq!(store.artifact("s3://b/i").unwrap().unwrap().1, made);
+    assert_eq!(store.index(&layer).unwrap().unwrap(), b"index");
+    let chain = record.chain_ids()[0];
+    assert!(store.image_by_chain(&chain).unwrap().is_some());
+    assert!(store.complete(&id).unwrap().is_none());
+    // And goes like anything else.
+    let all = CollectOptions {
+        target_bytes: Some(0),
+        dry_run: false,
+    };
+    assert_eq!(store.collect(&all).unwrap().evicted, ["s3://b/i"]);
+}
+
+#[test]
+fn globs_find_what_is_a_tier() {
+    let dir = tempfile::tempdir().unwrap();
+    for (at, name) in ["a-2", "a-1", ".hidden", "b"].into_iter().enumerate() {
+        let reference = format!("s3://b/{at}");
+        bake(
+            &dir.path().join("disks"),
+            name,
+            &[(&reference, &[name.as_bytes()])],
+        );
+    }
+    let disks = dir.path().join("disks");
+    fs::create_dir(disks.join("a-empty")).unwrap();
+    fs::write(disks.join("a-file"), b"").unwrap();
+    fs::create_dir(disks.join("a-torn")).unwrap();
+    fs::write(disks.join("a-torn/hearth.json"), b"{").unwrap();
+    let found = |tiers: &[TierConfig]| -> Vec<(String, String)> {
+        let store = Store::open_with_tiers(&dir.path().join("store"), &config(), tiers).unwrap();
+        let tiers = store.tiers().into_iter();
+        let name = |path: &Path| path.strip_prefix(dir.path()).unwrap().display().to_string();
+        tiers
+            .map(|tier| (name(&tier.path), tier.problem.unwrap_or_default()))
+            .collect()
+    };
+    let names = |tiers: &[TierConfig]| -> Vec<String> {
+        found(tiers).into_iter().map(|(name, _)| name).collect()
+    };
+    let glob = |text: &str| TierConfig::at(dir.path().join(text));
+    let shown = found(&[glob("disks/a-*")]);
+    assert_eq!(shown[0].0, "disks/a-1");
+    assert_eq!(shown[1].0, "disks/a-2");
+    assert!(shown[2].1.contains("cannot be read"), "{shown:?}");
+    assert_eq!(shown.len(), 3);
+    assert_eq!(names(&[glob("d*/[b-c]")]), ["disks/b"]);
+    assert_eq!(
+        names(&[glob("disks/b"), glob("disks/{a-1,b}")]),
+        ["disks/b", "disks/a-1"]
+    );
+    assert_eq!(names(&[glob("*")]), ["store"]);
+    let shown = found(&[glob("none/*")]);
+    assert!(
+        shown[0].0 == "none/*" && shown[0].1.contains("no disk"),
+        "{shown:?}"
+    );
+    for at in 0..70 {
+        let dir = disks.join(format!("c-{at}"));
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("hearth.json"), b"").unwrap();
+    }
+    let shown = found(&[glob("disks/c-*")]);
+    assert!(
+        shown[0].1.contains("70 directories, more than 64"),
+        "{shown:?}"
+    );
+}
+
+#[test]
+fn tiers_are_read_through_in_the_background() {
+    let dir = tempfile::tempdir().unwrap();
+    bake(dir.path(), "tier", &[("s3://b/a", &[b"good", b"flipped"])]);
+    let tier = dir.path().join("tier");
+    fs::write(object_path(&tier, b"flipped"), b"flopped").unwrap();
+    let mut checked = TierConfig::at(&tier);
+    checked.verify = TierVerify::Once;
+    let open = || {
+        let root = dir.path().join("store");
+        Store::open_with_tiers(&root, &config(), &[checked.clone()]).unwrap()
+    };
+    let store = open();
+    let begun = std::time::Instant::now();
+    while store.tiers()[0].verified_at.is_none() {
+        assert!(begun.elapsed().as_secs() < 60);
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    assert_eq!(store.tiers()[0].distrusted, 1);
+    let id = |content: &[u8]| ObjectId::Sha256(Digest::of(content));
+    assert_eq!(read(&store, &id(b"flipped")), None);
+    assert_eq!(read(&store, &id(b"good")).unwrap(), b"good");
+    drop(store);
+    // Whoever comes after knows it.
+    let store = open();
+    assert!(store.tiers()[0].verified_at.is_some());
+    assert_eq!(read(&store, &id(b"flipped")), None);
 }

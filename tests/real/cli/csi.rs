@@ -367,6 +367,38 @@ fn an_origin_that_is_down_shows() {
 }
 
 #[test]
+fn a_baked_model_is_a_volume_without_its_origin() {
+    let (web, baker) = (Web::new(), Bed::new());
+    let model = web.model("m", 3, 2);
+    let tier = baker.path("tier");
+    baker.ok(&format!("bake {model} --output {}", tier.display()));
+    let origin = baker.path("origin");
+    let files = web.path("m");
+    Done::of(&mut tool(
+        "cp",
+        &["-r", files.to_str().unwrap(), origin.to_str().unwrap()],
+    ))
+    .ok();
+    drop(web);
+    let bed = Bed::new();
+    let config = bed.path("config.toml");
+    fs::write(
+        &config,
+        format!("[[tier]]\npath = \"{}\"\n", tier.display()),
+    )
+    .unwrap();
+    let mut csi = Csi::on(bed, false);
+    csi.stop(Signal::SIGTERM);
+    csi.options = format!("--config {} {}", config.display(), csi.options);
+    csi.start();
+    let dir = csi.publish("volume", &model);
+    assert_same(&dir, &origin);
+    assert!(csi.bed.objects().is_empty());
+    csi.unpublish("volume");
+    csi.assert_empty();
+}
+
+#[test]
 fn a_hundred_volumes_are_one_download_and_one_mount() {
     let web = Web::slow("8m");
     let model = web.model("m", 8, 1);

@@ -8,15 +8,21 @@ use crate::pushed::{MANIFEST, Registry, gzip, tar};
 
 use super::*;
 
+mod disks;
+
 const OCI: &str = "application/vnd.oci.image";
 
 /// An image of one layer for each directory; its reference.
 fn push(registry: &Registry, tag: &str, layers: &[&Path]) -> String {
+    push_for(registry, tag, layers, "amd64")
+}
+
+fn push_for(registry: &Registry, tag: &str, layers: &[&Path], architecture: &str) -> String {
     let tars = layers.iter().map(|dir| tar(dir, &["--sort=name"], &["."]));
     let tars: Vec<Vec<u8>> = tars.collect();
     let diff_ids: Vec<String> = tars.iter().map(|tar| Digest::of(tar).to_string()).collect();
     let config = json!({
-        "architecture": "amd64", "os": "linux",
+        "architecture": architecture, "os": "linux",
         "rootfs": {"type": "layers", "diff_ids": diff_ids},
     });
     let config = config.to_string();
@@ -431,62 +437,6 @@ fn locks_bake_the_same_and_updates_link_what_is_there() {
 }
 
 #[test]
-fn disk_images_are_tiers_when_they_are_mounted() {
-    let (web, registry, baker) = (Web::new(), Registry::start(), Bed::new());
-    let model = web.model("m", 5, 2);
-    let root = baker.path("root");
-    write_model(&root, 2, 1, 40);
-    for at in 0..300 {
-        fs::write(root.join(format!("file-{at}")), bytes(at, at as usize)).unwrap();
-    }
-    let image = push(&registry, "1", &[&root]);
-    let images: Vec<PathBuf> = ["ext4", "erofs"]
-        .map(|format| {
-            let output = baker.path(&format!("disk.{format}"));
-            let path = output.display();
-            baker.ok(&format!(
-                "bake {model} {image} --output {path} --format {format}"
-            ));
-            let error = baker.fails(&format!("bake {model} --output {path} --format {format}"));
-            assert!(error.contains("is there already"), "{error}");
-            output
-        })
-        .into();
-    // Nothing but images is left.
-    assert_eq!(
-        files_below(baker.dir.path())
-            .iter()
-            .filter(|p| p.starts_with(&root))
-            .count()
-            + 2,
-        files_below(baker.dir.path()).len()
-    );
-    let label = Done::of(&mut tool(
-        "blkid",
-        &["-o", "value", "-s", "LABEL", images[0].to_str().unwrap()],
-    ));
-    assert_eq!(label.ok().trim(), "hearth");
-    Done::of(&mut tool("e2fsck", &["-fn", images[0].to_str().unwrap()])).ok();
-    drop((web, registry));
-    let place = Bed::new();
-    for disk in &images {
-        let at = Bind(place.path(disk.file_name().unwrap().to_str().unwrap()));
-        fs::create_dir_all(&at.0).unwrap();
-        let (from, to) = (disk.to_str().unwrap(), at.0.to_str().unwrap());
-        Done::of(&mut tool("mount", &["-o", "loop,ro", from, to])).ok();
-        let node = node(&[&at.0]);
-        let with = config(&node);
-        let dir = node.mount_dir("mnt");
-        node.ok(&format!("{with} mount {image} {dir}"));
-        assert_same(&dir, &root);
-        node.ok(&format!("{with} umount {dir}"));
-        node.ok(&format!("{with} warm {model}"));
-        node.ok(&format!("{with} verify --all"));
-        assert!(node.objects().is_empty());
-    }
-}
-
-#[test]
 fn what_does_not_fit_is_refused_before_the_first_byte() {
     let (web, baker) = (Web::new(), Bed::new());
     let model = web.model("m", 8, 1);
@@ -507,4 +457,23 @@ fn what_does_not_fit_is_refused_before_the_first_byte() {
     );
     assert_eq!(sent, 0);
     unmounted.ok();
+}
+
+#[test]
+fn images_for_other_machines_are_baked_only_when_that_is_said() {
+    let (registry, baker) = (Registry::start(), Bed::new());
+    let root = baker.path("root");
+    write_model(&root, 1, 1, 1);
+    let image = push_for(&registry, "1", &[&root], "s390x");
+    let tier = baker.path("tier");
+    let error = baker.fails(&format!("bake {image} --output {}", tier.display()));
+    assert!(
+        error.contains("an image for linux/s390x") && error.contains("?platform="),
+        "{error}"
+    );
+    assert!(files_below(&tier.join("objects")).is_empty());
+    baker.ok(&format!(
+        "bake {image}?platform=linux/s390x --output {}",
+        tier.display()
+    ));
 }

@@ -23,6 +23,8 @@ pub(crate) struct Cri<'a> {
 
 pub(crate) struct Bed {
     pub(crate) dir: TempDir,
+    /// The network namespace in which everything is started, if not that of the test.
+    pub(crate) netns: Option<String>,
     containerd: Option<Child>,
     snapshotter: Option<Child>,
 }
@@ -33,6 +35,7 @@ impl Bed {
         let dir = tempfile::tempdir().unwrap();
         let bed = Self {
             dir,
+            netns: None,
             containerd: None,
             snapshotter: None,
         };
@@ -141,7 +144,19 @@ impl Bed {
         end(&mut child, nix::sys::signal::Signal::SIGTERM);
     }
 
-    fn spawn(&self, mut command: Command, log: &str) -> Child {
+    pub(crate) fn spawn(&self, mut command: Command, log: &str) -> Child {
+        if let Some(netns) = &self.netns {
+            let mut inside = Command::new("nsenter");
+            inside.arg(format!("--net=/run/netns/{netns}"));
+            inside.arg(command.get_program()).args(command.get_args());
+            for (key, value) in command.get_envs() {
+                match value {
+                    Some(value) => inside.env(key, value),
+                    None => inside.env_remove(key),
+                };
+            }
+            command = inside;
+        }
         let log = File::options()
             .create(true)
             .append(true)

@@ -27,7 +27,7 @@ pub(super) fn hearth(store: &Path, line: &str) -> Command {
 }
 
 /// Reads of all layers of the image, as app and as pause.
-fn all_reads(registry: &Server, image: &Image) -> usize {
+pub(super) fn all_reads(registry: &Server, image: &Image) -> usize {
     let layers = image.layers.iter();
     layers
         .map(|l| reads(registry, "app", &l.blob) + reads(registry, "pause", &l.blob))
@@ -44,8 +44,9 @@ pub(super) fn mounts(dir: &Path) -> Vec<(String, String)> {
         .collect()
 }
 
-const LOOK: &str = "ls /data /opaque; cat /data/salt /data/two-too; stat -c %a /data/mode";
-const SEEN: &str = "/data:\nmode\none\nsalt\ntwo\ntwo-too\n\n/opaque:\nabove\n";
+pub(super) const LOOK: &str =
+    "ls /data /opaque; cat /data/salt /data/two-too; stat -c %a /data/mode";
+pub(super) const SEEN: &str = "/data:\nmode\none\nsalt\ntwo\ntwo-too\n\n/opaque:\nabove\n";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_warmed_image_runs_without_its_registry_and_without_fuse() {
@@ -111,46 +112,6 @@ async fn a_warmed_image_runs_without_its_registry_and_without_fuse() {
         serde_json::from_slice::<serde_json::Value>(&listed).unwrap(),
         serde_json::json!([])
     );
-}
-
-/// What was baked is a tier of a node whose store is empty: no layer is pulled, and nothing is copied.
-#[tokio::test(flavor = "multi_thread")]
-async fn an_image_on_a_tier_runs_without_its_layers_being_pulled() {
-    let source = tempfile::tempdir().unwrap();
-    let image = Image::make(source.path(), "baked");
-    let registry = registry(&image);
-    let host = format!("127.0.0.1:{}", registry.port);
-    let (app, pause) = (format!("{host}/app:1"), format!("{host}/pause:1"));
-    let tier = source.path().join("tier");
-    let path = tier.display();
-    run(&mut hearth(
-        &source.path().join("unused"),
-        &format!("bake oci://{app} oci://{pause} --output {path}"),
-    ));
-    let before = all_reads(&registry, &image);
-    let config = source.path().join("config.toml");
-    fs::write(&config, format!("[[tier]]\npath = \"{path}\"\n")).unwrap();
-    let mut bed = Bed::new(Some(Cri {
-        sandbox_image: &pause,
-        labels: false,
-    }));
-    let store = bed.path("store");
-    bed.start_snapshotter_with(&["--config".as_ref(), config.as_os_str()]);
-    bed.start_containerd();
-    let mut kubelet = Kubelet::new(&bed).await;
-    kubelet.pull(&app).await;
-    let pod = kubelet.run_pod().await;
-    let one = kubelet.run(&pod, "one", &app).await;
-    let seen = kubelet.exec(&one, LOOK).await;
-    assert_eq!(seen, format!("{SEEN}bakedtwo4711\n"));
-    assert_eq!(all_reads(&registry, &image), before, "{}", registry.log());
-    let copied = fs::read_dir(store.join("objects/sha256")).unwrap().count();
-    assert_eq!(copied, 0);
-    kubelet.remove_pod(&pod).await;
-    kubelet.remove_image(&app).await;
-    kubelet.remove_image(&pause).await;
-    bed.wait_for("collection", |bed| bed.records() == 0 && bed.dirs() == 0);
-    bed.wait_for("unmounting", |_| mounts(&store.join("run")).is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -24,7 +24,7 @@ fn a_root_holds_its_image_as_long_as_anything_uses_it() {
         assert_eq!(status.unwrap().code(), Some(wanted));
     };
     locked(1);
-    let twice = native::mount(&bed.image(), &bed.objects(), &dir).unwrap_err();
+    let twice = native::mount(&bed.image(), &[&bed.objects()], &dir).unwrap_err();
     assert_eq!(twice.kind(), MountErrorKind::Mounted);
 
     let file = File::open(dir.join("file")).unwrap();
@@ -73,7 +73,7 @@ fn what_a_mounted_root_needs_is_not_evicted() {
     assert_eq!(again.unwrap(), image);
 
     let dir = bed.path("root");
-    let root = native::mount(&image, &store.objects_dir(), &dir).unwrap();
+    let root = native::mount(&image, &[&store.objects_dir()], &dir).unwrap();
     root.keep();
     let all = CollectOptions {
         target_bytes: Some(0),
@@ -102,7 +102,7 @@ fn what_cannot_be_mounted_leaves_nothing_behind() {
     let bed = maker.finish();
     let before = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let try_mount = |image: &Path, objects: &Path, dir: &str| {
-        native::mount(image, objects, &bed.path(dir)).unwrap_err()
+        native::mount(image, &[objects], &bed.path(dir)).unwrap_err()
     };
     let error = try_mount(&bed.path("missing"), &bed.objects(), "root");
     assert!(error.to_string().contains("o such file"), "{error}");
@@ -129,6 +129,41 @@ fn what_cannot_be_mounted_leaves_nothing_behind() {
     let error = native::available(Path::new("/proc")).unwrap_err();
     assert_eq!(error.kind(), MountErrorKind::NoNative);
     assert!(error.hint().is_some());
+}
+
+#[test]
+fn of_what_several_directories_have_the_first_is_read() {
+    let mut maker = Maker::new();
+    for name in ["store", "tier", "both"] {
+        maker.file(name, name, meta(0o644));
+    }
+    let bed = maker.finish();
+    let object = |root: &Path, content: &str| {
+        let hex = Digest::of(content.as_bytes()).hex();
+        root.join("sha256").join(&hex[..2]).join(&hex)
+    };
+    let (objects, tier) = (bed.objects(), bed.path("tier"));
+    for name in ["tier", "both"] {
+        let path = object(&tier, name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, name).unwrap();
+    }
+    fs::remove_file(object(&objects, "tier")).unwrap();
+    fs::write(object(&tier, "both"), "beth").unwrap();
+    let dir = bed.path("root");
+    let root = native::mount(&bed.image(), &[&objects, &tier], &dir).unwrap();
+    assert!(native::is_of_several(&dir).unwrap());
+    for name in ["store", "tier", "both"] {
+        assert_eq!(fs::read_to_string(dir.join(name)).unwrap(), name);
+    }
+    drop(root);
+    let root = bed.mount();
+    assert!(!native::is_of_several(&dir).unwrap());
+    assert!(fs::read(dir.join("tier")).is_err());
+    drop(root);
+    let many = vec![objects; 11];
+    let error = native::mount(&bed.image(), &many, &dir).unwrap_err();
+    assert!(error.to_string().contains("11 directories"), "{error}");
 }
 
 #[test]
@@ -161,7 +196,7 @@ fn equal_files_of_two_roots_share_their_pages() {
     erofs::write(&tree, &maker.objects, File::create(&image).unwrap()).unwrap();
     fs::create_dir(first.path("second")).unwrap();
     let _first = first.mount();
-    let _second = native::mount(&image, &first.objects(), &first.path("second")).unwrap();
+    let _second = native::mount(&image, &[&first.objects()], &first.path("second")).unwrap();
     let hex = Digest::of(&content).hex();
     let object = first.objects().join("sha256").join(&hex[..2]).join(&hex);
     let resident = |path: &Path| {
