@@ -279,7 +279,8 @@ impl Context {
     /// The node; must be called within the runtime.
     fn node(&self) -> anyhow::Result<Node> {
         let engine = Engine::new(self.store()?, self.config.fetch.clone());
-        Ok(Node::new(engine, Sources::new(self.config.source.clone())))
+        let sources = Sources::new(self.config.source.clone());
+        Ok(Node::new(engine, sources).with_tenancy(self.config.tenancy.clone()))
     }
 
     fn runtime(&self) -> anyhow::Result<tokio::runtime::Runtime> {

@@ -275,7 +275,7 @@ impl Driver {
             .await?;
         let claim = Claim::new(asked);
         if let Some(before) = self.published(&claim.id()) {
-            if before.claim != claim {
+            if !before.claim.is_same(&claim) {
                 return Err(CsiError::new(
                     CsiErrorKind::AlreadyExists,
                     format!(

@@ -5,21 +5,34 @@
 
 mod agent;
 mod faces;
+mod kube;
 mod models;
 mod roots;
 
 use std::path::PathBuf;
 
 pub use agent::{Face, Life, Parts, Running, run};
-pub use faces::{ADMIN, CSI, MIRROR, SNAPSHOTTER, enabled};
+pub use faces::{ADMIN, CSI, KUBE, MIRROR, SNAPSHOTTER, enabled};
+pub use kube::{PodContent, starts};
 pub use models::SharedModels;
 pub use roots::{ImageRoots, pinned_images};
 
-use crate::node::Node;
+use crate::node::{Node, NodeError};
 
 /// Where mounts are, named as the kernel names them: the store may be reached through a link.
 fn run_dir(node: &Node) -> PathBuf {
     let root = node.store().root();
     let real = root.canonicalize();
     real.unwrap_or_else(|_| root.to_owned()).join("run")
+}
+
+/// An error with its causes.
+fn describe(error: &NodeError) -> String {
+    let mut message = error.to_string();
+    let mut next = std::error::Error::source(error);
+    while let Some(cause) = next {
+        message = format!("{message}: {cause}");
+        next = cause.source();
+    }
+    message
 }

@@ -25,11 +25,24 @@ pub use self::{
 };
 
 /// Settings of this room (`[kube]`).
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Whether the agent has this face.
     pub enabled: bool,
+    /// How long a pod may be missing from what the API server says before its content is unpinned, in seconds: lists may
+    /// be old.
+    pub grace_seconds: u64,
     /// Where the API server is.
     pub api: ApiConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            grace_seconds: 60,
+            api: ApiConfig::default(),
+        }
+    }
 }

@@ -32,6 +32,9 @@ const MAX_MAP: usize = 4096;
 /// As [`MAX_MAP`], with what Kubernetes adds: tokens of service accounts.
 const MAX_WHOLE_MAP: usize = 256 << 10;
 
+/// What the kubelet calls the namespace of the pod, whatever the attributes of the volume say.
+const NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";
+
 /// A volume to publish.
 #[derive(Debug)]
 pub(crate) struct Publish {
@@ -39,6 +42,8 @@ pub(crate) struct Publish {
     pub(super) target: PathBuf,
     pub(super) want: Want,
     pub(super) flags: Flags,
+    /// Of the pod; empty where the CSIDriver does not say `podInfoOnMount: true`.
+    pub(super) namespace: String,
 }
 
 /// A volume to make.
@@ -67,11 +72,15 @@ impl Publish {
         )?;
         let mut want = want("volume_context", &asked.volume_context, config)?;
         want.keys = keys(&want.reference, asked.secrets)?;
+        let namespace = asked.volume_context.get(NAMESPACE).cloned();
+        let namespace = namespace.unwrap_or_default();
+        check_text(NAMESPACE, &namespace, MAX_TEXT)?;
         Ok(Self {
             volume,
             target,
             want,
             flags,
+            namespace,
         })
     }
 }

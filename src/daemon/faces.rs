@@ -6,14 +6,16 @@ use anyhow::Context as _;
 use tokio::{net::TcpListener, task::JoinSet};
 
 use super::{
-    ImageRoots, SharedModels,
+    ImageRoots, PodContent, SharedModels,
     agent::{Face, Life, Parts},
     pinned_images,
 };
 use crate::{
     admin,
     config::Config,
-    csi, mirror, mount,
+    csi,
+    kube::{self, Pods},
+    mirror, mount,
     snapshotter::{self, Snapshotter},
     socket::Listener,
 };
@@ -35,6 +37,11 @@ pub const MIRROR: Face = Face {
     run: |parts, life| Box::pin(mirror(parts, life)),
 };
 
+pub const KUBE: Face = Face {
+    name: "kube",
+    run: |parts, life| Box::pin(kube(parts, life)),
+};
+
 /// The faces that `config` enables.
 pub fn enabled(config: &Config) -> Vec<Face> {
     let all = [
@@ -42,6 +49,7 @@ pub fn enabled(config: &Config) -> Vec<Face> {
         (config.snapshotter.enabled, SNAPSHOTTER),
         (config.csi.enabled, CSI),
         (config.mirror.enabled, MIRROR),
+        (config.kube.enabled, KUBE),
     ];
     let enabled = all.into_iter().filter(|(enabled, _)| *enabled);
     enabled.map(|(_, face)| face).collect()
@@ -67,6 +75,30 @@ async fn mirror(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
     let under_way = mirror::serve(listener, parts.node.clone(), config, life.stopped()).await;
     life.drained();
     finish(under_way).await;
+    Ok(())
+}
+
+async fn kube(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
+    let client = kube::connect(&parts.config.kube.api).await?;
+    let content = PodContent::new(parts.node.clone());
+    let pods = Pods::new(
+        client,
+        parts.config.agent.node_name(),
+        &parts.config.kube,
+        content,
+    );
+    life.waiting("the API server has not said yet which pods are here");
+    let serving = async {
+        pods.listed().await;
+        life.serving();
+        std::future::pending().await
+    };
+    tokio::select! {
+        () = Arc::clone(&pods).run() => {}
+        () = serving => {}
+        () = life.stopped() => {}
+    }
+    life.drained();
     Ok(())
 }
 

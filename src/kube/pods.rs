@@ -1,7 +1,7 @@
 //! The pods of this node: what they ask for is brought from the moment they are bound, and pinned while they live.
 //!
 //! A pod that asks for nothing is not remembered. Work begins in the task that sees the event, so within milliseconds of
-//! it. A pod that a list lacks may only be missing from an old list: its pins stay for [`GRACE`], and so do pins of pods
+//! it. A pod that a list lacks may only be missing from an old list: its pins stay for a while (`kube.grace_seconds`), and so do pins of pods
 //! that nobody knows after a restart. Of one namespace at most [`AT_ONCE_EACH`] references are brought at a time, so that
 //! one with many does not keep others waiting; what readers wait for goes before all of it (`fetch`).
 
@@ -12,13 +12,14 @@ use std::{
 };
 
 use async_trait::async_trait;
-use futures_util::{StreamExt as _, stream};
+use futures_util::{StreamExt as _, future::join_all};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
 use parking_lot::Mutex;
 use tokio::{sync::Semaphore, task::JoinHandle, time::Instant};
 
 use super::{
+    Config,
     annotations::{self, Asked, Mistake},
     coldstart::{self, ColdStart, Fetched},
     events::{Notice, PodRef, Recorder},
@@ -29,9 +30,7 @@ use crate::{metrics, reference::Reference, source::Keys};
 
 /// How pins of pods begin.
 pub const PINS: &str = "pod-";
-/// How long a pod may be missing before it is gone.
-pub const GRACE: Duration = Duration::from_secs(60);
-/// How often that is looked at.
+/// How often it is looked at what is missing.
 const TICK: Duration = Duration::from_secs(5);
 /// How often all pods are listed though nothing failed.
 const RELIST: Duration = Duration::from_secs(1800);
@@ -142,6 +141,8 @@ pub struct Pods {
     events: Recorder,
     state: Mutex<State>,
     slots: Arc<Semaphore>,
+    /// How long a pod may be missing before it is gone.
+    grace: Duration,
     /// Told whenever the pods are listed.
     listed: tokio::sync::watch::Sender<bool>,
 }
@@ -181,6 +182,8 @@ struct Wants {
     asked: Asked,
     mistakes: Vec<Mistake>,
     images: Vec<Reference>,
+    /// An image that the kubelet must not pull.
+    never: Option<String>,
     names: Names,
 }
 
@@ -193,7 +196,12 @@ struct Start {
 
 impl Pods {
     /// The pods of `node`, as the API server that `client` reaches knows it. Must be called within a runtime.
-    pub fn new(client: Client, node: String, content: Arc<dyn Content>) -> Arc<Self> {
+    pub fn new(
+        client: Client,
+        node: String,
+        config: &Config,
+        content: Arc<dyn Content>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             events: Recorder::start(client.clone(), node.clone()),
             client,
@@ -201,6 +209,7 @@ impl Pods {
             content,
             state: Mutex::default(),
             slots: Arc::new(Semaphore::new(AT_ONCE)),
+            grace: Duration::from_secs(config.grace_seconds),
             listed: tokio::sync::watch::Sender::new(false),
         })
     }
@@ -226,7 +235,7 @@ impl Pods {
             relist: Some(RELIST),
         };
         let mut events = std::pin::pin!(follow(Api::<Pod>::all(self.client.clone()), selection));
-        let mut tick = tokio::time::interval(TICK);
+        let mut tick = tokio::time::interval(TICK.min(self.grace.max(TICK / 5)));
         loop {
             tokio::select! {
                 Some(event) = events.next() => self.take(event).await,
@@ -275,7 +284,7 @@ impl Pods {
     /// Lets go of what was missing for long enough, and tells of starts that are over.
     async fn look(&self) {
         let now = Instant::now();
-        let is_over = |since: Instant| now.saturating_duration_since(since) >= GRACE;
+        let is_over = |since: Instant| now.saturating_duration_since(since) >= self.grace;
         let (gone, orphans, due) = {
             let mut state = self.state.lock();
             let missing = |t: &Tracked| t.missing.is_some_and(is_over);
@@ -296,7 +305,10 @@ impl Pods {
             for orphan in &orphans {
                 state.orphans.remove(orphan);
             }
-            let starts = state.pods.values().map(|t| (t.pod.clone(), Arc::clone(&t.start)));
+            let starts = state
+                .pods
+                .values()
+                .map(|t| (t.pod.clone(), Arc::clone(&t.start)));
             (gone, orphans, starts.collect::<Vec<_>>())
         };
         for uid in gone {
@@ -341,33 +353,34 @@ impl Pods {
         };
         let start = {
             let mut state = self.state.lock();
-            let same = state.pods.get_mut(&uid).filter(|known| known.wants == wants);
-            match same {
-                Some(known) => {
+            let is_full = state.pods.len() >= MAX_PODS && !state.pods.contains_key(&uid);
+            match state.pods.get_mut(&uid) {
+                Some(known) if known.wants == wants => {
                     known.missing = None;
                     Arc::clone(&known.start)
                 }
-                None if state.pods.len() >= MAX_PODS && !state.pods.contains_key(&uid) => {
-                    tracing::warn!(pod = pod_ref.name, "too many pods ask for something: this one is left alone");
+                _ if is_full => {
+                    tracing::warn!(
+                        pod = pod_ref.name,
+                        "too many pods ask for something: this one is left alone"
+                    );
                     return;
                 }
-                None => {
+                _ => {
                     let start = Arc::new(Mutex::new(Start {
                         since: Instant::now(),
                         record: ColdStart {
                             namespace: pod_ref.namespace.clone(),
                             pod: pod_ref.name.clone(),
                             uid: uid.clone(),
-                            late: listed,
+                            // Of a later list it is new, and its event was lost.
+                            late: !*self.listed.borrow(),
                             ..ColdStart::default()
                         },
                         told: false,
                     }));
-                    let work = Arc::clone(self).work(
-                        pod_ref.clone(),
-                        wants.clone(),
-                        Arc::clone(&start),
-                    );
+                    let work =
+                        Arc::clone(self).work(pod_ref.clone(), wants.clone(), Arc::clone(&start));
                     let tracked = Tracked {
                         pod: pod_ref.clone(),
                         wants,
@@ -410,6 +423,18 @@ impl Pods {
                 note: mistake.to_string(),
             });
         }
+        if let Some(image) = &wants.never {
+            self.events.tell(Notice {
+                pod: pod.clone(),
+                warning: false,
+                reason: "ImageNeverPulled",
+                action: "Prefetch",
+                note: format!(
+                    "image {image}: its content is brought, but only a pull by the kubelet under this very name makes it \
+                     present, and imagePullPolicy Never forbids that: have it pulled once with IfNotPresent"
+                ),
+            });
+        }
         let wishes: Vec<&Reference> = wants.asked.references.iter().chain(&wants.images).collect();
         {
             let mut start = start.lock();
@@ -429,12 +454,9 @@ impl Pods {
             let each = state.each.entry(pod.namespace.clone());
             Arc::clone(each.or_insert_with(|| Arc::new(Semaphore::new(AT_ONCE_EACH))))
         };
-        let count = wishes.len();
-        stream::iter(wishes)
-            .for_each_concurrent(count, |reference| {
-                self.bring(&pod, &wants, reference, &each, &start)
-            })
-            .await;
+        let all = wishes.iter();
+        let all = all.map(|reference| self.bring(&pod, &wants, reference, &each, &start));
+        join_all(all).await;
         {
             let mut start = start.lock();
             let since = start.since.elapsed();
@@ -464,6 +486,9 @@ impl Pods {
                 Ok(fetched) => {
                     let mut start = start.lock();
                     start.record.fetched.add(&fetched);
+                    let since = start.since.into_std();
+                    let first = start.record.fetched.first_read;
+                    start.record.first_byte = first.map(|at| at.saturating_duration_since(since));
                     start.record.failed -= usize::from(failed);
                     return;
                 }
@@ -533,6 +558,7 @@ impl Pods {
             demanded,
             prefetched,
             from_peers,
+            ..
         } = record.fetched;
         tracing::info!(
             namespace = record.namespace,
@@ -597,12 +623,16 @@ fn wants(pod: &Pod) -> Wants {
         .or_else(|| Some(annotations::default_priority(spec?.priority)));
     let mut images = Vec::new();
     let mut pull = Vec::new();
+    let mut never = None;
     if let Some(spec) = spec {
         let init = spec.init_containers.iter().flatten();
         for container in init.chain(&spec.containers).filter(|_| asked.images) {
             let Some(name) = &container.image else {
                 continue;
             };
+            if container.image_pull_policy.as_deref() == Some("Never") {
+                never.get_or_insert_with(|| name.chars().take(255).collect());
+            }
             match annotations::image(name) {
                 Ok(image) if images.contains(&image) => {}
                 Ok(image) => images.push(image),
@@ -623,5 +653,6 @@ fn wants(pod: &Pod) -> Wants {
         asked,
         mistakes,
         images,
+        never,
     }
 }

@@ -19,20 +19,20 @@ const DOCKER_OLD: &str = ".dockercfg";
 
 /// What opens the references of a pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Names {
+pub(super) struct Names {
     /// By annotation; everything.
-    pub named: Option<String>,
+    pub(super) named: Option<String>,
     /// What the kubelet uses; registries only.
-    pub pull: Vec<String>,
+    pub(super) pull: Vec<String>,
 }
 
 /// Why there are no keys. Shows no value.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
-pub struct SecretError {
+pub(super) struct SecretError {
     message: String,
     /// It may go well later without that anybody does anything.
-    pub passes: bool,
+    pub(super) passes: bool,
 }
 
 /// The keys for `reference`; `None` where no secret is named that has some.
@@ -40,7 +40,7 @@ pub struct SecretError {
 /// # Errors
 /// A Secret that was named and cannot be read, or does not open what it was named for. One that only the kubelet uses
 /// may be missing, as for the kubelet.
-pub async fn keys(
+pub(super) async fn keys(
     client: &Client,
     namespace: &str,
     names: &Names,
@@ -62,9 +62,7 @@ pub async fn keys(
             (None, _) if matches!(reference.locator, Locator::Oci(_)) && !names.pull.is_empty() => {
                 pull_keys(&api, namespace, names, reference).await
             }
-            (None, wanted) => Err(of(format!(
-                "has none of {wanted}, which open {reference}"
-            ))),
+            (None, wanted) => Err(of(format!("has none of {wanted}, which open {reference}"))),
         };
     }
     pull_keys(&api, namespace, names, reference).await
@@ -90,10 +88,15 @@ async fn pull_keys(
             }
         };
         modernize(&mut data);
-        let Some(Ok(Value::Object(mut config))) =
-            data.remove(DOCKER_CONFIG).map(|text| serde_json::from_str(&text))
+        let Some(Ok(Value::Object(mut config))) = data
+            .remove(DOCKER_CONFIG)
+            .map(|text| serde_json::from_str(&text))
         else {
-            tracing::warn!(namespace, name, "an image pull secret holds no credentials for registries");
+            tracing::warn!(
+                namespace,
+                name,
+                "an image pull secret holds no credentials for registries"
+            );
             continue;
         };
         if let Some(Value::Object(found)) = config.remove("auths") {
@@ -124,7 +127,7 @@ async fn read(
     let found = within(api.get(name)).await.map_err(|error| match &error {
         kube::Error::Api(status) if status.is_not_found() => fail("does not exist".into(), false),
         kube::Error::Api(status) if status.is_forbidden() => fail(
-            "may not be read by hearth: bind the ClusterRole hearth-credentials to its service account in this \
+            "may not be read by hearth: bind the ClusterRole hearth-secrets to its service account in this \
              namespace"
                 .into(),
             false,

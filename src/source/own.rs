@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fmt, ops::Range, sync::Arc};
 
 use parking_lot::Mutex;
 use url::Url;
+use zeroize::Zeroize as _;
 
 use super::{
     Attached, Attachment, ByteStream, Layered, ManifestBytes, Source, SourceError, Sources,
@@ -80,6 +81,41 @@ impl Keys {
         Ok(((keys != Self::default()).then_some(keys), names))
     }
 
+    /// Whether there are any.
+    pub fn has_own(&self) -> bool {
+        self.exposed().iter().any(Option::is_some)
+    }
+
+    /// Tells keys apart. It is not kept on the disk, nor shown.
+    pub fn fingerprint(&self) -> Digest {
+        let mut text = vec![u8::from(self.alone)];
+        for part in self.exposed() {
+            match part {
+                Some(part) => {
+                    text.extend((part.len() as u64 + 1).to_le_bytes());
+                    text.extend(part.as_bytes());
+                }
+                None => text.extend(0u64.to_le_bytes()),
+            }
+        }
+        let digest = Digest::of(&text);
+        text.zeroize();
+        digest
+    }
+
+    fn exposed(&self) -> [Option<&str>; 7] {
+        let (basic, aws) = (self.basic.as_ref(), self.aws.as_ref());
+        [
+            self.hub_token.as_ref().map(Secret::expose),
+            basic.map(|(user, _)| user.expose()),
+            basic.map(|(_, password)| password.expose()),
+            aws.map(|aws| aws.access_key_id.expose()),
+            aws.map(|aws| aws.secret_access_key.expose()),
+            aws.and_then(|aws| aws.session_token.as_ref().map(Secret::expose)),
+            self.registries.as_ref().map(Secret::expose),
+        ]
+    }
+
     /// These keys, without any of the environment beside them.
     #[must_use]
     pub fn alone(self) -> Self {
@@ -106,19 +142,7 @@ impl Keys {
 
 impl PartialEq for Keys {
     fn eq(&self, other: &Self) -> bool {
-        fn exposed(keys: &Keys) -> [Option<&str>; 7] {
-            let (basic, aws) = (keys.basic.as_ref(), keys.aws.as_ref());
-            [
-                keys.hub_token.as_ref().map(Secret::expose),
-                basic.map(|(user, _)| user.expose()),
-                basic.map(|(_, password)| password.expose()),
-                aws.map(|aws| aws.access_key_id.expose()),
-                aws.map(|aws| aws.secret_access_key.expose()),
-                aws.and_then(|aws| aws.session_token.as_ref().map(Secret::expose)),
-                keys.registries.as_ref().map(Secret::expose),
-            ]
-        }
-        exposed(self) == exposed(other) && self.alone == other.alone
+        self.exposed() == other.exposed() && self.alone == other.alone
     }
 }
 

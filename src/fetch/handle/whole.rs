@@ -256,7 +256,7 @@ impl Handle {
             tokio::time::sleep(pause).await;
         }
         self.trouble.is_over();
-        class.received().add(data.len() as u64);
+        self.count(class, data.len() as u64);
         Ok(data.into())
     }
 
