@@ -42,7 +42,10 @@ use self::{
     recent::Recent,
     small::SmallObjects,
 };
-pub use self::{handle::Handle, retry::Trouble};
+pub use self::{
+    handle::{Handle, Tally},
+    retry::Trouble,
+};
 use crate::{
     chunk::CHUNK_SIZE,
     digest::ObjectId,

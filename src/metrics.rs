@@ -69,6 +69,11 @@ metrics! {
     counter store_tier_damaged "hearth_store_tier_damaged_objects_total" "Objects found damaged on read-only tiers, and never read from there again";
     counter snapshotter_claimed "hearth_snapshotter_claimed_layers_total" "Layers that containerd neither fetched nor unpacked, since hearth serves them";
     counter snapshotter_unclaimed "hearth_snapshotter_unclaimed_layers_total" "Layers that containerd was left to fetch and unpack itself";
+    counter kube_lists "hearth_kube_lists_total" "Times that objects of the cluster were listed as a whole";
+    counter kube_events_dropped "hearth_kube_events_dropped_total" "Events on pods that were not told: too many, or refused by the API server";
+    counter kube_wrong_annotations "hearth_kube_wrong_annotations_total" "Annotations of pods that were not understood";
+    counter kube_prefetch_failures "hearth_kube_prefetch_failures_total" "Times that something a pod asked for could not be had, and was put off";
+    counter kube_watch_failures "hearth_kube_watch_failures_total" "Watches and lists of the cluster that failed and were begun again";
     gauge csi_volumes "hearth_csi_volumes" "Volumes that are published, each target counted";
     counter csi_failures "hearth_csi_failed_requests_total" "Requests of the CSI that were answered with an error";
 }
@@ -77,6 +82,9 @@ metrics! {
 pub fn global() -> &'static Metrics {
     &GLOBAL
 }
+
+/// The media type of what [`render`] gives.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// The Prometheus text exposition of all metrics.
 pub fn render() -> String {

@@ -11,8 +11,10 @@ mod error;
 mod layers;
 mod patient;
 mod progress;
+mod report;
 mod slices;
 mod status;
+mod tenancy;
 mod unpack;
 
 use std::{sync::Arc, time::Duration};
@@ -25,7 +27,9 @@ pub use self::{
     error::NodeError,
     layers::{PushedIndexes, Start},
     progress::{FileProgress, Progress, Snapshot},
+    report::WarmReport,
     status::{ArtifactStatus, FileStatus, Place},
+    tenancy::{OverQuota, Tenancy, TenancyConfig},
 };
 use crate::{
     digest::Digest,
@@ -78,32 +82,25 @@ impl Resolved {
     }
 }
 
-/// What a warm did.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
-pub struct WarmReport {
-    pub reference: String,
-    pub digest: String,
-    pub revision: String,
-    pub files: usize,
-    /// Bytes of all distinct objects.
-    pub bytes: u64,
-    /// Bytes that were here before.
-    pub bytes_before: u64,
-    /// Wall time.
-    pub seconds: f64,
-}
-
 /// The node: one per process.
 #[derive(Clone)]
 pub struct Node {
     sources: Sources,
     engine: Engine,
+    /// Of what is warmed; see [`Node::with_rank`].
+    rank: i8,
+    tenancy: Arc<Tenancy>,
 }
 
 impl Node {
     /// A node over an engine (and its store) and sources.
     pub fn new(engine: Engine, sources: Sources) -> Self {
-        Self { sources, engine }
+        Self {
+            sources,
+            engine,
+            rank: 0,
+            tenancy: Arc::default(),
+        }
     }
 
     /// This node, opening origins with `credentials`.
@@ -111,7 +108,30 @@ impl Node {
     pub fn with_credentials(&self, credentials: Credentials) -> Self {
         Self {
             sources: self.sources.with_credentials(credentials),
-            engine: self.engine.clone(),
+            ..self.clone()
+        }
+    }
+
+    /// This node, deciding about namespaces as `config` says.
+    #[must_use]
+    pub fn with_tenancy(self, config: TenancyConfig) -> Self {
+        Self {
+            tenancy: Arc::new(Tenancy::new(config)),
+            ..self
+        }
+    }
+
+    /// Decides about namespaces.
+    pub fn tenancy(&self) -> &Tenancy {
+        &self.tenancy
+    }
+
+    /// This node, whose background work goes before that of a lower rank.
+    #[must_use]
+    pub fn with_rank(&self, rank: i8) -> Self {
+        Self {
+            rank,
+            ..self.clone()
         }
     }
 
@@ -123,8 +143,8 @@ impl Node {
             ..self.engine.config().clone()
         };
         Self {
-            sources: self.sources.clone(),
             engine: Engine::new(Arc::clone(self.store()), config),
+            ..self.clone()
         }
     }
 
@@ -416,20 +436,24 @@ impl Node {
                     tried_again = true;
                 }
                 Err(error) => return Err(error),
-                Ok(bytes_before) => {
-                    let artifact = resolved.artifact;
-                    return Ok(WarmReport {
-                        reference: artifact.reference.clone(),
-                        digest: artifact.digest().to_string(),
-                        revision: artifact.revision.clone(),
-                        files: artifact.tree.files().len(),
-                        bytes: artifact.size(),
-                        bytes_before,
-                        seconds: started.elapsed().as_secs_f64(),
-                    });
-                }
+                Ok(before) => return Ok(WarmReport::new(&resolved, before, started)),
             }
         }
+    }
+
+    /// As [`Node::warm`], of what was resolved; if it has changed since, that is an error.
+    ///
+    /// # Errors
+    /// As [`Node::warm`].
+    pub async fn warm_known(
+        &self,
+        resolved: &Resolved,
+        pin: Option<&str>,
+        progress: &Progress,
+    ) -> Result<WarmReport, NodeError> {
+        let started = std::time::Instant::now();
+        let before = self.warm_resolved(resolved, pin, progress).await?;
+        Ok(WarmReport::new(resolved, before, started))
     }
 
     async fn warm_resolved(
@@ -522,7 +546,7 @@ impl Node {
                     handle.expect_reads();
                 }
                 let shown = progress.watch(index, &handle);
-                let complete = handle.ensure(Class::Warm).await?;
+                let complete = handle.ensure_ranked(Class::Warm, self.rank).await?;
                 shown.finished();
                 Ok::<_, FetchError>((index, complete))
             })

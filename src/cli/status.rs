@@ -12,6 +12,8 @@ use super::{
     output,
 };
 use crate::{
+    daemon,
+    kube::coldstart::ColdStart,
     mount::keeper::Link,
     node::{ArtifactStatus, FileStatus},
     reference::Reference,
@@ -40,6 +42,9 @@ struct StoreStatus {
     artifacts: usize,
     tiers: Vec<TierStatus>,
     mounts: Vec<String>,
+    /// Of pods, the newest last.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    starts: Vec<ColdStart>,
 }
 
 #[derive(Serialize)]
@@ -75,6 +80,7 @@ fn store(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
             .filter(|m| control::is_ours(&context.root, &m.mountpoint))
             .map(|m| m.mountpoint.display().to_string())
             .collect(),
+        starts: daemon::starts(&context.root),
     };
     if json {
         output::json(&status)?;
@@ -106,6 +112,9 @@ fn store(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
     }
     for mount in status.mounts {
         output::line(format!("mounted on {mount}"))?;
+    }
+    for start in status.starts {
+        output::line(format!("pod {}/{}: {start}", start.namespace, start.pod))?;
     }
     Ok(ExitCode::SUCCESS)
 }

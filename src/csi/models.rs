@@ -92,6 +92,8 @@ pub struct User {
     pub id: String,
     /// The owner of the pin: the volume.
     pub owner: String,
+    /// The namespace of its pod; empty where it is not known.
+    pub namespace: String,
 }
 
 /// A mounted model.

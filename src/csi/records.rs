@@ -36,6 +36,9 @@ pub(super) struct Claim {
     pub(super) mode: Mode,
     pub(super) strict: bool,
     pub(super) flags: Flags,
+    /// Of the pod; empty where it is not known.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(super) namespace: String,
 }
 
 /// A claim and what serves it.
@@ -80,6 +83,7 @@ impl Claim {
             mode: want.mode,
             strict: want.strict,
             flags: asked.flags,
+            namespace: asked.namespace.clone(),
         }
     }
 
@@ -96,7 +100,17 @@ impl Claim {
         User {
             id: self.id(),
             owner: self.owner(),
+            namespace: self.namespace.clone(),
         }
+    }
+
+    /// Whether it asks for the same as `other`. Earlier versions did not record the namespace.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        let mut this = self.clone();
+        if this.namespace.is_empty() {
+            this.namespace.clone_from(&other.namespace);
+        }
+        this == *other
     }
 }
 

@@ -20,6 +20,7 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use super::describe;
 use crate::{
     csi::{Layout, Model, ModelError, ModelErrorKind, Models, Status, User, Want},
     digest::Digest,
@@ -117,8 +118,8 @@ impl Fill {
 impl SharedModels {
     /// Models of `node`, kept by `keeper` where there is one. Must be called within a runtime.
     pub fn new(node: Node, config: mount::Config, keeper: Option<Arc<Link>>) -> Arc<Self> {
-        let dir = node.store().root().join("run/csi/mounts");
-        let leaves = keeper.as_ref().and_then(|keeper| keeper.leaves());
+        let dir = super::run_dir(&node).join("csi/mounts");
+        let leaves = keeper.as_ref().map(|keeper| keeper.leaves_below(&dir));
         let this = Arc::new(Self {
             node,
             strict: OnceLock::new(),
@@ -303,8 +304,19 @@ impl Models for SharedModels {
                 return Ok(served.model.clone());
             }
         }
+        let tenancy = self.node.tenancy();
+        let keys = match user.namespace.as_str() {
+            "" => want.keys.clone(),
+            namespace => tenancy.keys(namespace, want.keys.clone()),
+        };
+        let want = &Want {
+            keys,
+            ..want.clone()
+        };
         let credentials = want.keys.clone().map(Credentials::new);
         let node = self.node(want, credentials.as_ref());
+        let guarded = node.guard(&want.reference, want.keys.as_ref()).await;
+        guarded.map_err(|e| of_node(&e))?;
         let resolved = match &generation {
             Some(digest) => node.resume(&want.reference, digest).await,
             None => node.resolve(&want.reference).await,
@@ -314,7 +326,15 @@ impl Models for SharedModels {
             _ => of_node(&e),
         })?;
         let reference = resolved.artifact.reference.clone();
-        let id = model_id(&resolved.artifact.digest(), want);
+        let digest = resolved.artifact.digest();
+        // What was published once was proved then.
+        if !user.namespace.is_empty() && generation.is_none() {
+            let keys = want.keys.as_ref();
+            let proved = node.prove(&want.reference, keys, &resolved);
+            proved.await.map_err(|e| of_node(&e))?;
+        }
+        let size = resolved.artifact.size();
+        let id = model_id(&digest, want);
         let slot = self.slot(&id);
         let mut slot = slot.lock_owned().await;
         if self.left.load(Relaxed) {
@@ -338,7 +358,19 @@ impl Models for SharedModels {
             }
         }
         // It is held by now, so it cannot be evicted in between.
-        if let Err(error) = self.pin(&reference, &user.owner).await {
+        let kept = match user.namespace.as_str() {
+            "" => Ok(()),
+            namespace => {
+                let what = (reference.as_str(), digest, size);
+                tenancy.charge(namespace, &user.owner, what, generation.is_some())
+            }
+        };
+        let kept = kept.map_err(|e| ModelError::new(ModelErrorKind::NoSpace, e.to_string()));
+        let kept = match kept {
+            Ok(()) => self.pin(&reference, &user.owner).await,
+            refused => refused,
+        };
+        if let Err(error) = kept {
             drop(slot);
             self.close(&id, &user.id).await;
             return Err(error);
@@ -391,6 +423,7 @@ impl Models for SharedModels {
     }
 
     async fn unpin(&self, reference: &str, owner: &str) {
+        self.node.tenancy().release(owner, |kept| kept != reference);
         let store = Arc::clone(self.node.store());
         let (name, owner) = (reference.to_owned(), owner.to_owned());
         let unpinned = tokio::task::spawn_blocking(move || store.unpin(&name, &owner)).await;
@@ -593,15 +626,4 @@ fn of_node(error: &NodeError) -> ModelError {
         _ => ModelErrorKind::Failed,
     };
     ModelError::new(kind, describe(error))
-}
-
-/// An error with its causes.
-fn describe(error: &NodeError) -> String {
-    let mut message = error.to_string();
-    let mut next = std::error::Error::source(error);
-    while let Some(cause) = next {
-        message = format!("{message}: {cause}");
-        next = cause.source();
-    }
-    message
 }

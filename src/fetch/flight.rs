@@ -18,8 +18,7 @@ use super::{
     retry::Retry,
 };
 use crate::{
-    chunk,
-    metrics::{self, Metric},
+    chunk, metrics,
     source::{ByteStream, SourceError, SourceErrorKind},
     store::{Lease, StoreError, WriteMode},
 };
@@ -144,7 +143,6 @@ struct Run<'a> {
     flight: &'a Arc<Flight>,
     /// Writes under way, oldest first.
     writes: std::collections::VecDeque<tokio::task::JoinHandle<Result<(), StoreError>>>,
-    received: &'static Metric,
     routes_tried: usize,
 }
 
@@ -155,7 +153,6 @@ impl<'a> Run<'a> {
             handle,
             flight,
             writes: Default::default(),
-            received: flight.class.received(),
             routes_tried: 0,
         }
     }
@@ -248,7 +245,7 @@ impl<'a> Run<'a> {
                 return Err(self.corrupt("the body is longer than asked for").into());
             }
             expected -= frame.len() as u64;
-            self.received.add(frame.len() as u64);
+            self.handle.count(self.flight.class, frame.len() as u64);
             if self.flight.class == Class::Warm && !self.flight.is_urgent() {
                 self.engine.bandwidth.spend(frame.len()).await;
             }

@@ -8,7 +8,7 @@ use std::{
     collections::{HashMap, VecDeque},
     ops::Range,
     sync::{
-        Arc, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -72,6 +72,9 @@ pub struct Handle {
     wrong: Mutex<Option<Wrong>>,
     /// Somebody reads it while it arrives: write through the page cache.
     read: AtomicBool,
+    /// Bytes that came, because somebody waited for them and otherwise.
+    received: [AtomicU64; 2],
+    first_read: OnceLock<Instant>,
     /// Content was wrong once: from now on nothing unverified is served.
     poisoned: AtomicBool,
     /// A chunk broke off of which readers may have been served a part.
@@ -83,6 +86,27 @@ pub struct Handle {
     since_checkpoint: AtomicU64,
     /// Single flight of small objects and of the final check.
     finishing: tokio::sync::Mutex<()>,
+}
+
+/// What came of an object, and who read it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Bytes that came because somebody waited for them.
+    pub demanded: u64,
+    /// Bytes that came otherwise.
+    pub ahead: u64,
+    /// When it was first read, but for reads that the kernel answers from a complete object.
+    pub first_read: Option<Instant>,
+}
+
+impl Tally {
+    /// Adds another object.
+    pub fn add(&mut self, other: &Self) {
+        self.demanded += other.demanded;
+        self.ahead += other.ahead;
+        let both = self.first_read.into_iter().chain(other.first_read);
+        self.first_read = both.min();
+    }
 }
 
 /// An origin that has the content.
@@ -185,6 +209,8 @@ impl Handle {
             wrong: Mutex::default(),
             served: AtomicU64::new(NOTHING_SERVED),
             read: AtomicBool::new(false),
+            received: Default::default(),
+            first_read: OnceLock::new(),
             poisoned: AtomicBool::new(false),
             torn: AtomicBool::new(false),
             streamed: AtomicBool::new(false),
@@ -248,6 +274,23 @@ impl Handle {
         self.read.store(true, Ordering::Relaxed);
     }
 
+    /// What came, and who read, since it was opened in this process.
+    pub fn tally(&self) -> Tally {
+        let [demanded, ahead] = &self.received;
+        Tally {
+            demanded: demanded.load(Ordering::Relaxed),
+            ahead: ahead.load(Ordering::Relaxed),
+            first_read: self.first_read.get().copied(),
+        }
+    }
+
+    /// Bytes have come.
+    pub(super) fn count(&self, class: Class, bytes: u64) {
+        class.received().add(bytes);
+        let of = &self.received[usize::from(class != Class::Demand)];
+        of.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// Tells that `bytes` are a file of their own, read as such: if it is a safetensors file,
     /// read-ahead knows its tensors.
     pub fn expect_file(&self, bytes: Range<u64>) {
@@ -261,6 +304,7 @@ impl Handle {
     /// Where the store is damaged. What the disk does not give counts as missing: [`Handle::read`]
     /// gets it elsewhere.
     pub fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool, FetchError> {
+        self.first_read.get_or_init(Instant::now);
         match self.read_here(offset, buf) {
             Err(error) if error.kind() == FetchErrorKind::Disk => Ok(false),
             other => other,
@@ -320,6 +364,7 @@ impl Handle {
             return Ok(Bytes::new());
         }
         self.expect_reads();
+        self.first_read.get_or_init(Instant::now);
         let state = self.state.read().clone();
         let bytes = offset..offset + len as u64;
         let partial = match state {

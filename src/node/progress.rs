@@ -11,7 +11,7 @@ use std::{
 use parking_lot::Mutex;
 
 use crate::{
-    fetch::{Handle, Trouble},
+    fetch::{Handle, Tally, Trouble},
     store::Store,
     tree::{Artifact, Object},
 };
@@ -29,6 +29,7 @@ struct State {
     artifact: Option<Arc<Artifact>>,
     names: Vec<String>,
     active: BTreeMap<usize, Weak<Handle>>,
+    tally: Tally,
 }
 
 /// Progress at one moment.
@@ -82,6 +83,7 @@ impl Progress {
             artifact: Some(Arc::clone(artifact)),
             names,
             active: BTreeMap::new(),
+            tally: Tally::default(),
         };
         let here = |o: &Object| match store.complete_sized(&o.id, o.size) {
             Ok(Some(_)) => o.size,
@@ -97,6 +99,11 @@ impl Progress {
             .active
             .insert(object, Arc::downgrade(handle));
         Watched(self, object)
+    }
+
+    /// What came of the objects that are complete, and who read them meanwhile.
+    pub fn tally(&self) -> Tally {
+        self.state.lock().tally
     }
 
     /// Progress now; `None` until the reference is resolved.
@@ -143,7 +150,10 @@ impl Watched<'_> {
         let mut state = self.0.state.lock();
         let object = state.artifact.as_ref().and_then(|a| a.objects.get(self.1));
         let size = object.map_or(0, |o| o.size);
-        state.active.remove(&self.1);
+        let handle = state.active.remove(&self.1).and_then(|h| h.upgrade());
+        if let Some(handle) = handle {
+            state.tally.add(&handle.tally());
+        }
         self.0.done_bytes.fetch_add(size, Relaxed);
         self.0.done_files.fetch_add(1, Relaxed);
     }

@@ -221,8 +221,8 @@ fn wrongs(bed: &Bed) -> Vec<(Change, &'static str)> {
             "takes no secrets for gcs",
         ),
         (
-            secret("oci://r.example/x:1", &[(".dockerconfigjson", "geheim")]),
-            "takes no secrets for registry",
+            secret("oci://r.example/x:1", &[("password", "geheim")]),
+            "for a registry source it takes .dockerconfigjson",
         ),
         (
             Box::new(|a| drop(a.secrets.insert("token".into(), "x".repeat(5000)))),
@@ -305,7 +305,11 @@ async fn publishing_takes_what_is_unusual() {
     }
     bed.assert_empty();
 
-    let bed = Bed::with(Config { allow_files: true }).await;
+    let bed = Bed::with(Config {
+        allow_files: true,
+        ..Config::default()
+    })
+    .await;
     let mut asked = bed.publish("v", "a");
     context("source", "file:///srv/model")(&mut asked);
     bed.published(asked).await.unwrap();

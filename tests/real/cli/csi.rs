@@ -645,6 +645,19 @@ fn passwords_open_web_servers() {
     asked.secrets = map(&[("username", "user"), ("password", "geheim")]);
     csi.try_publish(asked.clone()).unwrap();
     assert_same(&asked.target_path, &web.path("m"));
+
+    // That it is here is nothing to other namespaces, before the origin has said yes to them.
+    let namespace = "csi.storage.k8s.io/pod.namespace";
+    let mut other = csi.asked("w", &[("source", &model), (namespace, "theirs")]);
+    let closed = csi.try_publish(other.clone()).unwrap_err();
+    assert_eq!(closed.code(), Code::Unauthenticated, "{closed:?}");
+    other.secrets = map(&[("username", "user"), ("password", "falsch")]);
+    let wrong = csi.try_publish(other.clone()).unwrap_err();
+    assert_eq!(wrong.code(), Code::Unauthenticated, "{wrong:?}");
+    other.secrets = map(&[("username", "user"), ("password", "geheim")]);
+    csi.try_publish(other.clone()).unwrap();
+    assert_same(&other.target_path, &web.path("m"));
+    csi.unpublish("w");
     csi.unpublish("v");
     csi.assert_empty();
 }

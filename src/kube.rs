@@ -1,0 +1,48 @@
+//! kube: the face towards Kubernetes. The node's side: what pods of this node ask for by annotation is brought, and
+//! pinned while they live.
+//!
+//! `annotations` and `templates` read what is asked (pure), `pods` follows the pods of the node and sees to it, `watch`
+//! follows objects whatever the API server does, `events` tells, `secrets` reads credentials, `client` connects. Nothing
+//! in here blocks a pod: what cannot be understood, or not be had, becomes an Event.
+//!
+//! Called by `daemon`, which gives it [`Content`]. Nothing is kept here that a crash could lose: pins are the store's, and
+//! are compared with the pods of the node whenever these are listed.
+
+pub mod annotations;
+pub mod client;
+pub mod coldstart;
+pub mod events;
+mod pods;
+mod secrets;
+pub mod templates;
+pub mod watch;
+
+use serde::{Deserialize, Serialize};
+
+pub use self::{
+    client::{ApiConfig, ConnectError, connect},
+    pods::{Content, ContentError, ContentErrorKind, PINS, Pods, Wish, owner},
+};
+
+/// Settings of this room (`[kube]`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Whether the agent has this face.
+    pub enabled: bool,
+    /// How long a pod may be missing from what the API server says before its content is unpinned, in seconds: lists may
+    /// be old.
+    pub grace_seconds: u64,
+    /// Where the API server is.
+    pub api: ApiConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            grace_seconds: 60,
+            api: ApiConfig::default(),
+        }
+    }
+}
