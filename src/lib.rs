@@ -18,6 +18,7 @@ pub mod fetch;
 pub mod fs;
 pub mod r#gen;
 pub mod image;
+pub mod kube;
 pub mod metrics;
 pub mod mirror;
 pub mod mount;

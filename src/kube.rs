@@ -1,0 +1,5 @@
+//! kube: the face towards Kubernetes.
+
+pub mod cache;
+pub mod controller;
+pub mod crd;
