@@ -3,6 +3,7 @@
 //! Results go to stdout, progress and messages to stderr. Exit status: 0 done, 1 failed, 2 wrong
 //! usage, 130 and 143 interrupted by SIGINT and SIGTERM.
 
+mod agent;
 mod bake;
 mod completions;
 mod config;
@@ -40,6 +41,7 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::{
     config::Config,
+    daemon::{self, Face, Parts},
     fetch::Engine,
     node::{Node, NodeError},
     reference::{Reference, redact},
@@ -101,6 +103,7 @@ enum Command {
     Gc(gc::Args),
     Verify(verify::Args),
     Index(index::Args),
+    Agent(agent::Args),
     Snapshotter(snapshotter::Args),
     Csi(csi::Args),
     Mirror(mirror::Args),
@@ -150,6 +153,7 @@ pub fn main() -> ExitCode {
         Command::Gc(args) => gc::run(&context, args),
         Command::Verify(args) => verify::run(&context, args),
         Command::Index(args) => index::run(&context, args),
+        Command::Agent(args) => agent::run(&context, args),
         Command::Csi(args) => csi::run(&context, args),
         Command::Mirror(args) => mirror::run(&context, args),
         Command::Keeper(args) => keeper::run(&context, args),
@@ -286,6 +290,18 @@ impl Context {
             .thread_name("hearth")
             .enable_all()
             .build()?)
+    }
+
+    /// Serves `faces` until a signal arrives; to be told to end is how it ends.
+    fn serve(&self, config: Config, faces: &[Face]) -> anyhow::Result<ExitCode> {
+        let runtime = self.runtime()?;
+        let done = runtime.block_on(async {
+            let parts = Parts::new(self.node()?, config, output::note)?;
+            let stop = async { interrupted().await.map(drop) };
+            daemon::run(parts, faces, stop).await
+        });
+        runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+        done.map(|()| ExitCode::SUCCESS)
     }
 
     /// Runs `work` with a node on a new runtime, until it is done or a signal arrives.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{csi, fetch, mirror, mount, source, store};
+use crate::{admin, csi, fetch, mirror, mount, snapshotter, source, store};
 
 /// Longest configuration file read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -20,11 +20,51 @@ pub struct Config {
     pub source: source::Config,
     pub fetch: fetch::Config,
     pub mount: mount::Config,
-    pub mirror: mirror::Config,
+    pub agent: Agent,
+    pub admin: admin::Config,
+    pub snapshotter: snapshotter::Config,
     pub csi: csi::Config,
+    pub mirror: mirror::Config,
     /// Read-only tiers below the store, in the order in which they are looked at.
     #[serde(rename = "tier", skip_serializing_if = "Vec::is_empty")]
     pub tiers: Vec<store::TierConfig>,
+}
+
+/// Settings of the agent as a whole: `[agent]`. Which faces it has is in their own sections.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Agent {
+    /// What the cluster calls this node; by default what the environment says in `KUBE_NODE_NAME`, else
+    /// the name of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_name: Option<String>,
+    /// The socket of the keeper (`hearth keeper`) that has the mounts of all faces: then they outlive the
+    /// agent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keeper: Option<PathBuf>,
+    /// How long requests under way may take, in seconds, once the agent was told to end.
+    #[serde(rename = "drain_seconds")]
+    pub drain: u64,
+}
+
+impl Default for Agent {
+    fn default() -> Self {
+        Self {
+            node_name: None,
+            keeper: None,
+            drain: 20,
+        }
+    }
+}
+
+impl Agent {
+    /// What the cluster calls this node.
+    pub fn node_name(&self) -> String {
+        let said = || std::env::var("KUBE_NODE_NAME").ok();
+        let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
+        let name = self.node_name.clone().or_else(said).or_else(host);
+        name.unwrap_or_default().trim().to_owned()
+    }
 }
 
 /// A configuration file that cannot be used.

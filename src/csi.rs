@@ -51,11 +51,25 @@ pub const NAME: &str = "csi.hearth.dev";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Settings of this room (`[csi]`).
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
+    /// Whether the agent has this face.
+    pub enabled: bool,
+    /// Where it listens: a unix socket, mode 0600; a path, or `unix://` and one.
+    pub endpoint: PathBuf,
     /// Let volumes be directories of this node (`file://`): whoever may make a pod can then read them.
     pub allow_files: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            endpoint: "unix:///run/hearth/csi.sock".into(),
+            allow_files: false,
+        }
+    }
 }
 
 /// How a driver works.

@@ -1,10 +1,25 @@
-//! Where the parts of the agent are put together: the node behind the faces.
+//! Where the parts of the agent are put together: the node, and the faces before it.
 //!
-//! Called by the command line, which runs the faces one by one. What survives a crash is the store's
-//! and the snapshotter's; native roots stay mounted, and are found again.
+//! Called by the command line, which runs all faces as the agent, or one alone. What survives a crash is the
+//! store's, the keeper's and the faces'; native roots stay mounted, and are found again.
 
+mod agent;
+mod faces;
 mod models;
 mod roots;
 
+use std::path::PathBuf;
+
+pub use agent::{Face, Life, Parts, Running, run};
+pub use faces::{ADMIN, CSI, MIRROR, SNAPSHOTTER, enabled};
 pub use models::SharedModels;
 pub use roots::{ImageRoots, pinned_images};
+
+use crate::node::Node;
+
+/// Where mounts are, named as the kernel names them: the store may be reached through a link.
+fn run_dir(node: &Node) -> PathBuf {
+    let root = node.store().root();
+    let real = root.canonicalize();
+    real.unwrap_or_else(|_| root.to_owned()).join("run")
+}

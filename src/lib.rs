@@ -4,6 +4,7 @@
 //! Rooms, top to bottom; a room imports only rooms below it, siblings never import each other
 //! (`tests/it/layers.rs` checks it). See `ARCHITECTURE.md` for the map.
 
+pub mod admin;
 pub mod chunk;
 pub mod cli;
 pub mod config;

@@ -77,6 +77,9 @@ pub fn global() -> &'static Metrics {
     &GLOBAL
 }
 
+/// The media type of what [`render`] gives.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
 /// The Prometheus text exposition of all metrics.
 pub fn render() -> String {
     use std::fmt::Write as _;

@@ -69,6 +69,37 @@ const REMOTE_LABEL: &str = "containerd.io/snapshot/remote";
 /// Longest label, key and value together, in bytes; containerd's limit.
 const MAX_LABEL: usize = 4096;
 
+/// Settings of this room: `[snapshotter]` in the configuration file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Whether the agent has this face.
+    pub enabled: bool,
+    /// Where it listens: a unix socket, mode 0600.
+    pub address: PathBuf,
+    /// Where snapshots are kept: on a file system that overlayfs can write to; `snapshots` in the store by
+    /// default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub root: Option<PathBuf>,
+    /// Write what containerd unpacks to the disk before it counts.
+    pub sync: bool,
+    /// containerd's own socket: what is pinned here is labelled there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub containerd: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            address: "/run/hearth/snapshotter.sock".into(),
+            root: None,
+            sync: false,
+            containerd: None,
+        }
+    }
+}
+
 /// How a snapshotter works.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {

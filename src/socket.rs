@@ -1,8 +1,10 @@
-//! socket: gRPC over a unix socket, for the faces that are asked so (containerd, the kubelet).
+//! socket: what faces listen on. gRPC over a unix socket (containerd, the kubelet), HTTP on a port (`web`).
 //!
-//! A socket is of mode 0600 before anybody can connect, replaces one on which nobody listens, and never one on which
+//! A unix socket is of mode 0600 before anybody can connect, replaces one on which nobody listens, and never one on which
 //! somebody does. Serving ends with what is under way, within bounds. Nothing here survives a crash but the name of the
-//! socket, which the next process replaces. Called by `snapshotter` and `csi`.
+//! socket, which the next process replaces. Called by the faces.
+
+pub mod web;
 
 use std::{
     fs::{self, DirBuilder, File},

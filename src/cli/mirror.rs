@@ -1,9 +1,7 @@
 use std::{net::SocketAddr, process::ExitCode};
 
-use anyhow::Context as _;
-
-use super::{Context, output};
-use crate::mirror::{Config, Mirror};
+use super::Context;
+use crate::daemon;
 
 /// Serve registries to container runtimes, through the store
 ///
@@ -28,19 +26,10 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
-    let mut config: Config = context.config.mirror.clone();
-    if let Some(address) = args.address {
-        config.address = address;
-    }
-    let runtime = context.runtime()?;
-    let done = runtime.block_on(async {
-        let mirror = Mirror::start(context.node()?, &config)
-            .await
-            .with_context(|| format!("cannot listen on {}", config.address))?;
-        output::note(&format!("mirror on http://{}", mirror.address()));
-        // To be told to stop is how it ends.
-        super::interrupted().await.map(|_| ExitCode::SUCCESS)
-    });
-    runtime.shutdown_timeout(std::time::Duration::from_secs(5));
-    done
+    let mut config = context.config.clone();
+    args.address
+        .into_iter()
+        .for_each(|a| config.mirror.address = a);
+    config.agent.keeper = None;
+    context.serve(config, &[daemon::MIRROR])
 }

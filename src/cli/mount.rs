@@ -304,6 +304,8 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
         let restarts = place.restarts;
+        // It serves nothing else.
+        let mut leaves = keeper.as_ref().map(|k| k.leaves_below(Path::new("/")));
         let mounting = Mounted::with_options(
             &node,
             &reference,
@@ -346,7 +348,6 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
                 mounted.mount.dir().display()
             ));
         }
-        let mut leaves = keeper.as_ref().and_then(|keeper| keeper.leaves());
         let asked_to_leave = async {
             // Without a keeper it goes on being served.
             if let Some(leaves) = &mut leaves

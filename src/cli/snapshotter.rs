@@ -1,15 +1,7 @@
-use std::{
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Arc,
-};
+use std::{path::PathBuf, process::ExitCode};
 
-use super::{Context, output};
-use crate::{
-    daemon::{self, ImageRoots},
-    mount::keeper::Link,
-    snapshotter::{self, Listener, Settings, Snapshotter},
-};
+use super::Context;
+use crate::daemon;
 
 /// Serve containerd as its snapshotter
 ///
@@ -36,13 +28,10 @@ Start hearth before containerd. `ctr` takes it with --snapshotter hearth. To try
   ctr images pull --snapshotter hearth registry.example/app:1
   ctr run --rm --snapshotter hearth registry.example/app:1 test sh")]
 pub(super) struct Args {
-    /// Where to listen: a unix socket, mode 0600
-    #[arg(
-        long,
-        value_name = "PATH",
-        default_value = "/run/hearth/snapshotter.sock"
-    )]
-    address: PathBuf,
+    /// Where to listen: a unix socket, mode 0600 [default: snapshotter.address of the configuration, else
+    /// /run/hearth/snapshotter.sock]
+    #[arg(long, value_name = "PATH")]
+    address: Option<PathBuf>,
     /// Where snapshots are kept: on a file system that overlayfs can write to
     /// [default: `snapshots` in the store]
     #[arg(long, value_name = "DIR")]
@@ -62,61 +51,12 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
-    let root = args.root.unwrap_or_else(|| context.root.join("snapshots"));
-    let settings = Settings {
-        root: std::path::absolute(root)?,
-        sync: args.sync,
-    };
-    let runtime = context.runtime()?;
-    runtime.block_on(async {
-        let node = context.node()?;
-        let mount = context.config.mount.clone();
-        let store = Arc::clone(node.store());
-        // It mounts something to see whether that works.
-        let keeper = args.keeper.as_deref().map(Link::connect).transpose()?;
-        let keeper = keeper.map(Arc::new);
-        let roots = move || ImageRoots::new(node, mount, keeper);
-        let roots = Arc::new(tokio::task::spawn_blocking(roots).await?);
-        // Before anything else: containers may be waiting.
-        roots.adopt().await;
-        // Ends with the runtime.
-        if let Some(containerd) = args.containerd {
-            let pinned = async move || {
-                let store = Arc::clone(&store);
-                let found = tokio::task::spawn_blocking(move || daemon::pinned_images(&store));
-                anyhow::Ok(found.await??)
-            };
-            tokio::spawn(snapshotter::keep_pinned(containerd, pinned));
-        }
-        let mut stopped = None;
-        let stop = async { stopped = Some(super::interrupted().await) };
-        let served = serve(settings, roots.clone(), &args.address, stop).await;
-        // However it ends: what the keeper has is for the next process.
-        roots.leave().await;
-        served?;
-        // To be told to stop is how it ends.
-        match stopped {
-            Some(Err(error)) => Err(error),
-            _ => Ok(ExitCode::SUCCESS),
-        }
-    })
-}
-
-async fn serve(
-    settings: Settings,
-    roots: Arc<ImageRoots>,
-    address: &Path,
-    stop: impl Future<Output = ()> + Send,
-) -> anyhow::Result<()> {
-    let root = settings.root.clone();
-    let snapshotter = Snapshotter::open(settings, roots)?;
-    snapshotter::check_overlay(&root)?;
-    let listener = Listener::bind(address)?;
-    output::note(&format!(
-        "snapshotter on {}, snapshots in {}",
-        listener.path().display(),
-        root.display()
-    ));
-    snapshotter::serve(snapshotter, listener, stop).await?;
-    Ok(())
+    let mut config = context.config.clone();
+    let face = &mut config.snapshotter;
+    args.address.into_iter().for_each(|a| face.address = a);
+    face.root = args.root.or(face.root.take());
+    face.sync |= args.sync;
+    face.containerd = args.containerd.or(face.containerd.take());
+    config.agent.keeper = args.keeper;
+    context.serve(config, &[daemon::SNAPSHOTTER])
 }

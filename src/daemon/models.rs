@@ -117,8 +117,8 @@ impl Fill {
 impl SharedModels {
     /// Models of `node`, kept by `keeper` where there is one. Must be called within a runtime.
     pub fn new(node: Node, config: mount::Config, keeper: Option<Arc<Link>>) -> Arc<Self> {
-        let dir = node.store().root().join("run/csi/mounts");
-        let leaves = keeper.as_ref().and_then(|keeper| keeper.leaves());
+        let dir = super::run_dir(&node).join("csi/mounts");
+        let leaves = keeper.as_ref().map(|keeper| keeper.leaves_below(&dir));
         let this = Arc::new(Self {
             node,
             strict: OnceLock::new(),

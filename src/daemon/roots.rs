@@ -43,6 +43,7 @@ use crate::{
 pub struct ImageRoots {
     node: Node,
     config: mount::Config,
+    dir: PathBuf,
     keeper: Option<Arc<Link>>,
     /// How complete images are mounted natively, or why they are not.
     native: Result<Support, String>,
@@ -74,6 +75,18 @@ struct Lazy {
     _hold: Hold,
 }
 
+impl Lazy {
+    /// Leaves it to the next process.
+    async fn leave(self) {
+        self.fill.abort();
+        let mount = Arc::clone(&self.mount);
+        let left = tokio::task::spawn_blocking(move || mount.leave()).await;
+        if let Ok(Err(error)) = left {
+            tracing::warn!(%error, "a mount was left without a word");
+        }
+    }
+}
+
 impl Drop for Lazy {
     fn drop(&mut self) {
         self.fill.abort();
@@ -81,19 +94,34 @@ impl Drop for Lazy {
 }
 
 impl ImageRoots {
-    /// Roots of what `node` knows; the FUSE mounts among them are had by `keeper`, where there is one.
-    pub fn new(node: Node, config: mount::Config, keeper: Option<Arc<Link>>) -> Self {
+    /// Roots of what `node` knows; the FUSE mounts among them are had by `keeper`, where there is one. Must
+    /// be called within a runtime.
+    pub fn new(node: Node, config: mount::Config, keeper: Option<Arc<Link>>) -> Arc<Self> {
+        let dir = super::run_dir(&node).join("roots");
+        let leaves = keeper.as_ref().map(|keeper| keeper.leaves_below(&dir));
         let native = native::available(node.store().root());
         if let Err(why) = &native {
             tracing::warn!(error = %why, "complete images are served by FUSE, too");
         }
-        Self {
+        let this = Arc::new(Self {
             node,
             config,
+            dir,
             keeper,
             native: native.map_err(|why| why.to_string()),
             chains: Mutex::default(),
+        });
+        if let Some(mut leaves) = leaves {
+            // A successor asks for them, one by one.
+            let roots = Arc::downgrade(&this);
+            tokio::spawn(async move {
+                while let Some(dir) = leaves.recv().await {
+                    let Some(this) = roots.upgrade() else { return };
+                    this.leave_one(&dir).await;
+                }
+            });
         }
+        this
     }
 
     /// Takes over what the keeper has of a process before this one. What cannot be served yet waits there;
@@ -148,16 +176,21 @@ impl ImageRoots {
             None => Vec::new(),
         };
         for chain in chains {
-            let Some(lazy) = chain.lock().await.lazy.take() else {
-                continue;
-            };
-            lazy.fill.abort();
-            let left = tokio::task::spawn_blocking(move || lazy.mount.leave()).await;
-            if let Ok(Err(error)) = left {
-                tracing::warn!(%error, "a mount was left without a word");
+            if let Some(lazy) = chain.lock().await.lazy.take() {
+                lazy.leave().await;
             }
         }
         self.node.engine().settle().await;
+    }
+
+    async fn leave_one(&self, dir: &Path) {
+        let chains: Vec<_> = self.chains.lock().values().cloned().collect();
+        for chain in chains {
+            let mut chain = chain.lock().await;
+            if let Some(lazy) = chain.lazy.take_if(|lazy| lazy.mount.dir() == dir) {
+                return lazy.leave().await;
+            }
+        }
     }
 
     fn chain(&self, id: &Digest) -> Arc<tokio::sync::Mutex<Chain>> {
@@ -165,8 +198,7 @@ impl ImageRoots {
     }
 
     fn dir(&self, chain: &Digest, what: &str) -> PathBuf {
-        let roots = self.node.store().root().join("run/roots");
-        roots.join(&chain.hex()[..32]).join(what)
+        self.dir.join(&chain.hex()[..32]).join(what)
     }
 
     /// The image of a chain id, from the store, else by the name that the CRI gave.

@@ -7,7 +7,7 @@ const LAYERS: &[&[&str]] = &[
     &["cli"],
     &["daemon"],
     &["config"],
-    &["csi", "snapshotter", "mirror"],
+    &["csi", "snapshotter", "mirror", "admin"],
     &["mount"],
     &["node", "fs"],
     &["fetch"],

@@ -13,6 +13,7 @@ use std::{
 
 use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
 use parking_lot::Mutex;
+use tokio::sync::mpsc::Sender;
 
 use super::{
     super::{
@@ -33,9 +34,12 @@ const LEAVES: usize = 1024;
 pub struct Link {
     socket: Arc<OwnedFd>,
     answers: Mutex<Receiver<(Answer, Vec<OwnedFd>)>>,
-    leaves: Mutex<Option<tokio::sync::mpsc::Receiver<PathBuf>>>,
+    leaves: Arc<Mutex<Leaves>>,
     keeper: u32,
 }
+
+/// Who is told of sessions that a successor asks for, by what their mount points begin with.
+type Leaves = Vec<(PathBuf, Sender<PathBuf>)>;
 
 impl Link {
     /// Connects to the keeper that listens on `path`.
@@ -66,14 +70,14 @@ impl Link {
         let failed = |e: io::Error| MountError::system(name, "keeper", e);
         let socket = Arc::new(socket);
         let (answer, answers) = mpsc::sync_channel(4);
-        let (leave, leaves) = tokio::sync::mpsc::channel(LEAVES);
-        let listening = socket.clone();
+        let leaves = Arc::<Mutex<Leaves>>::default();
+        let (listening, told) = (socket.clone(), leaves.clone());
         std::thread::Builder::new()
             .name("hearth-keeper".into())
             .spawn(move || {
                 loop {
                     let sent = match wire::receive(listening.as_fd(), MsgFlags::empty()) {
-                        Ok(Some((Answer::Leave { dir }, _))) => leave.try_send(dir.0).is_ok(),
+                        Ok(Some((Answer::Leave { dir }, _))) => tell(&told.lock(), dir.0),
                         Ok(Some(other)) => answer.send(other).is_ok(),
                         Ok(None) => false,
                         Err(error) => {
@@ -82,6 +86,7 @@ impl Link {
                         }
                     };
                     if !sent {
+                        told.lock().clear();
                         return;
                     }
                 }
@@ -90,7 +95,7 @@ impl Link {
         let mut link = Self {
             socket,
             answers: Mutex::new(answers),
-            leaves: Mutex::new(Some(leaves)),
+            leaves,
             keeper: 0,
         };
         let hello = Request::Hello {
@@ -128,9 +133,12 @@ impl Link {
         }
     }
 
-    /// Mount points that a successor of this server asks for; once.
-    pub fn leaves(&self) -> Option<tokio::sync::mpsc::Receiver<PathBuf>> {
-        self.leaves.lock().take()
+    /// Mount points at or below `dir`, which is named as the kernel does, that a successor of this server
+    /// asks for, from now on. Ends with the keeper.
+    pub fn leaves_below(&self, dir: &Path) -> tokio::sync::mpsc::Receiver<PathBuf> {
+        let (tell, told) = tokio::sync::mpsc::channel(LEAVES);
+        self.leaves.lock().push((dir.to_owned(), tell));
+        told
     }
 
     /// Has the keeper mount on `dir`.
@@ -307,6 +315,17 @@ impl Orphan {
     /// What it serves, as its first server said.
     pub fn about(&self) -> &[u8] {
         &self.about
+    }
+}
+
+/// Says that `dir` is to be left, to whoever has it; false where nobody can be told any more.
+fn tell(leaves: &Leaves, dir: PathBuf) -> bool {
+    match leaves.iter().find(|(below, _)| dir.starts_with(below)) {
+        Some((_, tell)) => tell.try_send(dir).is_ok(),
+        None => {
+            tracing::warn!(dir = %dir.display(), "a successor asks for what is not served here");
+            true
+        }
     }
 }
 

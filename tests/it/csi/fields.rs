@@ -294,7 +294,11 @@ async fn publishing_takes_what_is_unusual() {
     }
     bed.assert_empty();
 
-    let bed = Bed::with(Config { allow_files: true }).await;
+    let bed = Bed::with(Config {
+        allow_files: true,
+        ..Config::default()
+    })
+    .await;
     let mut asked = bed.publish("v", "a");
     context("source", "file:///srv/model")(&mut asked);
     bed.published(asked).await.unwrap();

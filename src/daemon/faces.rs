@@ -1,0 +1,162 @@
+//! The faces of the agent: each a function that puts its parts together and serves.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use tokio::{net::TcpListener, task::JoinSet};
+
+use super::{
+    ImageRoots, SharedModels,
+    agent::{Face, Life, Parts},
+    pinned_images,
+};
+use crate::{
+    admin,
+    config::Config,
+    csi, mirror, mount,
+    snapshotter::{self, Snapshotter},
+    socket::Listener,
+};
+
+pub const ADMIN: Face = Face {
+    name: "admin",
+    run: |parts, life| Box::pin(admin(parts, life)),
+};
+pub const SNAPSHOTTER: Face = Face {
+    name: "snapshotter",
+    run: |parts, life| Box::pin(snapshotter(parts, life)),
+};
+pub const CSI: Face = Face {
+    name: "csi",
+    run: |parts, life| Box::pin(csi(parts, life)),
+};
+pub const MIRROR: Face = Face {
+    name: "mirror",
+    run: |parts, life| Box::pin(mirror(parts, life)),
+};
+
+/// The faces that `config` enables.
+pub fn enabled(config: &Config) -> Vec<Face> {
+    let all = [
+        (config.admin.enabled, ADMIN),
+        (config.snapshotter.enabled, SNAPSHOTTER),
+        (config.csi.enabled, CSI),
+        (config.mirror.enabled, MIRROR),
+    ];
+    let enabled = all.into_iter().filter(|(enabled, _)| *enabled);
+    enabled.map(|(_, face)| face).collect()
+}
+
+async fn admin(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
+    let listener = listen(parts.config.admin.address).await?;
+    (parts.note)(&format!("admin on http://{}", listener.local_addr()?));
+    life.serving();
+    // It answers to the end: who probes is to see how the others end.
+    life.drained();
+    let health = Arc::clone(&parts.health);
+    let under_way = admin::serve(listener, health, life.ended()).await;
+    finish(under_way).await;
+    Ok(())
+}
+
+async fn mirror(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
+    let config = &parts.config.mirror;
+    let listener = listen(config.address).await?;
+    (parts.note)(&format!("mirror on http://{}", listener.local_addr()?));
+    life.serving();
+    let under_way = mirror::serve(listener, parts.node.clone(), config, life.stopped()).await;
+    life.drained();
+    finish(under_way).await;
+    Ok(())
+}
+
+async fn csi(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
+    mount::available()?;
+    let config = parts.config.csi.clone();
+    let settings = csi::Settings {
+        store: parts.node.store().root().to_owned(),
+        node_id: parts.config.agent.node_name(),
+        config: config.clone(),
+    };
+    // First, so that nothing is touched that another process serves.
+    let listener = Listener::bind(&config.endpoint)?;
+    let mounts = parts.config.mount.clone();
+    let models = SharedModels::new(parts.node.clone(), mounts, parts.keeper.clone());
+    let driver = csi::Driver::open(settings, models.clone(), Arc::new(csi::Binds)).await?;
+    (parts.note)(&format!("csi on {}", listener.path().display()));
+    life.serving();
+    let served = csi::serve(driver, listener, life.stopped()).await;
+    if served.is_ok() {
+        life.drained();
+        life.ended().await;
+    }
+    // However it ends: what the keeper has is for the next process.
+    models.leave_all().await;
+    Ok(served?)
+}
+
+async fn snapshotter(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
+    let (node, keeper) = (parts.node.clone(), parts.keeper.clone());
+    let (store, mounts) = (Arc::clone(node.store()), parts.config.mount.clone());
+    let config = &parts.config.snapshotter;
+    let root = match &config.root {
+        Some(root) => std::path::absolute(root)?,
+        None => store.root().join("snapshots"),
+    };
+    let settings = snapshotter::Settings {
+        root: root.clone(),
+        sync: config.sync,
+    };
+    // It mounts something to see whether that works.
+    let roots = tokio::task::spawn_blocking(move || ImageRoots::new(node, mounts, keeper));
+    let roots = roots.await?;
+    // Before anything else: containers may be waiting.
+    roots.adopt().await;
+    let mut aside = JoinSet::new();
+    if let Some(containerd) = config.containerd.clone() {
+        let pinned = async move || {
+            let store = Arc::clone(&store);
+            let found = tokio::task::spawn_blocking(move || pinned_images(&store));
+            anyhow::Ok(found.await??)
+        };
+        aside.spawn(snapshotter::keep_pinned(containerd, pinned));
+    }
+    let served = async {
+        let snapshotter = Snapshotter::open(settings, roots.clone())?;
+        snapshotter::check_overlay(&root)?;
+        let listener = Listener::bind(&config.address)?;
+        (parts.note)(&format!(
+            "snapshotter on {}, snapshots in {}",
+            listener.path().display(),
+            root.display()
+        ));
+        life.serving();
+        snapshotter::serve(snapshotter, listener, life.stopped()).await?;
+        anyhow::Ok(())
+    };
+    let served = served.await;
+    drop(aside);
+    if served.is_ok() {
+        life.drained();
+        life.ended().await;
+    }
+    // However it ends: what the keeper has is for the next process.
+    roots.leave().await;
+    served
+}
+
+async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let listener = TcpListener::bind(address).await;
+    listener.with_context(|| format!("cannot listen on {address}"))
+}
+
+/// Lets answers under way be finished, within bounds.
+async fn finish(under_way: JoinSet<()>) {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    if tokio::time::timeout(PATIENCE, under_way.join_all())
+        .await
+        .is_err()
+    {
+        tracing::warn!("answers under way are cut off");
+    }
+}
