@@ -7,6 +7,7 @@ mod agent;
 mod faces;
 mod models;
 mod roots;
+mod warmups;
 
 use std::path::PathBuf;
 
@@ -14,6 +15,7 @@ pub use agent::{Face, Life, Parts, Running, run};
 pub use faces::{ADMIN, CSI, MIRROR, SNAPSHOTTER, enabled};
 pub use models::SharedModels;
 pub use roots::{ImageRoots, pinned_images};
+pub use warmups::NodeWarmer;
 
 use crate::node::Node;
 

@@ -26,6 +26,7 @@ use tokio::{sync::mpsc, task::AbortHandle};
 pub use self::board::WarmError;
 use self::board::{Board, Step, Work};
 use super::{
+    random,
     cache::{Inventory, Pace},
     client::within,
     crd::{API_VERSION, NodeCache, NodeCacheStatus, NodeView, Warmup, WarmupOnNode},
@@ -64,6 +65,8 @@ pub const OWNER: &str = "warmup-";
 #[derive(Debug, Clone, PartialEq)]
 pub struct Order {
     pub reference: Reference,
+    /// The uid of the `Warmup`.
+    pub warmup: String,
     /// Who pins it; `None`: nobody.
     pub owner: Option<String>,
     /// What is more important goes first.
@@ -391,12 +394,6 @@ fn key_of(warmup: &Warmup) -> String {
     format!("{namespace}/{name}")
 }
 
-/// A part of an interval, by chance.
-fn random() -> f64 {
-    use std::hash::{BuildHasher as _, RandomState};
-    (RandomState::new().hash_one(0u8) >> 11) as f64 / (1u64 << 53) as f64
-}
-
 /// Sees whether all of it is here.
 async fn check(warmer: Arc<dyn Warmer>, work: Work) -> Outcome {
     let owner = format!("{OWNER}{}", work.uid);
@@ -419,6 +416,7 @@ async fn warm(warmer: Arc<dyn Warmer>, work: Work) -> Outcome {
     let names = |secrets: &[super::crd::SecretName]| secrets.iter().map(|s| s.name.clone()).collect();
     let order = |reference: Reference| Order {
         reference,
+        warmup: work.uid.clone(),
         owner: spec.pins().then(|| format!("{OWNER}{}", work.uid)),
         priority: spec.priority.unwrap_or_default(),
         bandwidth: spec.bandwidth().unwrap_or_default(),

@@ -67,13 +67,19 @@ pub(super) enum Step {
 }
 
 /// What is to be brought.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) struct Work {
     pub(super) uid: String,
     pub(super) generation: i64,
     pub(super) warmup: Arc<Warmup>,
     /// With where each is to show how far it is.
     pub(super) references: Vec<(Reference, Arc<Progress>)>,
+}
+
+impl std::fmt::Debug for Work {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} of generation {}", self.uid, self.generation)
+    }
 }
 
 impl PartialEq for Work {
