@@ -68,6 +68,8 @@ metrics! {
     counter store_objects_completed "hearth_store_objects_completed_total" "Objects completed and verified";
     counter snapshotter_claimed "hearth_snapshotter_claimed_layers_total" "Layers that containerd neither fetched nor unpacked, since hearth serves them";
     counter snapshotter_unclaimed "hearth_snapshotter_unclaimed_layers_total" "Layers that containerd was left to fetch and unpack itself";
+    counter kube_lists "hearth_kube_lists_total" "Times that objects of the cluster were listed as a whole";
+    counter kube_watch_failures "hearth_kube_watch_failures_total" "Watches and lists of the cluster that failed and were begun again";
     gauge csi_volumes "hearth_csi_volumes" "Volumes that are published, each target counted";
     counter csi_failures "hearth_csi_failed_requests_total" "Requests of the CSI that were answered with an error";
 }

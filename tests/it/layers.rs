@@ -7,7 +7,7 @@ const LAYERS: &[&[&str]] = &[
     &["cli"],
     &["daemon"],
     &["config"],
-    &["csi", "snapshotter", "mirror", "admin"],
+    &["csi", "snapshotter", "mirror", "admin", "kube"],
     &["mount"],
     &["node", "fs"],
     &["fetch"],

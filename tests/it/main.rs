@@ -11,6 +11,7 @@ mod erofs;
 mod fetch;
 mod fs;
 mod http_faults;
+mod kube;
 mod layers;
 mod registry;
 mod scripted;

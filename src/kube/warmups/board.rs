@@ -325,10 +325,6 @@ impl Board {
         wanted.flatten().map(|reference| reference.to_string()).collect()
     }
 
-    /// Owners of what may be pinned.
-    pub(super) fn uids(&self) -> impl Iterator<Item = &str> {
-        self.jobs.keys().map(String::as_str)
-    }
 
     /// How far each is.
     pub(super) fn entries(&self) -> Vec<WarmupOnNode> {
