@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{admin, csi, fetch, mirror, mount, snapshotter, source, store};
+use crate::{admin, csi, fetch, kube, mirror, mount, snapshotter, source, store};
 
 /// Longest configuration file read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -25,6 +25,7 @@ pub struct Config {
     pub snapshotter: snapshotter::Config,
     pub csi: csi::Config,
     pub mirror: mirror::Config,
+    pub kube: kube::Config,
     /// Read-only tiers below the store, in the order in which they are looked at.
     #[serde(rename = "tier", skip_serializing_if = "Vec::is_empty")]
     pub tiers: Vec<store::TierConfig>,

@@ -12,7 +12,7 @@ mod warmups;
 use std::path::PathBuf;
 
 pub use agent::{Face, Life, Parts, Running, run};
-pub use faces::{ADMIN, CSI, MIRROR, SNAPSHOTTER, enabled};
+pub use faces::{ADMIN, CONTROLLER, CSI, MIRROR, SNAPSHOTTER, WARMUPS, enabled};
 pub use models::SharedModels;
 pub use roots::{ImageRoots, pinned_images};
 pub use warmups::NodeWarmer;

@@ -15,7 +15,18 @@ pub mod crd;
 pub mod warmups;
 pub mod watch;
 
+use serde::{Deserialize, Serialize};
+
 pub use self::client::{ApiConfig, ConnectError, connect};
+
+/// Settings of this room: `[kube]` in the configuration file.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    pub api: ApiConfig,
+    pub warmups: warmups::Config,
+    pub controller: controller::Config,
+}
 
 /// A part of one, by chance.
 fn random() -> f64 {

@@ -117,7 +117,9 @@ impl Pace {
     /// When it is to be said; `None` where there is nothing.
     pub fn due(&self) -> Option<Instant> {
         let (since, part) = self.pending?;
-        let earliest = self.last.map_or(since, |last| since.max(last + self.interval));
+        let earliest = self
+            .last
+            .map_or(since, |last| since.max(last + self.interval));
         Some(earliest + self.interval.mul_f64(part))
     }
 
@@ -156,7 +158,10 @@ mod tests {
                 reference.contains("0007")
             });
             assert!(size(&status) <= MAX_ARTIFACT_BYTES + (MAX_WARMUPS << 10));
-            assert_eq!(status.artifacts.len() + status.artifacts_omitted as usize, artifacts);
+            assert_eq!(
+                status.artifacts.len() + status.artifacts_omitted as usize,
+                artifacts
+            );
             assert!(status.artifacts.len() <= MAX_ARTIFACTS);
             let _ = status.artifacts.first().inspect(|first| {
                 assert_eq!(first.reference.contains("0007"), artifacts > 7, "{first:?}");
@@ -168,7 +173,10 @@ mod tests {
         };
         let status = NodeCacheStatus::new(inventory, Vec::new(), |_| false);
         let bytes = size(&status.artifacts);
-        assert!((MAX_ARTIFACT_BYTES / 2..=MAX_ARTIFACT_BYTES).contains(&bytes), "{bytes}");
+        assert!(
+            (MAX_ARTIFACT_BYTES / 2..=MAX_ARTIFACT_BYTES).contains(&bytes),
+            "{bytes}"
+        );
     }
 
     #[test]

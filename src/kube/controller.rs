@@ -48,7 +48,7 @@ const PAUSE: Duration = Duration::from_secs(5);
 /// How often everything is listed anew.
 const RELIST: Duration = Duration::from_secs(3600);
 
-/// Settings: `[controller]`.
+/// Settings of the controller: `[kube.controller]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -83,7 +83,10 @@ const STATUSES_PER_SECOND: u32 = 10;
 impl Config {
     /// The namespace: that of the configuration, else of the environment (`POD_NAMESPACE`), else `hearth-system`.
     pub fn namespace(&self) -> String {
-        let said = self.namespace.clone().or_else(|| std::env::var("POD_NAMESPACE").ok());
+        let said = self
+            .namespace
+            .clone()
+            .or_else(|| std::env::var("POD_NAMESPACE").ok());
         said.unwrap_or_else(|| "hearth-system".into())
     }
 }
@@ -378,7 +381,8 @@ impl State {
             return false;
         }
         let now = Instant::now();
-        self.busy.retain(|_, until| until.is_none_or(|until| now < until));
+        self.busy
+            .retain(|_, until| until.is_none_or(|until| now < until));
         let wall = SystemTime::now();
         let actions = reconcile(&self.world, &mut self.memory, &self.namespace, now, wall);
         let mut has_more = false;
@@ -399,7 +403,14 @@ impl State {
             }
             self.busy.insert(subject.clone(), None);
             let (client, leads) = (self.client.clone(), self.leads.clone());
-            let version = |key: &Key| self.world.warmups.get(key)?.metadata.resource_version.clone();
+            let version = |key: &Key| {
+                self.world
+                    .warmups
+                    .get(key)?
+                    .metadata
+                    .resource_version
+                    .clone()
+            };
             let version = match &action {
                 Action::Status { key, .. } => version(key),
                 _ => None,
@@ -456,7 +467,11 @@ fn key(warmup: &Warmup) -> Key {
     (namespace.unwrap_or_default(), name.unwrap_or_default())
 }
 
-async fn perform(client: &Client, action: Action, version: Option<String>) -> kube::Result<Written> {
+async fn perform(
+    client: &Client,
+    action: Action,
+    version: Option<String>,
+) -> kube::Result<Written> {
     let params = PatchParams::default();
     match action {
         Action::Node(change) => {
@@ -466,7 +481,9 @@ async fn perform(client: &Client, action: Action, version: Option<String>) -> ku
             Ok(Written::Node(node.into()))
         }
         Action::Status { key, status } => {
-            let patch = Patch::Merge(json!({ "metadata": { "resourceVersion": version }, "status": status }));
+            let patch = Patch::Merge(
+                json!({ "metadata": { "resourceVersion": version }, "status": status }),
+            );
             let warmups = Api::<Warmup>::namespaced(client.clone(), &key.0);
             let warmup = within(warmups.patch_status(&key.1, &params, &patch)).await?;
             Ok(Written::Warmup(warmup))
@@ -489,8 +506,18 @@ async fn perform(client: &Client, action: Action, version: Option<String>) -> ku
 /// The merge patch of a change. Taints are a list, which a patch replaces: then it is for this version of the node only.
 fn node_patch(change: &NodeChange) -> Value {
     let mut labels = Map::new();
-    labels.extend(change.add.iter().map(|label| (label.clone(), json!("true"))));
-    labels.extend(change.remove.iter().map(|label| (label.clone(), Value::Null)));
+    labels.extend(
+        change
+            .add
+            .iter()
+            .map(|label| (label.clone(), json!("true"))),
+    );
+    labels.extend(
+        change
+            .remove
+            .iter()
+            .map(|label| (label.clone(), Value::Null)),
+    );
     let mut patch = json!({ "metadata": { "labels": labels } });
     if let Some(taints) = &change.taints {
         patch["metadata"]["resourceVersion"] = json!(change.resource_version);
@@ -517,7 +544,9 @@ impl Bucket {
     }
 
     fn take(&mut self, now: Instant) -> bool {
-        let since = self.filled.map_or(Duration::ZERO, |filled| now.duration_since(filled));
+        let since = self
+            .filled
+            .map_or(Duration::ZERO, |filled| now.duration_since(filled));
         self.tokens = (self.tokens + since.as_secs_f64() * self.per_second).min(self.per_second);
         self.filled = Some(now);
         let may = self.tokens >= 1.0;
@@ -542,7 +571,9 @@ mod tests {
     fn a_bucket_keeps_its_rate() {
         let mut bucket = Bucket::new(20);
         let start = Instant::now();
-        let taken = (0..1000).filter(|ms| bucket.take(start + Duration::from_millis(*ms))).count();
+        let taken = (0..1000)
+            .filter(|ms| bucket.take(start + Duration::from_millis(*ms)))
+            .count();
         assert!((38..=41).contains(&taken), "{taken}");
     }
 
@@ -556,7 +587,10 @@ mod tests {
             resource_version: "7".into(),
         };
         let labels = json!({ "warm.hearth.dev/a": "true", "warm.hearth.dev/b": null });
-        assert_eq!(node_patch(&change), json!({ "metadata": { "labels": labels } }));
+        assert_eq!(
+            node_patch(&change),
+            json!({ "metadata": { "labels": labels } })
+        );
         change.taints = Some(Vec::new());
         let patch = json!({ "metadata": { "labels": labels, "resourceVersion": "7" }, "spec": { "taints": [] } });
         assert_eq!(node_patch(&change), patch);

@@ -163,8 +163,16 @@ impl WarmupSpec {
     /// The first that cannot be understood, or that no cluster object may ask for.
     pub fn wanted(&self) -> Result<Vec<Reference>, WantedError> {
         let mut wanted: Vec<Reference> = Vec::new();
-        let images = self.images.iter().map(|image| (image, Some(image_url(image))));
-        for (given, url) in self.references.iter().map(|given| (given, None)).chain(images) {
+        let images = self
+            .images
+            .iter()
+            .map(|image| (image, Some(image_url(image))));
+        for (given, url) in self
+            .references
+            .iter()
+            .map(|given| (given, None))
+            .chain(images)
+        {
             let failed = |why: String| WantedError {
                 given: cut(&redact(given), 200),
                 why,
@@ -175,7 +183,8 @@ impl WarmupSpec {
                 return Err(failed("a Warmup cannot ask for files of the nodes".into()));
             }
             if reference.secret().is_some() {
-                let why = "credentials do not belong into a reference: name a Secret in credentials";
+                let why =
+                    "credentials do not belong into a reference: name a Secret in credentials";
                 return Err(failed(why.into()));
             }
             if !wanted.contains(&reference) {

@@ -20,16 +20,17 @@ use kube::{
     Api, Client,
     api::{ListParams, Patch, PatchParams, PostParams},
 };
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::{sync::mpsc, task::AbortHandle};
 
 pub use self::board::WarmError;
 use self::board::{Board, Step, Work};
 use super::{
-    random,
     cache::{Inventory, Pace},
     client::within,
     crd::{API_VERSION, NodeCache, NodeCacheStatus, NodeView, Warmup, WarmupOnNode},
+    random,
     watch::{Event, Selection, follow},
 };
 use crate::{node::Progress, reference::Reference};
@@ -81,7 +82,26 @@ pub struct Order {
     pub credentials: Option<String>,
 }
 
-/// Settings of the node's side.
+/// Settings of the node's side: `[kube.warmups]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Whether the agent has this face.
+    pub enabled: bool,
+    /// Seconds between two reports of this node, at least, where no `Warmup` says another.
+    pub report_seconds: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            report_seconds: 60,
+        }
+    }
+}
+
+/// What the node's side works with.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// What the cluster calls this node.
@@ -226,7 +246,10 @@ impl Side {
 
     /// All were listed. The list may be old: what is not in it is asked for.
     async fn listed(&mut self, found: BTreeSet<Key>) {
-        let missing: Vec<Key> = (self.warmups.keys()).filter(|key| !found.contains(key)).cloned().collect();
+        let missing: Vec<Key> = (self.warmups.keys())
+            .filter(|key| !found.contains(key))
+            .cloned()
+            .collect();
         for key in missing {
             let api = Api::<Warmup>::namespaced(self.client.clone(), &key.0);
             match within(api.get_opt(&key.1)).await {
@@ -249,21 +272,28 @@ impl Side {
             let owners = self.warmer.owners().await?;
             let known = |owner: &String| {
                 let uid = owner.strip_prefix(OWNER).unwrap_or_default();
-                self.warmups.values().any(|w| w.metadata.uid.as_deref() == Some(uid))
+                self.warmups
+                    .values()
+                    .any(|w| w.metadata.uid.as_deref() == Some(uid))
             };
             let unknown: Vec<String> = owners.into_iter().filter(|owner| !known(owner)).collect();
             if unknown.is_empty() {
                 return Ok::<(), WarmError>(());
             }
             // This time the newest list: pins are not taken away because of an old one.
-            let listed = within(Api::<Warmup>::all(self.client.clone()).list(&ListParams::default())).await;
+            let listed =
+                within(Api::<Warmup>::all(self.client.clone()).list(&ListParams::default())).await;
             let listed = listed.map_err(|error| WarmError {
                 reason: "Unavailable",
                 message: error.to_string(),
             })?;
             for owner in unknown {
                 let uid = owner.strip_prefix(OWNER);
-                if !listed.items.iter().any(|w| w.metadata.uid.as_deref() == uid) {
+                if !listed
+                    .items
+                    .iter()
+                    .any(|w| w.metadata.uid.as_deref() == uid)
+                {
                     self.warmer.release(&owner, &[]).await?;
                 }
             }
@@ -275,12 +305,19 @@ impl Side {
     }
 
     fn finished(&mut self, finished: Finished) {
-        let Finished { uid, generation, what } = finished;
+        let Finished {
+            uid,
+            generation,
+            what,
+        } = finished;
         match what {
             Outcome::Checked(is_here) => self.board.checked(&uid, generation, is_here),
             Outcome::Warmed(done) => {
                 if let Err(error) = &done {
-                    let key = self.warmups.values().find(|w| w.metadata.uid.as_ref() == Some(&uid));
+                    let key = self
+                        .warmups
+                        .values()
+                        .find(|w| w.metadata.uid.as_ref() == Some(&uid));
                     tracing::warn!(warmup = ?key.map(|w| key_of(w)), %error, "a Warmup failed here");
                 }
                 self.board.finished(&uid, generation, done, Instant::now());
@@ -294,8 +331,11 @@ impl Side {
         let Some(node) = self.node.as_ref().filter(|_| self.is_listed) else {
             return;
         };
-        let steps = self.board.sync(node, self.warmups.values(), &self.before, Instant::now());
-        self.pace.set(self.board.report_interval().unwrap_or(self.settings.report));
+        let steps = self
+            .board
+            .sync(node, self.warmups.values(), &self.before, Instant::now());
+        self.pace
+            .set(self.board.report_interval().unwrap_or(self.settings.report));
         if steps.is_empty() {
             return;
         }
@@ -323,7 +363,13 @@ impl Side {
         let task = tokio::spawn(async move {
             let what = what(warmer, work).await;
             // Whoever does not listen any more does not care.
-            let _ = done.send(Finished { uid, generation, what }).await;
+            let _ = done
+                .send(Finished {
+                    uid,
+                    generation,
+                    what,
+                })
+                .await;
         });
         self.tasks.insert(named, Task(task.abort_handle()));
     }
@@ -357,7 +403,8 @@ impl Side {
     async fn write(&mut self) -> Result<(), String> {
         let inventory = self.warmer.inventory().await.map_err(|e| e.to_string())?;
         let wanted = self.board.wants();
-        let mut status = NodeCacheStatus::new(inventory, self.board.entries(), |r| wanted.contains(r));
+        let mut status =
+            NodeCacheStatus::new(inventory, self.board.entries(), |r| wanted.contains(r));
         status.reported = Some(Time(Timestamp::now()));
         let (caches, name) = (self.caches(), &self.settings.node);
         let patch = Patch::Merge(json!({ "status": status }));
@@ -383,7 +430,9 @@ impl Side {
             &kube::core::ApiResource::erase::<NodeCache>(&()),
         );
         let cache = serde_json::from_value(cache).map_err(|e| e.to_string())?;
-        within(api.create(&PostParams::default(), &cache)).await.map_err(|e| e.to_string())?;
+        within(api.create(&PostParams::default(), &cache))
+            .await
+            .map_err(|e| e.to_string())?;
         let written = within(caches.patch_status(name, &params, &patch)).await;
         written.map(drop).map_err(|e| e.to_string())
     }
@@ -413,7 +462,8 @@ async fn check(warmer: Arc<dyn Warmer>, work: Work) -> Outcome {
 /// Brings all of it; the first of what failed, once all were tried.
 async fn warm(warmer: Arc<dyn Warmer>, work: Work) -> Outcome {
     let spec = &work.warmup.spec;
-    let names = |secrets: &[super::crd::SecretName]| secrets.iter().map(|s| s.name.clone()).collect();
+    let names =
+        |secrets: &[super::crd::SecretName]| secrets.iter().map(|s| s.name.clone()).collect();
     let order = |reference: Reference| Order {
         reference,
         warmup: work.uid.clone(),
@@ -427,14 +477,15 @@ async fn warm(warmer: Arc<dyn Warmer>, work: Work) -> Outcome {
     let orders: Vec<(Order, Arc<Progress>)> = (work.references.iter())
         .map(|(reference, progress)| (order(reference.clone()), Arc::clone(progress)))
         .collect();
-    let mut results: Vec<(usize, Result<(), WarmError>)> = stream::iter(orders.into_iter().enumerate())
-        .map(|(index, (order, progress))| {
-            let warmer = Arc::clone(&warmer);
-            async move { (index, warmer.warm(&order, &progress).await) }
-        })
-        .buffer_unordered(REFERENCES_AT_ONCE)
-        .collect()
-        .await;
+    let mut results: Vec<(usize, Result<(), WarmError>)> =
+        stream::iter(orders.into_iter().enumerate())
+            .map(|(index, (order, progress))| {
+                let warmer = Arc::clone(&warmer);
+                async move { (index, warmer.warm(&order, &progress).await) }
+            })
+            .buffer_unordered(REFERENCES_AT_ONCE)
+            .collect()
+            .await;
     results.sort_by_key(|(index, _)| *index);
     Outcome::Warmed(results.into_iter().map(|(_, result)| result).collect())
 }

@@ -228,8 +228,8 @@ where
             send_initial_events: false,
         };
         let begun = tokio::time::timeout(REQUEST, self.api.watch(&params, &version)).await;
-        let begun = begun
-            .unwrap_or_else(|_| Err(kube::Error::Service("no answer to a watch came".into())));
+        let begun =
+            begun.unwrap_or_else(|_| Err(kube::Error::Service("no answer to a watch came".into())));
         match begun {
             Ok(stream) => {
                 self.state = State::Watching {
@@ -354,9 +354,7 @@ impl Failures {
         if self.last.is_some_and(is_calm) {
             self.count = 0;
         }
-        let pause = FIRST
-            .saturating_mul(1 << self.count.min(16))
-            .min(LONGEST);
+        let pause = FIRST.saturating_mul(1 << self.count.min(16)).min(LONGEST);
         self.count += 1;
         let mut wait = jitter(pause);
         let mut verdict = Verdict::Resume;

@@ -1,5 +1,8 @@
 //! The face towards Kubernetes, against an API server that misbehaves on request.
 
-#[expect(dead_code, reason = "not all that it can do is needed by all who share it")]
+#[expect(
+    dead_code,
+    reason = "not all that it can do is needed by all who share it"
+)]
 pub(crate) mod fake;
 mod watch;

@@ -146,7 +146,10 @@ impl Elector {
         Lease {
             metadata,
             spec: Some(LeaseSpec {
-                acquire_time: spec.acquire_time.filter(|_| is_own).or(Some(MicroTime(wall))),
+                acquire_time: spec
+                    .acquire_time
+                    .filter(|_| is_own)
+                    .or(Some(MicroTime(wall))),
                 holder_identity: Some(self.terms.identity.clone()),
                 lease_duration_seconds: Some(seconds),
                 lease_transitions: Some(match is_own {
@@ -184,7 +187,10 @@ mod tests {
 
     impl Server {
         fn put(&mut self, mut lease: Lease) -> Result<Lease, ()> {
-            let current = self.lease.as_ref().and_then(|l| l.metadata.resource_version.clone());
+            let current = self
+                .lease
+                .as_ref()
+                .and_then(|l| l.metadata.resource_version.clone());
             if lease.metadata.resource_version != current {
                 return Err(());
             }
@@ -226,7 +232,10 @@ mod tests {
         server.turn(&mut b, at(21), ahead);
         assert!(b.leads(at(21)) && !a.leads(at(21)));
         let spec = server.lease.clone().unwrap().spec.unwrap();
-        assert_eq!((spec.holder_identity.as_deref(), spec.lease_transitions), (Some("b"), Some(2)));
+        assert_eq!(
+            (spec.holder_identity.as_deref(), spec.lease_transitions),
+            (Some("b"), Some(2))
+        );
         server.turn(&mut a, at(22), wall);
         assert!(!a.leads(at(22)));
         let free = b.release(ahead).unwrap();

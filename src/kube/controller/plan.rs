@@ -72,8 +72,13 @@ impl CacheView {
         let owners = cache.metadata.owner_references.into_iter().flatten();
         let warm = status.artifacts.iter().filter(|artifact| artifact.warm);
         Self {
-            owner: owners.into_iter().find(|owner| owner.kind == "Node").map(|owner| owner.uid),
-            labels: warm.map(|artifact| warm_label(&artifact.reference)).collect(),
+            owner: owners
+                .into_iter()
+                .find(|owner| owner.kind == "Node")
+                .map(|owner| owner.uid),
+            labels: warm
+                .map(|artifact| warm_label(&artifact.reference))
+                .collect(),
             warmups: status.warmups,
             changed: now,
         }
@@ -140,9 +145,13 @@ pub fn reconcile(
     wall: SystemTime,
 ) -> Vec<Action> {
     // Times in objects have no parts of seconds.
-    let since = wall.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let since = wall
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
     let seconds = i64::try_from(since).ok();
-    let wall = seconds.and_then(|s| Timestamp::from_second(s).ok()).unwrap_or_default();
+    let wall = seconds
+        .and_then(|s| Timestamp::from_second(s).ok())
+        .unwrap_or_default();
     let mut actions = Vec::new();
     let mut looked_at: Vec<(&Key, &Warmup, Tally)> = Vec::new();
     for (key, warmup) in &world.warmups {
@@ -151,14 +160,20 @@ pub fn reconcile(
         }
         if is_over(warmup, wall) {
             let uid = warmup.metadata.uid.clone().unwrap_or_default();
-            actions.push(Action::Delete { key: key.clone(), uid });
+            actions.push(Action::Delete {
+                key: key.clone(),
+                uid,
+            });
             continue;
         }
         looked_at.push((key, warmup, Tally::new(world, memory, warmup, now)));
     }
     let at_work: u64 = looked_at.iter().map(|(_, _, tally)| tally.at_work()).sum();
     let report = report_seconds(at_work);
-    let unsettled = looked_at.iter().filter(|(_, _, tally)| !tally.is_settled()).count();
+    let unsettled = looked_at
+        .iter()
+        .filter(|(_, _, tally)| !tally.is_settled())
+        .count();
     let interval = status_interval(world.nodes.len(), unsettled);
     for (key, warmup, tally) in &looked_at {
         let status = tally.status(warmup, report, own_namespace, wall);
@@ -197,11 +212,13 @@ impl Memory {
 
     /// Forgets what does not exist any more.
     fn forget(&mut self, world: &World) {
-        self.written.retain(|key, _| world.warmups.contains_key(key));
+        self.written
+            .retain(|key, _| world.warmups.contains_key(key));
         let live: HashSet<(&str, i64)> = (world.warmups.values())
             .map(|warmup| identity(warmup))
             .collect();
-        self.admitted.retain(|(uid, generation), _| live.contains(&(uid.as_str(), *generation)));
+        self.admitted
+            .retain(|(uid, generation), _| live.contains(&(uid.as_str(), *generation)));
     }
 }
 
@@ -209,7 +226,9 @@ impl Memory {
 pub fn report_seconds(at_work: u64) -> u32 {
     let wanted = at_work.div_ceil(REPORTS_PER_SECOND);
     let mut steps = REPORT_SECONDS.into_iter();
-    steps.find(|step| u64::from(*step) >= wanted).unwrap_or(REPORT_SECONDS[REPORT_SECONDS.len() - 1])
+    steps
+        .find(|step| u64::from(*step) >= wanted)
+        .unwrap_or(REPORT_SECONDS[REPORT_SECONDS.len() - 1])
 }
 
 /// Time between two writes of a status, where so many nodes see each of them.
@@ -270,13 +289,20 @@ impl Tally {
             identity,
         };
         let mut waiting = Vec::new();
-        for node in world.nodes.values().filter(|node| warmup.spec.selects(node)) {
+        for node in world
+            .nodes
+            .values()
+            .filter(|node| warmup.spec.selects(node))
+        {
             this.counts.desired += 1;
             let cache = world.cache(node);
             let entry = cache.and_then(|cache| cache.of(uid, generation));
             if let Some(entry) = entry {
                 this.bytes.total = this.bytes.total.saturating_add(entry.bytes.max(0));
-                this.bytes.present = this.bytes.present.saturating_add(entry.present_bytes.max(0));
+                this.bytes.present = this
+                    .bytes
+                    .present
+                    .saturating_add(entry.present_bytes.max(0));
             }
             let is_silent = cache.is_none_or(|cache| now.duration_since(cache.changed) > silent);
             match entry.map_or(WarmState::Waiting, |entry| entry.state) {
@@ -296,11 +322,14 @@ impl Tally {
                 WarmState::Warming if node.ready && !is_silent => this.counts.warming += 1,
                 WarmState::Warming => this.counts.unreachable += 1,
                 // It has no agent that could start.
-                WarmState::Waiting if !node.ready || cache.is_none() => this.counts.unreachable += 1,
+                WarmState::Waiting if !node.ready || cache.is_none() => {
+                    this.counts.unreachable += 1
+                }
                 WarmState::Waiting => {
                     let since = admitted.and_then(|admitted| admitted.get(&node.name));
                     // Its agent may have come back since.
-                    match since.map(|since| cache.map_or(*since, |cache| cache.changed.max(*since))) {
+                    match since.map(|since| cache.map_or(*since, |cache| cache.changed.max(*since)))
+                    {
                         Some(since) if now.duration_since(since) > silent => {
                             this.counts.unreachable += 1;
                             this.stalled.push(node.name.clone());
@@ -326,7 +355,9 @@ impl Tally {
             self.window = Some(Window::all());
             return;
         };
-        let free = parallel.saturating_sub(self.counts.warming as usize).min(waiting.len());
+        let free = parallel
+            .saturating_sub(self.counts.warming as usize)
+            .min(waiting.len());
         if free == 0 {
             return;
         }
@@ -337,7 +368,10 @@ impl Tally {
         let first = waiting.iter().min().map(|(place, _)| place.clone());
         let last = waiting.iter().max().map(|(place, _)| place.clone());
         self.window = first.zip(last).map(|(first, last)| Window { first, last });
-        self.admitted = waiting.into_iter().map(|(_, name)| name.to_owned()).collect();
+        self.admitted = waiting
+            .into_iter()
+            .map(|(_, name)| name.to_owned())
+            .collect();
     }
 
     fn remember(&self, memory: &mut Memory, now: Instant) {
@@ -365,15 +399,28 @@ impl Tally {
         self.counts.warming + self.counts.waiting == 0
     }
 
-    fn status(&self, warmup: &Warmup, report: u32, own_namespace: &str, wall: Timestamp) -> WarmupStatus {
+    fn status(
+        &self,
+        warmup: &Warmup,
+        report: u32,
+        own_namespace: &str,
+        wall: Timestamp,
+    ) -> WarmupStatus {
         let generation = self.identity.1;
         let old = warmup.status.clone().unwrap_or_default();
-        let is_complete = self.accepted.is_ok() && self.counts.desired > 0 && self.counts.warm == self.counts.desired;
-        let completed = old.completion_time.filter(|_| old.observed_generation == Some(generation));
+        let is_complete = self.accepted.is_ok()
+            && self.counts.desired > 0
+            && self.counts.warm == self.counts.desired;
+        let completed = old
+            .completion_time
+            .filter(|_| old.observed_generation == Some(generation));
         let mut conditions = Vec::new();
         let mut say = |kind: &str, status: bool, reason: &str, message: String| {
             let status = if status { "True" } else { "False" };
-            let before = old.conditions.iter().find(|c| c.type_ == kind && c.status == status);
+            let before = old
+                .conditions
+                .iter()
+                .find(|c| c.type_ == kind && c.status == status);
             conditions.push(Condition {
                 type_: kind.to_owned(),
                 status: status.to_owned(),
@@ -392,7 +439,15 @@ impl Tally {
         match self.failures.first() {
             Some(failure) => {
                 let Failure { node, message, .. } = failure;
-                say("Degraded", true, "NodesFailed", format!("{} nodes failed, such as {node}: {message}", self.counts.failed));
+                say(
+                    "Degraded",
+                    true,
+                    "NodesFailed",
+                    format!(
+                        "{} nodes failed, such as {node}: {message}",
+                        self.counts.failed
+                    ),
+                );
             }
             None => say("Degraded", false, "AsExpected", String::new()),
         }
@@ -415,9 +470,18 @@ impl Tally {
 
     /// What the condition Complete says: reason and message.
     fn progress(&self) -> (&'static str, String) {
-        let NodeCounts { desired, warm, warming, waiting, failed, unreachable } = self.counts;
+        let NodeCounts {
+            desired,
+            warm,
+            warming,
+            waiting,
+            failed,
+            unreachable,
+        } = self.counts;
         let reason = match () {
-            () if self.accepted.is_err() => return ("InvalidReference", "see the condition Accepted".into()),
+            () if self.accepted.is_err() => {
+                return ("InvalidReference", "see the condition Accepted".into());
+            }
             () if desired == 0 => return ("NoNodes", "no node matches".into()),
             () if warm == desired => "Warm",
             () if warming > 0 => "Warming",
@@ -426,7 +490,12 @@ impl Tally {
             () => "NodesUnreachable",
         };
         let mut message = format!("{warm} of {desired} nodes are warm");
-        for (count, what) in [(warming, "at it"), (waiting, "wait"), (failed, "failed"), (unreachable, "do not answer")] {
+        for (count, what) in [
+            (warming, "at it"),
+            (waiting, "wait"),
+            (failed, "failed"),
+            (unreachable, "do not answer"),
+        ] {
             if count > 0 {
                 message += &format!(", {count} {what}");
             }
@@ -448,7 +517,11 @@ fn artifacts(warmup: &Warmup) -> Result<Vec<WarmArtifact>, String> {
 }
 
 /// What is to change of a node; `None` where nothing is.
-fn node_change(node: &NodeView, cache: Option<&CacheView>, gates: &[&Warmup]) -> Option<NodeChange> {
+fn node_change(
+    node: &NodeView,
+    cache: Option<&CacheView>,
+    gates: &[&Warmup],
+) -> Option<NodeChange> {
     let has = |label: &String| label.starts_with(WARM_LABELS);
     let have: BTreeSet<&String> = node.labels.keys().filter(|label| has(label)).collect();
     let warm: &[String] = cache.map_or(&[], |cache| &cache.labels);
@@ -461,12 +534,21 @@ fn node_change(node: &NodeView, cache: Option<&CacheView>, gates: &[&Warmup]) ->
         gate.spec.selects(node) && entry.is_none_or(|entry| entry.state != WarmState::Warm)
     };
     let is_released = node.is_held() && cache.is_some() && !gates.iter().any(|gate| holds(gate));
-    let add: BTreeSet<String> = wanted.difference(&have).map(|label| (*label).clone()).collect();
-    let remove: BTreeSet<String> = have.difference(&wanted).map(|label| (*label).clone()).collect();
+    let add: BTreeSet<String> = wanted
+        .difference(&have)
+        .map(|label| (*label).clone())
+        .collect();
+    let remove: BTreeSet<String> = have
+        .difference(&wanted)
+        .map(|label| (*label).clone())
+        .collect();
     if add.is_empty() && remove.is_empty() && !is_released {
         return None;
     }
-    let others = node.taints.iter().filter(|taint| taint.key != NOT_WARM_TAINT);
+    let others = node
+        .taints
+        .iter()
+        .filter(|taint| taint.key != NOT_WARM_TAINT);
     Some(NodeChange {
         name: node.name.clone(),
         add,
@@ -475,3 +557,6 @@ fn node_change(node: &NodeView, cache: Option<&CacheView>, gates: &[&Warmup]) ->
         resource_version: node.resource_version.clone(),
     })
 }
+
+#[cfg(test)]
+mod tests;

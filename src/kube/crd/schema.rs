@@ -24,16 +24,66 @@ pub fn crds() -> [Value; 2] {
 
 fn warmup() -> Value {
     let columns = json!([
-        column("Desired", "integer", ".status.nodes.desired", "Nodes it selects"),
-        column("Warm", "integer", ".status.nodes.warm", "Nodes that have all of it"),
-        column("Failed", "integer", ".status.nodes.failed", "Nodes that could not get it"),
-        column("Complete", "string", ".status.conditions[?(@.type=='Complete')].status", "Whether all nodes have it"),
-        column("Reason", "string", ".status.conditions[?(@.type=='Complete')].reason", "Why not"),
-        wide("Warming", "integer", ".status.nodes.warming", "Nodes that are at it"),
-        wide("Waiting", "integer", ".status.nodes.waiting", "Nodes that wait for their turn"),
-        wide("Bytes", "integer", ".status.bytes.present", "Bytes that are there, on all nodes together"),
-        wide("Priority", "integer", ".spec.priority", "What is more important is fetched first"),
-        column("Age", "date", ".metadata.creationTimestamp", "When it was made"),
+        column(
+            "Desired",
+            "integer",
+            ".status.nodes.desired",
+            "Nodes it selects"
+        ),
+        column(
+            "Warm",
+            "integer",
+            ".status.nodes.warm",
+            "Nodes that have all of it"
+        ),
+        column(
+            "Failed",
+            "integer",
+            ".status.nodes.failed",
+            "Nodes that could not get it"
+        ),
+        column(
+            "Complete",
+            "string",
+            ".status.conditions[?(@.type=='Complete')].status",
+            "Whether all nodes have it"
+        ),
+        column(
+            "Reason",
+            "string",
+            ".status.conditions[?(@.type=='Complete')].reason",
+            "Why not"
+        ),
+        wide(
+            "Warming",
+            "integer",
+            ".status.nodes.warming",
+            "Nodes that are at it"
+        ),
+        wide(
+            "Waiting",
+            "integer",
+            ".status.nodes.waiting",
+            "Nodes that wait for their turn"
+        ),
+        wide(
+            "Bytes",
+            "integer",
+            ".status.bytes.present",
+            "Bytes that are there, on all nodes together"
+        ),
+        wide(
+            "Priority",
+            "integer",
+            ".spec.priority",
+            "What is more important is fetched first"
+        ),
+        column(
+            "Age",
+            "date",
+            ".metadata.creationTimestamp",
+            "When it was made"
+        ),
     ]);
     let root = object(
         "Content that nodes are to have ahead of pods.",
@@ -207,11 +257,7 @@ fn warmup_status() -> Value {
         "reportSeconds": count("Seconds between two reports of a node, at least."),
         "completionTime": time("When all nodes had it first, in this generation."),
     });
-    object(
-        "How far it is; written by the controller.",
-        &[],
-        properties,
-    )
+    object("How far it is; written by the controller.", &[], properties)
 }
 
 fn condition() -> Value {
@@ -229,10 +275,30 @@ fn condition() -> Value {
 
 fn node_cache() -> Value {
     let columns = json!([
-        column("Used", "integer", ".status.usedBytes", "Bytes that the store takes"),
-        column("Free", "integer", ".status.freeBytes", "Bytes that are free on its file system"),
-        column("Reported", "date", ".status.reported", "When the node wrote this"),
-        column("Age", "date", ".metadata.creationTimestamp", "When it was made"),
+        column(
+            "Used",
+            "integer",
+            ".status.usedBytes",
+            "Bytes that the store takes"
+        ),
+        column(
+            "Free",
+            "integer",
+            ".status.freeBytes",
+            "Bytes that are free on its file system"
+        ),
+        column(
+            "Reported",
+            "date",
+            ".status.reported",
+            "When the node wrote this"
+        ),
+        column(
+            "Age",
+            "date",
+            ".metadata.creationTimestamp",
+            "When it was made"
+        ),
     ]);
     let artifact = json!({
         "reference": text("In its canonical form.", MAX_REFERENCE),
@@ -267,7 +333,14 @@ fn node_cache() -> Value {
         &[],
         json!({ "status": object("What it has.", &[], status) }),
     );
-    definition("NodeCache", "nodecaches", "ncache", "Cluster", root, columns)
+    definition(
+        "NodeCache",
+        "nodecaches",
+        "ncache",
+        "Cluster",
+        root,
+        columns,
+    )
 }
 
 fn definition(

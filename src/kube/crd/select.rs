@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{Node, NodeSelectorRequirement, NodeSelectorTerm, Taint, Toleration};
+use k8s_openapi::api::core::v1::{
+    Node, NodeSelectorRequirement, NodeSelectorTerm, Taint, Toleration,
+};
 
 use super::{NOT_WARM_TAINT, WarmupSpec};
 
@@ -59,14 +61,20 @@ impl WarmupSpec {
             return false;
         }
         if let Some(required) = self.required_affinity()
-            && !required.node_selector_terms.iter().any(|term| matches_term(term, node))
+            && !required
+                .node_selector_terms
+                .iter()
+                .any(|term| matches_term(term, node))
         {
             return false;
         }
         node.taints.iter().all(|taint| {
             !matches!(taint.effect.as_str(), "NoSchedule" | "NoExecute")
                 || TOLERATED.contains(&taint.key.as_str())
-                || self.tolerations.iter().any(|toleration| tolerates(toleration, taint))
+                || self
+                    .tolerations
+                    .iter()
+                    .any(|toleration| tolerates(toleration, taint))
         })
     }
 }
@@ -163,9 +171,7 @@ mod tests {
                 "requiredDuringSchedulingIgnoredDuringExecution": { "nodeSelectorTerms": terms } } } }))
             .selects(&gpu)
         };
-        let expression = |key: &str, operator: &str, values: &[&str]| {
-            json!({ "matchExpressions": [{ "key": key, "operator": operator, "values": values }] })
-        };
+        let expression = |key: &str, operator: &str, values: &[&str]| json!({ "matchExpressions": [{ "key": key, "operator": operator, "values": values }] });
         for (term, holds) in [
             (expression("gpu", "In", &["a100", "h100"]), true),
             (expression("gpu", "In", &["a100"]), false),
@@ -182,12 +188,21 @@ mod tests {
             (expression("none", "Lt", &["9"]), false),
             (expression("gpu", "Like", &["h*"]), false),
             (json!({}), false),
-            (json!({ "matchFields": [{ "key": "metadata.name", "operator": "In", "values": ["n1"] }] }), true),
-            (json!({ "matchFields": [{ "key": "metadata.name", "operator": "In", "values": ["n2"] }] }), false),
+            (
+                json!({ "matchFields": [{ "key": "metadata.name", "operator": "In", "values": ["n1"] }] }),
+                true,
+            ),
+            (
+                json!({ "matchFields": [{ "key": "metadata.name", "operator": "In", "values": ["n2"] }] }),
+                false,
+            ),
         ] {
             assert_eq!(with(json!([term])), holds, "{term}");
         }
-        let (yes, no) = (expression("gpu", "Exists", &[]), expression("none", "Exists", &[]));
+        let (yes, no) = (
+            expression("gpu", "Exists", &[]),
+            expression("none", "Exists", &[]),
+        );
         assert!(with(json!([no, yes])));
         assert!(!with(json!([{ "matchExpressions": [
             { "key": "gpu", "operator": "Exists" }, { "key": "none", "operator": "Exists" }] }])));
@@ -201,19 +216,32 @@ mod tests {
         assert!(!spec(json!({})).selects(&tainted));
         assert!(spec(json!({})).selects(&node(json!({}), taint("PreferNoSchedule"))));
         for (toleration, holds) in [
-            (json!({ "key": "nvidia.com/gpu", "operator": "Exists" }), true),
+            (
+                json!({ "key": "nvidia.com/gpu", "operator": "Exists" }),
+                true,
+            ),
             (json!({ "operator": "Exists" }), true),
             (json!({ "key": "nvidia.com/gpu", "value": "present" }), true),
             (json!({ "key": "nvidia.com/gpu", "value": "absent" }), false),
-            (json!({ "key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoExecute" }), false),
+            (
+                json!({ "key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoExecute" }),
+                false,
+            ),
             (json!({ "value": "present" }), false),
         ] {
-            assert_eq!(tolerating(toleration.clone()).selects(&tainted), holds, "{toleration}");
+            assert_eq!(
+                tolerating(toleration.clone()).selects(&tainted),
+                holds,
+                "{toleration}"
+            );
         }
-        let starting = node(json!({}), json!([
-            { "key": NOT_WARM_TAINT, "effect": "NoSchedule" },
-            { "key": "node.kubernetes.io/not-ready", "effect": "NoExecute" },
-        ]));
+        let starting = node(
+            json!({}),
+            json!([
+                { "key": NOT_WARM_TAINT, "effect": "NoSchedule" },
+                { "key": "node.kubernetes.io/not-ready", "effect": "NoExecute" },
+            ]),
+        );
         assert!(starting.is_held() && spec(json!({})).selects(&starting));
     }
 }

@@ -41,7 +41,10 @@ enum State {
     Checking,
     Warming,
     Warm,
-    Failed { error: WarmError, retry: Option<Instant> },
+    Failed {
+        error: WarmError,
+        retry: Option<Instant>,
+    },
 }
 
 /// Why a warm-up failed on this node.
@@ -104,7 +107,10 @@ impl Job {
             uid: self.uid().to_owned(),
             generation: self.generation,
             warmup: Arc::clone(&self.warmup),
-            references: wanted.into_iter().zip(self.progress.iter().cloned()).collect(),
+            references: wanted
+                .into_iter()
+                .zip(self.progress.iter().cloned())
+                .collect(),
         }
     }
 
@@ -126,7 +132,8 @@ impl Job {
         self.generation = self.warmup.metadata.generation.unwrap_or_default();
         self.failures = 0;
         self.progress = Vec::new();
-        let wrong = (self.warmup.spec.wanted().err()).or_else(|| self.warmup.spec.bandwidth().err());
+        let wrong =
+            (self.warmup.spec.wanted().err()).or_else(|| self.warmup.spec.bandwidth().err());
         self.state = match wrong {
             None => state,
             // Only an edit mends it.
@@ -165,17 +172,27 @@ impl Board {
             .collect();
         selected.sort_by_key(|w| rank(w));
         if selected.len() > MAX_WARMUPS {
-            tracing::warn!(warmups = selected.len(), limit = MAX_WARMUPS, "only the most important of them are warmed here");
+            tracing::warn!(
+                warmups = selected.len(),
+                limit = MAX_WARMUPS,
+                "only the most important of them are warmed here"
+            );
             selected.truncate(MAX_WARMUPS);
         }
         let uid = |warmup: &Warmup| warmup.metadata.uid.clone().unwrap_or_default();
         let uids: Vec<String> = selected.iter().map(|w| uid(w)).collect();
-        let gone: Vec<String> = (self.jobs.keys()).filter(|uid| !uids.contains(uid)).cloned().collect();
+        let gone: Vec<String> = (self.jobs.keys())
+            .filter(|uid| !uids.contains(uid))
+            .cloned()
+            .collect();
         for uid in gone {
             if self.jobs.remove(&uid).is_some_and(|job| job.is_under_way()) {
                 steps.push(Step::Cancel(uid.clone()));
             }
-            steps.push(Step::Release { uid, keep: Vec::new() });
+            steps.push(Step::Release {
+                uid,
+                keep: Vec::new(),
+            });
         }
         for (warmup, uid) in selected.into_iter().zip(uids) {
             self.take(warmup, uid, before, &mut steps);
@@ -185,10 +202,18 @@ impl Board {
     }
 
     /// Takes a `Warmup` as it is now.
-    fn take(&mut self, warmup: &Arc<Warmup>, uid: String, before: &[WarmupOnNode], steps: &mut Vec<Step>) {
+    fn take(
+        &mut self,
+        warmup: &Arc<Warmup>,
+        uid: String,
+        before: &[WarmupOnNode],
+        steps: &mut Vec<Step>,
+    ) {
         let generation = warmup.metadata.generation.unwrap_or_default();
         let Some(job) = self.jobs.get_mut(&uid) else {
-            let was = before.iter().find(|was| was.uid == uid && was.generation == generation);
+            let was = before
+                .iter()
+                .find(|was| was.uid == uid && was.generation == generation);
             let state = match was.map(|was| was.state) {
                 Some(state @ (WarmState::Warming | WarmState::Warm)) => State::Resumed(state),
                 _ => State::Waiting,
@@ -221,7 +246,9 @@ impl Board {
         let mut jobs: Vec<&mut Job> = self.jobs.values_mut().collect();
         jobs.sort_by_key(|job| rank(&job.warmup));
         for job in jobs {
-            if let State::Failed { retry: Some(at), .. } = job.state
+            if let State::Failed {
+                retry: Some(at), ..
+            } = job.state
                 && at <= now
             {
                 job.state = State::Waiting;
@@ -261,7 +288,13 @@ impl Board {
     }
 
     /// It was brought, or not.
-    pub(super) fn finished(&mut self, uid: &str, generation: i64, done: Result<(), WarmError>, now: Instant) {
+    pub(super) fn finished(
+        &mut self,
+        uid: &str,
+        generation: i64,
+        done: Result<(), WarmError>,
+        now: Instant,
+    ) {
         let Some(job) = self.job(uid, generation) else {
             return;
         };
@@ -271,7 +304,9 @@ impl Board {
         job.state = match done {
             Ok(()) => State::Warm,
             Err(error) => {
-                let pause = FIRST_PAUSE.saturating_mul(1 << job.failures.min(16)).min(LONGEST_PAUSE);
+                let pause = FIRST_PAUSE
+                    .saturating_mul(1 << job.failures.min(16))
+                    .min(LONGEST_PAUSE);
                 job.failures += 1;
                 let retry = Some(now + pause);
                 State::Failed { error, retry }
@@ -280,7 +315,9 @@ impl Board {
     }
 
     fn job(&mut self, uid: &str, generation: i64) -> Option<&mut Job> {
-        self.jobs.get_mut(uid).filter(|job| job.generation == generation)
+        self.jobs
+            .get_mut(uid)
+            .filter(|job| job.generation == generation)
     }
 
     /// What of it is not here any more is brought again.
@@ -316,23 +353,36 @@ impl Board {
             !matches!(job.warmup.status.as_ref().and_then(|s| s.completion_time.as_ref()), Some(_) if matches!(job.state, State::Warm))
         });
         let seconds = unsettled.filter_map(|job| job.warmup.status.as_ref()?.report_seconds);
-        seconds.max().map(|seconds| Duration::from_secs(seconds.into()))
+        seconds
+            .max()
+            .map(|seconds| Duration::from_secs(seconds.into()))
     }
 
     /// Whether a `Warmup` asks for this (canonical) reference.
     pub(super) fn wants(&self) -> std::collections::HashSet<String> {
-        let wanted = self.jobs.values().filter_map(|job| job.warmup.spec.wanted().ok());
-        wanted.flatten().map(|reference| reference.to_string()).collect()
+        let wanted = self
+            .jobs
+            .values()
+            .filter_map(|job| job.warmup.spec.wanted().ok());
+        wanted
+            .flatten()
+            .map(|reference| reference.to_string())
+            .collect()
     }
-
 
     /// How far each is.
     pub(super) fn entries(&self) -> Vec<WarmupOnNode> {
         let entry = |job: &Job| {
             let metadata = &job.warmup.metadata;
-            let amounts = job.progress.iter().filter_map(|progress| progress.snapshot());
+            let amounts = job
+                .progress
+                .iter()
+                .filter_map(|progress| progress.snapshot());
             let (total, present) = amounts.fold((0u64, 0u64), |(total, present), now| {
-                (total.saturating_add(now.total_bytes), present.saturating_add(now.present_bytes))
+                (
+                    total.saturating_add(now.total_bytes),
+                    present.saturating_add(now.present_bytes),
+                )
             });
             let (state, error) = match &job.state {
                 State::Waiting => (WarmState::Waiting, None),
@@ -368,7 +418,10 @@ fn rank(warmup: &Warmup) -> (i32, Option<i64>, Option<String>, Option<String>) {
     let metadata = &warmup.metadata;
     (
         -warmup.spec.priority.unwrap_or_default(),
-        metadata.creation_timestamp.as_ref().map(|time| time.0.as_second()),
+        metadata
+            .creation_timestamp
+            .as_ref()
+            .map(|time| time.0.as_second()),
         metadata.namespace.clone(),
         metadata.name.clone(),
     )
@@ -381,7 +434,11 @@ mod tests {
     use super::*;
 
     fn node() -> NodeView {
-        NodeView { name: "n1".into(), ready: true, ..NodeView::default() }
+        NodeView {
+            name: "n1".into(),
+            ready: true,
+            ..NodeView::default()
+        }
     }
 
     fn warmup(uid: &str, generation: i64, spec: Value, status: Value) -> Arc<Warmup> {
@@ -402,7 +459,10 @@ mod tests {
     }
 
     fn failed() -> WarmError {
-        WarmError { reason: "Denied", message: "no".into() }
+        WarmError {
+            reason: "Denied",
+            message: "no".into(),
+        }
     }
 
     #[test]
@@ -412,12 +472,18 @@ mod tests {
         let steps = board.sync(&node(), [&first].into_iter(), &[], now);
         assert!(matches!(&steps[..], [Step::Start(work)] if work.references.len() == 1));
         assert_eq!(state(&board), [WarmState::Warming]);
-        assert!(board.sync(&node(), [&first].into_iter(), &[], now).is_empty());
+        assert!(
+            board
+                .sync(&node(), [&first].into_iter(), &[], now)
+                .is_empty()
+        );
         // Edited under way: what it did before counts no more.
         let second = warmup("u", 2, simple("hf://o/b"), Value::Null);
         let steps = board.sync(&node(), [&second].into_iter(), &[], now);
         let keep = vec!["hf://o/b".parse().unwrap()];
-        assert!(matches!(&steps[..], [Step::Cancel(_), Step::Release { keep: k, .. }, Step::Start(_)] if *k == keep));
+        assert!(
+            matches!(&steps[..], [Step::Cancel(_), Step::Release { keep: k, .. }, Step::Start(_)] if *k == keep)
+        );
         board.finished("u", 1, Ok(()), now);
         assert_eq!(state(&board), [WarmState::Warming]);
         board.finished("u", 2, Ok(()), now);
@@ -426,7 +492,13 @@ mod tests {
         board.compare(&[]);
         assert_eq!(state(&board), [WarmState::Waiting]);
         let steps = board.sync(&node(), [].into_iter(), &[], now);
-        assert_eq!(steps, [Step::Release { uid: "u".into(), keep: vec![] }]);
+        assert_eq!(
+            steps,
+            [Step::Release {
+                uid: "u".into(),
+                keep: vec![]
+            }]
+        );
         assert!(board.entries().is_empty());
     }
 
@@ -452,21 +524,54 @@ mod tests {
     fn a_new_process_goes_on_where_the_old_one_was() {
         let now = Instant::now();
         let waiting = warmup("u", 1, json!({ "references": ["hf://o/a"] }), Value::Null);
-        let once = warmup("u", 1, json!({ "references": ["hf://o/a"], "pin": false }), Value::Null);
-        let was = |state| WarmupOnNode { uid: "u".into(), generation: 1, state, ..WarmupOnNode::default() };
+        let once = warmup(
+            "u",
+            1,
+            json!({ "references": ["hf://o/a"], "pin": false }),
+            Value::Null,
+        );
+        let was = |state| WarmupOnNode {
+            uid: "u".into(),
+            generation: 1,
+            state,
+            ..WarmupOnNode::default()
+        };
         let mut board = Board::default();
-        let steps = board.sync(&node(), [&waiting].into_iter(), &[was(WarmState::Warming)], now);
+        let steps = board.sync(
+            &node(),
+            [&waiting].into_iter(),
+            &[was(WarmState::Warming)],
+            now,
+        );
         assert!(matches!(&steps[..], [Step::Start(_)]));
         let mut board = Board::default();
-        let steps = board.sync(&node(), [&waiting].into_iter(), &[was(WarmState::Warm)], now);
+        let steps = board.sync(
+            &node(),
+            [&waiting].into_iter(),
+            &[was(WarmState::Warm)],
+            now,
+        );
         assert!(matches!(&steps[..], [Step::Check(_)]));
         board.checked("u", 1, false);
         assert_eq!(state(&board), [WarmState::Waiting]);
         let mut board = Board::default();
-        assert!(board.sync(&node(), [&once].into_iter(), &[was(WarmState::Warm)], now).is_empty());
+        assert!(
+            board
+                .sync(&node(), [&once].into_iter(), &[was(WarmState::Warm)], now)
+                .is_empty()
+        );
         assert_eq!(state(&board), [WarmState::Warm]);
         let mut board = Board::default();
-        assert!(board.sync(&node(), [&waiting].into_iter(), &[was(WarmState::Failed)], now).is_empty());
+        assert!(
+            board
+                .sync(
+                    &node(),
+                    [&waiting].into_iter(),
+                    &[was(WarmState::Failed)],
+                    now
+                )
+                .is_empty()
+        );
     }
 
     #[test]
@@ -474,7 +579,8 @@ mod tests {
         let (mut board, now) = (Board::default(), Instant::now());
         let right = warmup("u", 1, simple("hf://o/a"), Value::Null);
         let wrong = warmup("w", 1, simple("file:///etc"), Value::Null);
-        let sync = |board: &mut Board, now| board.sync(&node(), [&right, &wrong].into_iter(), &[], now);
+        let sync =
+            |board: &mut Board, now| board.sync(&node(), [&right, &wrong].into_iter(), &[], now);
         assert_eq!(sync(&mut board, now).len(), 1);
         assert_eq!(state(&board), [WarmState::Warming, WarmState::Failed]);
         assert_eq!(board.entries()[1].reason, "InvalidReference");
