@@ -9,9 +9,6 @@ use super::output;
 pub(super) struct Args {}
 
 pub(super) fn run(_args: &Args) -> anyhow::Result<ExitCode> {
-    for definition in crate::kube::crd::crds() {
-        output::line("---")?;
-        output::line(serde_saphyr::to_string(&definition)?.trim_end())?;
-    }
+    output::line(crate::kube::crd::yaml()?.trim_end())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -7,6 +7,8 @@
 
 pub mod lease;
 pub mod plan;
+#[cfg(test)]
+mod scale;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -36,6 +38,7 @@ use super::{
     crd::{NodeCache, NodeView, Warmup},
     watch::{Event, Selection, follow},
 };
+use crate::metrics;
 
 /// Requests that are under way at the same time.
 const AT_ONCE: usize = 16;
@@ -107,7 +110,7 @@ pub async fn run(client: Client, config: Config, identity: String, stop: impl Fu
             loop {
                 // An error would mean that the candidate is gone, and it is not.
                 let _ = leads.wait_for(|until| is_ahead(*until)).await;
-                tracing::info!("this process leads");
+                let _leading = Leading::new();
                 tokio::select! {
                     () = lead(client.clone(), &config, leads.clone()) => {}
                     () = lost(leads.clone()) => tracing::info!("this process leads no more"),
@@ -125,6 +128,23 @@ pub async fn run(client: Client, config: Config, identity: String, stop: impl Fu
         if let Err(error) = given {
             tracing::warn!(%error, "the lease was not given back: the next waits until it is over");
         }
+    }
+}
+
+/// Shows that this process leads.
+struct Leading;
+
+impl Leading {
+    fn new() -> Self {
+        tracing::info!("this process leads");
+        metrics::global().kube_leads.add(1);
+        Self
+    }
+}
+
+impl Drop for Leading {
+    fn drop(&mut self) {
+        metrics::global().kube_leads.sub(1);
     }
 }
 
@@ -433,8 +453,12 @@ impl State {
             Ok(written) => {
                 self.busy.remove(&subject);
                 match written {
-                    Written::Node(node) => drop(self.world.nodes.insert(node.name.clone(), node)),
+                    Written::Node(node) => {
+                        metrics::global().kube_node_changes.add(1);
+                        drop(self.world.nodes.insert(node.name.clone(), node));
+                    }
                     Written::Warmup(warmup) => {
+                        metrics::global().kube_statuses.add(1);
                         let key = key(&warmup);
                         // It may be gone meanwhile.
                         if let Some(known) = self.world.warmups.get_mut(&key) {

@@ -17,7 +17,10 @@ use k8s_openapi::{
 };
 use serde::{Deserialize, Serialize};
 
-pub use self::{schema::crds, select::NodeView};
+pub use self::{
+    schema::{crds, yaml},
+    select::NodeView,
+};
 use crate::{
     digest::Digest,
     reference::{Locator, Reference, redact},
@@ -259,31 +262,25 @@ fn image_url(image: &str) -> String {
     }
 }
 
-/// How far a `Warmup` is; written by the controller.
+/// How far a `Warmup` is; written by the controller. What is not there is written as null: in a patch that takes away
+/// what was there before.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct WarmupStatus {
     /// The generation of the spec that all of this is about.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
     pub nodes: NodeCounts,
     pub bytes: ByteCounts,
     /// What it asks for, with the labels of the nodes that have it.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub artifacts: Vec<WarmArtifact>,
     /// Nodes that failed, a few of them.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub failures: Vec<Failure>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
     /// Nodes that may start now; absent: none.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub window: Option<Window>,
     /// Seconds between two reports of a node, at least.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub report_seconds: Option<u32>,
     /// When it was first complete in this generation.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
 }
 
@@ -365,7 +362,6 @@ pub struct NodeCache {
 #[serde(rename_all = "camelCase", default)]
 pub struct NodeCacheStatus {
     /// When the node wrote this, by its own clock.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub reported: Option<Time>,
     /// Of the file system of the store.
     pub capacity_bytes: i64,
@@ -374,11 +370,9 @@ pub struct NodeCacheStatus {
     /// On the file system of the store.
     pub free_bytes: i64,
     /// What is warm or arriving; the last used first.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub artifacts: Vec<CachedArtifact>,
     /// Artifacts for which there was no place here.
     pub artifacts_omitted: u32,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub warmups: Vec<WarmupOnNode>,
 }
 

@@ -33,7 +33,7 @@ use super::{
     random,
     watch::{Event, Selection, follow},
 };
-use crate::{node::Progress, reference::Reference};
+use crate::{metrics, node::Progress, reference::Reference};
 
 /// References of one `Warmup` that are brought at the same time; their objects share one engine.
 const REFERENCES_AT_ONCE: usize = 2;
@@ -313,12 +313,15 @@ impl Side {
         match what {
             Outcome::Checked(is_here) => self.board.checked(&uid, generation, is_here),
             Outcome::Warmed(done) => {
-                if let Err(error) = &done {
-                    let key = self
-                        .warmups
-                        .values()
-                        .find(|w| w.metadata.uid.as_ref() == Some(&uid));
-                    tracing::warn!(warmup = ?key.map(|w| key_of(w)), %error, "a Warmup failed here");
+                match &done {
+                    Ok(()) => metrics::global().kube_warmups_done.add(1),
+                    Err(error) => {
+                        metrics::global().kube_warmups_failed.add(1);
+                        let mut known = self.warmups.values();
+                        let warmup = known.find(|w| w.metadata.uid.as_ref() == Some(&uid));
+                        let (namespace, name) = warmup.map(|w| key(w)).unwrap_or_default();
+                        tracing::warn!(namespace, name, %error, "a Warmup failed here");
+                    }
                 }
                 self.board.finished(&uid, generation, done, Instant::now());
             }
@@ -394,6 +397,7 @@ impl Side {
             return;
         }
         self.pace.wrote(began);
+        metrics::global().kube_reports.add(1);
         // So that the controller sees that somebody is at it.
         if self.board.is_busy() {
             self.pace.changed(Instant::now(), random());
@@ -436,11 +440,6 @@ impl Side {
         let written = within(caches.patch_status(name, &params, &patch)).await;
         written.map(drop).map_err(|e| e.to_string())
     }
-}
-
-fn key_of(warmup: &Warmup) -> String {
-    let (namespace, name) = key(warmup);
-    format!("{namespace}/{name}")
 }
 
 /// Sees whether all of it is here.

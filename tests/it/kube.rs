@@ -1,8 +1,11 @@
 //! The face towards Kubernetes, against an API server that misbehaves on request.
 
+mod crds;
 #[expect(
     dead_code,
     reason = "not all that it can do is needed by all who share it"
 )]
 pub(crate) mod fake;
+pub(crate) mod schema;
+mod warmups;
 mod watch;

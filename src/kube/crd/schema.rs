@@ -22,6 +22,20 @@ pub fn crds() -> [Value; 2] {
     [warmup(), node_cache()]
 }
 
+/// The definitions as YAML, one document each.
+///
+/// # Errors
+/// None that could be reached: they are made of what YAML has.
+pub fn yaml() -> Result<String, serde_saphyr::SerializeError> {
+    let mut text = String::new();
+    for definition in crds() {
+        text += "---\n";
+        text += serde_saphyr::to_string(&definition)?.trim_end();
+        text += "\n";
+    }
+    Ok(text)
+}
+
 fn warmup() -> Value {
     let columns = json!([
         column(
