@@ -69,6 +69,9 @@ metrics! {
     counter snapshotter_claimed "hearth_snapshotter_claimed_layers_total" "Layers that containerd neither fetched nor unpacked, since hearth serves them";
     counter snapshotter_unclaimed "hearth_snapshotter_unclaimed_layers_total" "Layers that containerd was left to fetch and unpack itself";
     counter kube_lists "hearth_kube_lists_total" "Times that objects of the cluster were listed as a whole";
+    counter kube_events_dropped "hearth_kube_events_dropped_total" "Events on pods that were not told: too many, or refused by the API server";
+    counter kube_wrong_annotations "hearth_kube_wrong_annotations_total" "Annotations of pods that were not understood";
+    counter kube_prefetch_failures "hearth_kube_prefetch_failures_total" "Times that something a pod asked for could not be had, and was put off";
     counter kube_watch_failures "hearth_kube_watch_failures_total" "Watches and lists of the cluster that failed and were begun again";
     counter kube_reports "hearth_kube_reports_total" "Reports that this node wrote to its NodeCache";
     counter kube_warmups_done "hearth_kube_warmups_done_total" "Warmups that this node brought, each generation counted";

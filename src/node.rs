@@ -101,12 +101,18 @@ pub struct WarmReport {
 pub struct Node {
     sources: Sources,
     engine: Engine,
+    /// Of what is warmed; see [`Node::with_rank`].
+    rank: i8,
 }
 
 impl Node {
     /// A node over an engine (and its store) and sources.
     pub fn new(engine: Engine, sources: Sources) -> Self {
-        Self { sources, engine }
+        Self {
+            sources,
+            engine,
+            rank: 0,
+        }
     }
 
     /// This node, opening origins with `credentials`.
@@ -115,6 +121,16 @@ impl Node {
         Self {
             sources: self.sources.with_credentials(credentials),
             engine: self.engine.clone(),
+            rank: self.rank,
+        }
+    }
+
+    /// This node, whose background work goes before that of a lower rank.
+    #[must_use]
+    pub fn with_rank(&self, rank: i8) -> Self {
+        Self {
+            rank,
+            ..self.clone()
         }
     }
 
@@ -128,6 +144,7 @@ impl Node {
         Self {
             sources: self.sources.clone(),
             engine: Engine::new(Arc::clone(self.store()), config),
+            rank: self.rank,
         }
     }
 
@@ -539,7 +556,7 @@ impl Node {
                     handle.expect_reads();
                 }
                 let shown = progress.watch(index, &handle);
-                let complete = handle.ensure(Class::Warm).await?;
+                let complete = handle.ensure_ranked(Class::Warm, self.rank).await?;
                 shown.finished();
                 Ok::<_, FetchError>((index, complete))
             })

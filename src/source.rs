@@ -35,7 +35,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     digest::Digest,
-    reference::{HubKind, Locator, Platform, Reference},
+    reference::{HubKind, Locator, Platform, Reference, Secret},
     tree::{Artifact, Location, MAX_INODES},
 };
 
@@ -415,6 +415,17 @@ impl Sources {
 
     fn make(&self, locator: &Locator, keys: &Keys) -> Result<Arc<dyn Source>, SourceError> {
         let config = &self.config;
+        // Of these only the node's own identity is known.
+        let lonely = match locator {
+            Locator::S3(_) => keys.aws.is_none(),
+            Locator::Gcs(_) | Locator::Azure(_) => true,
+            _ => false,
+        };
+        if keys.alone && lonely {
+            let what = format!("a {} source", locator.kind());
+            let why = "no credentials of its own were given, and those of the node are not for it";
+            return Err(SourceError::new(SourceErrorKind::Denied, what, why));
+        }
         Ok(match locator {
             Locator::S3(bucket) => Arc::new(object::ObjectSource::s3(
                 &bucket.bucket,
@@ -428,9 +439,15 @@ impl Sources {
             Locator::File(path) => Arc::new(file::FileSource::new(path, config)),
             Locator::Http(url) => Arc::new(http::HttpSource::new(&keys.open(url), config)?),
             Locator::Hub(repo) => {
-                Arc::new(hub::HubSource::new(repo, config, keys.hub_token.clone())?)
+                // An empty token is none.
+                let token = keys.hub_token.clone();
+                let token = token.or_else(|| keys.alone.then(|| Secret::new("")));
+                Arc::new(hub::HubSource::new(repo, config, token)?)
             }
-            Locator::Oci(oci) => Arc::new(oci::OciSource::new(oci, config, &self.keychain)?),
+            Locator::Oci(oci) => {
+                let keychain = self.keychain.with(keys);
+                Arc::new(oci::OciSource::new(oci, config, &keychain)?)
+            }
         })
     }
 }

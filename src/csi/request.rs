@@ -14,8 +14,8 @@ use crate::{
         self as api,
         volume_capability::{AccessType, access_mode::Mode as Access},
     },
-    reference::{Locator, Reference, Secret},
-    source::{AwsKeys, Keys},
+    reference::{Locator, Reference},
+    source::Keys,
 };
 
 type Result<T> = std::result::Result<T, CsiError>;
@@ -374,52 +374,8 @@ fn keys(reference: &Reference, secrets: Map) -> Result<Option<Keys>> {
     check_map("secrets", &secrets)?;
     let kind = reference.locator.kind();
     let mut given: BTreeMap<_, _> = secrets.into_iter().collect();
-    let mut take = |name: &str| {
-        let value = given.remove(name)?;
-        let value = value.trim_end_matches(['\n', '\r']);
-        (!value.is_empty()).then(|| Secret::new(value))
-    };
-    let pair = |one: Option<Secret>, other: Option<Secret>, names: &str| match (one, other) {
-        (Some(one), Some(other)) => Ok(Some((one, other))),
-        (None, None) => Ok(None),
-        _ => Err(CsiError::invalid(format!(
-            "secrets: one of {names} is missing"
-        ))),
-    };
-    let (keys, names) = match &reference.locator {
-        Locator::Hub(_) => {
-            let hub_token = take("token");
-            let keys = hub_token.is_some().then_some(Keys {
-                hub_token,
-                ..Keys::default()
-            });
-            (keys, "token")
-        }
-        Locator::Http(_) => {
-            let (user, password) = (take("username"), take("password"));
-            let basic = pair(user, password, "username and password")?;
-            let keys = basic.is_some().then_some(Keys {
-                basic,
-                ..Keys::default()
-            });
-            (keys, "username, password")
-        }
-        Locator::S3(_) => {
-            let (id, secret) = (take("accessKeyId"), take("secretAccessKey"));
-            let session_token = take("sessionToken");
-            let both = pair(id, secret, "accessKeyId and secretAccessKey")?;
-            let keys = both.map(|(access_key_id, secret_access_key)| Keys {
-                aws: Some(AwsKeys {
-                    access_key_id,
-                    secret_access_key,
-                    session_token,
-                }),
-                ..Keys::default()
-            });
-            (keys, "accessKeyId, secretAccessKey, sessionToken")
-        }
-        Locator::Gcs(_) | Locator::Azure(_) | Locator::Oci(_) | Locator::File(_) => (None, ""),
-    };
+    let taken = Keys::take(reference, &mut given);
+    let (keys, names) = taken.map_err(|why| CsiError::invalid(format!("secrets: {why}")))?;
     match given.into_keys().next() {
         None => Ok(keys),
         Some(name) => {

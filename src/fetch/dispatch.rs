@@ -6,6 +6,7 @@
 //! asked too much.
 
 use std::{
+    cmp::Reverse,
     collections::VecDeque,
     ops::Range,
     sync::{
@@ -62,6 +63,8 @@ struct Job {
     handle: Arc<Handle>,
     partial: Arc<Partial>,
     class: Class,
+    /// Within its class; the higher goes first.
+    rank: Reverse<i8>,
     sequence: u64,
     cursor: AtomicU64,
     running: AtomicUsize,
@@ -168,7 +171,7 @@ impl Queue {
         handle: &Arc<Handle>,
         partial: &Arc<Partial>,
         generation: u32,
-        class: Class,
+        (class, rank): (Class, i8),
     ) -> Result<(), FetchError> {
         if handle.all_present(partial) || partial.generation() != generation {
             return Ok(());
@@ -177,6 +180,7 @@ impl Queue {
             handle: Arc::clone(handle),
             partial: Arc::clone(partial),
             class,
+            rank: Reverse(rank),
             sequence: self.sequence.fetch_add(1, Ordering::Relaxed),
             cursor: AtomicU64::new(0),
             running: AtomicUsize::new(0),
@@ -184,7 +188,8 @@ impl Queue {
         });
         {
             let mut jobs = self.jobs.lock();
-            let at = jobs.partition_point(|j| (j.class, j.sequence) < (class, job.sequence));
+            let order = |job: &Job| (job.class, job.rank, job.sequence);
+            let at = jobs.partition_point(|other| order(other) < order(&job));
             jobs.insert(at, Arc::clone(&job));
         }
         let _wanted = Wanted(self, Arc::clone(&job));

@@ -9,18 +9,19 @@
 //! again with a list. From time to time everything is listed anew, so that an event that got lost is not lost for good.
 //! Pauses between failures grow up to [`LONGEST`] and are jittered.
 
-use std::{collections::VecDeque, fmt::Debug, time::Duration};
+use std::{collections::VecDeque, time::Duration};
 
 use futures_util::{Stream, StreamExt as _, stream, stream::BoxStream};
 use kube::{
-    Api, Resource, ResourceExt as _,
-    api::{ListParams, VersionMatch, WatchEvent, WatchParams},
+    Api, Client, Resource,
+    api::{ListParams, Request, VersionMatch, WatchEvent, WatchParams},
     core::Status,
 };
-use serde::de::DeserializeOwned;
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
 use tokio::time::Instant;
 
-use super::client::REQUEST;
+use super::client::{REQUEST, within};
 use crate::metrics;
 
 /// Pauses after failures.
@@ -35,7 +36,7 @@ const SILENCE: Duration = Duration::from_secs(150);
 /// A watch that ends sooner has failed.
 const SHORTEST: Duration = Duration::from_secs(1);
 /// Failures in a row after which everything is listed.
-const PATIENCE: u32 = 4;
+const PATIENCE: u32 = 6;
 
 /// What is followed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -80,11 +81,11 @@ impl<K> Event<K> {
 /// more than once unchanged.
 pub fn follow<K>(api: Api<K>, selection: Selection) -> impl Stream<Item = Event<K>> + Send
 where
-    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
-    K::DynamicType: Send + Sync,
+    K: Resource + DeserializeOwned + Send + 'static,
 {
     let follower = Follower {
-        api,
+        url: api.resource_url().to_owned(),
+        client: api.into_client(),
         selection,
         state: State::Empty,
         failures: Failures::default(),
@@ -97,7 +98,8 @@ where
 }
 
 struct Follower<K> {
-    api: Api<K>,
+    client: Client,
+    url: String,
     selection: Selection,
     state: State<K>,
     failures: Failures,
@@ -119,7 +121,7 @@ enum State<K> {
     /// Watched.
     Watching {
         version: String,
-        stream: Watched<K>,
+        stream: Watched,
         begun: Instant,
         /// Bookmarks come.
         marked: bool,
@@ -137,8 +139,7 @@ enum Verdict {
 
 impl<K> Follower<K>
 where
-    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
-    K::DynamicType: Send + Sync,
+    K: DeserializeOwned + Send + 'static,
 {
     async fn next(&mut self) -> Event<K> {
         loop {
@@ -201,17 +202,20 @@ where
             continue_token: token,
             ..ListParams::default()
         };
-        // Of tens of thousands of objects.
-        let listed = tokio::time::timeout(REQUEST * 4, self.api.list(&params)).await;
+        let request = Request::new(&self.url).list(&params);
+        let request = request.map_err(kube::Error::BuildRequest)?;
+        // There may be tens of thousands of objects.
+        let listed = self.client.request::<List>(request);
+        let listed = tokio::time::timeout(REQUEST * 4, listed).await;
         let list = listed.map_err(|_| kube::Error::Service("no list came in time".into()))??;
-        let version = list.metadata.resource_version.unwrap_or_default();
-        let more = list.metadata.continue_.filter(|token| !token.is_empty());
+        let version = list.metadata.resource_version;
+        let more = Some(list.metadata.continue_).filter(|token| !token.is_empty());
         if more.is_none() && version.is_empty() {
             let missing = "the list has no resource version";
             return Err(kube::Error::Service(missing.into()));
         }
         Ok(State::Page {
-            items: list.items.into(),
+            items: list.items.into_iter().filter_map(|item| self.read(item)).collect(),
             more,
             version,
         })
@@ -227,10 +231,12 @@ where
             bookmarks: true,
             send_initial_events: false,
         };
-        let begun = tokio::time::timeout(REQUEST, self.api.watch(&params, &version)).await;
-        let begun =
-            begun.unwrap_or_else(|_| Err(kube::Error::Service("no answer to a watch came".into())));
-        match begun {
+        let begun = async {
+            let request = Request::new(&self.url).watch(&params, &version);
+            let request = request.map_err(kube::Error::BuildRequest)?;
+            self.client.request_events::<Value>(request).await
+        };
+        match within(begun).await {
             Ok(stream) => {
                 self.state = State::Watching {
                     version,
@@ -251,7 +257,7 @@ where
     async fn step(
         &mut self,
         version: String,
-        mut stream: Watched<K>,
+        mut stream: Watched,
         begun: Instant,
         marked: bool,
     ) -> Option<Event<K>> {
@@ -275,12 +281,14 @@ where
         };
         let (event, version, marked) = match next {
             Some(Ok(WatchEvent::Added(object) | WatchEvent::Modified(object))) => {
-                let version = object.resource_version().unwrap_or(version);
-                (Some(Event::Changed(object)), version, marked)
+                let version = version_of(&object).unwrap_or(version);
+                self.failures.worked();
+                (self.read(object).map(Event::Changed), version, marked)
             }
             Some(Ok(WatchEvent::Deleted(object))) => {
-                let version = object.resource_version().unwrap_or(version);
-                (Some(Event::Gone(object)), version, marked)
+                let version = version_of(&object).unwrap_or(version);
+                self.failures.worked();
+                (self.read(object).map(Event::Gone), version, marked)
             }
             Some(Ok(WatchEvent::Bookmark(mark))) => (None, mark.metadata.resource_version, true),
             Some(Ok(WatchEvent::Error(status))) => {
@@ -289,11 +297,6 @@ where
                     self.state = State::Known { version };
                 }
                 return None;
-            }
-            // One that is not understood; the next may be.
-            Some(Err(error @ kube::Error::SerdeError(_))) => {
-                tracing::warn!(kind = self.kind(), %error, "an event of the API server is not understood");
-                (None, version, marked)
             }
             Some(Err(error)) => {
                 if self.failed(&error).await == Verdict::Resume {
@@ -319,15 +322,27 @@ where
         event
     }
 
-    fn kind(&self) -> String {
-        self.api.resource_url().to_owned()
+    /// The object that `value` is. One that is not understood is left out, so that the others can be followed.
+    fn read(&self, value: Value) -> Option<K> {
+        let name = format!(
+            "{}/{}",
+            value["metadata"]["namespace"].as_str().unwrap_or_default(),
+            value["metadata"]["name"].as_str().unwrap_or_default()
+        );
+        match serde_json::from_value(value) {
+            Ok(object) => Some(object),
+            Err(error) => {
+                tracing::warn!(url = self.url, name, %error, "an object is not understood");
+                None
+            }
+        }
     }
 
     /// Notes a failure, and waits as long as that means.
     async fn failed(&mut self, error: &kube::Error) -> Verdict {
         metrics::global().kube_watch_failures.add(1);
         let (verdict, wait) = self.failures.note(error, Instant::now());
-        let url = self.kind();
+        let url = &self.url;
         match error {
             kube::Error::Api(status) if status.code == 410 => {
                 tracing::debug!(url, %error, "listing again");
@@ -339,7 +354,27 @@ where
     }
 }
 
-type Watched<K> = BoxStream<'static, kube::Result<WatchEvent<K>>>;
+type Watched = BoxStream<'static, kube::Result<WatchEvent<Value>>>;
+
+/// A list, whatever its objects are.
+#[derive(Deserialize)]
+struct List {
+    metadata: ListMeta,
+    items: Vec<Value>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct ListMeta {
+    resource_version: String,
+    #[serde(rename = "continue")]
+    continue_: String,
+}
+
+fn version_of(object: &Value) -> Option<String> {
+    let version = object["metadata"]["resourceVersion"].as_str();
+    version.filter(|v| !v.is_empty()).map(str::to_owned)
+}
 
 /// Failures in a row.
 #[derive(Debug, Default)]
@@ -349,12 +384,19 @@ struct Failures {
 }
 
 impl Failures {
+    /// Something new came: that is no loop.
+    fn worked(&mut self) {
+        self.count = 0;
+    }
+
     fn note(&mut self, error: &kube::Error, now: Instant) -> (Verdict, Duration) {
         let is_calm = |last| now.saturating_duration_since(last) > CALM;
         if self.last.is_some_and(is_calm) {
             self.count = 0;
         }
-        let pause = FIRST.saturating_mul(1 << self.count.min(16)).min(LONGEST);
+        let pause = FIRST
+            .saturating_mul(1 << self.count.min(16))
+            .min(LONGEST);
         self.count += 1;
         let mut wait = jitter(pause);
         let mut verdict = Verdict::Resume;
@@ -400,11 +442,8 @@ mod tests {
 
     fn api(code: u16, seconds: u32) -> kube::Error {
         let mut status = Status::failure("m", "r").with_code(code);
-        let details = kube::core::response::StatusDetails {
-            retry_after_seconds: seconds,
-            ..Default::default()
-        };
-        status = status.with_details(details);
+        let details = serde_json::json!({ "retryAfterSeconds": seconds });
+        status = status.with_details(serde_json::from_value(details).unwrap());
         kube::Error::Api(status.boxed())
     }
 

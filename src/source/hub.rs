@@ -104,7 +104,7 @@ impl HubSource {
     /// Reads the token anew.
     fn renew_auth(&self) -> Result<(), SourceError> {
         let found = match &self.own_token {
-            Some(own) => Some(own.clone()),
+            Some(own) => Some(own.clone()).filter(|own| !own.expose().is_empty()),
             None => token(&self.config, &process_env)?,
         };
         let auth = match found {

@@ -1,6 +1,6 @@
 //! Credentials that come with a request, instead of being this node's.
 
-use std::{fmt, ops::Range, sync::Arc};
+use std::{collections::BTreeMap, fmt, ops::Range, sync::Arc};
 
 use parking_lot::Mutex;
 use url::Url;
@@ -23,9 +23,72 @@ pub struct Keys {
     pub basic: Option<(Secret, Secret)>,
     /// For S3.
     pub aws: Option<AwsKeys>,
+    /// For registries: a `config.json` of Docker, as in a Secret of type `kubernetes.io/dockerconfigjson`. The helpers
+    /// that it names are not run.
+    pub registries: Option<Secret>,
+    /// What is missing is not taken from the environment.
+    pub alone: bool,
 }
 
 impl Keys {
+    /// What of the data of a Secret opens `reference`, and the names that were looked for; what is used is taken out.
+    ///
+    /// # Errors
+    /// Which value is missing beside another.
+    pub fn take(
+        reference: &Reference,
+        data: &mut BTreeMap<String, String>,
+    ) -> Result<(Option<Self>, &'static str), String> {
+        let mut take = |name: &str| {
+            let value = data.remove(name)?;
+            let value = value.trim_end_matches(['\n', '\r']);
+            (!value.is_empty()).then(|| Secret::new(value))
+        };
+        let pair = |one: Option<Secret>, other: Option<Secret>, names: &str| match (one, other) {
+            (Some(one), Some(other)) => Ok(Some((one, other))),
+            (None, None) => Ok(None),
+            _ => Err(format!("one of {names} is missing")),
+        };
+        let mut keys = Self::default();
+        let names = match &reference.locator {
+            Locator::Hub(_) => {
+                keys.hub_token = take("token");
+                "token"
+            }
+            Locator::Http(_) => {
+                let (user, password) = (take("username"), take("password"));
+                keys.basic = pair(user, password, "username and password")?;
+                "username, password"
+            }
+            Locator::S3(_) => {
+                let (id, secret) = (take("accessKeyId"), take("secretAccessKey"));
+                let session_token = take("sessionToken");
+                let both = pair(id, secret, "accessKeyId and secretAccessKey")?;
+                keys.aws = both.map(|(access_key_id, secret_access_key)| AwsKeys {
+                    access_key_id,
+                    secret_access_key,
+                    session_token,
+                });
+                "accessKeyId, secretAccessKey, sessionToken"
+            }
+            Locator::Oci(_) => {
+                keys.registries = take(".dockerconfigjson");
+                ".dockerconfigjson"
+            }
+            Locator::Gcs(_) | Locator::Azure(_) | Locator::File(_) => "",
+        };
+        Ok(((keys != Self::default()).then_some(keys), names))
+    }
+
+    /// These keys, without any of the environment beside them.
+    #[must_use]
+    pub fn alone(self) -> Self {
+        Self {
+            alone: true,
+            ..self
+        }
+    }
+
     /// `url` with the user and password, where there are some.
     pub(super) fn open(&self, url: &HttpUrl) -> HttpUrl {
         let mut url = url.clone();
@@ -43,7 +106,7 @@ impl Keys {
 
 impl PartialEq for Keys {
     fn eq(&self, other: &Self) -> bool {
-        fn exposed(keys: &Keys) -> [Option<&str>; 6] {
+        fn exposed(keys: &Keys) -> [Option<&str>; 7] {
             let (basic, aws) = (keys.basic.as_ref(), keys.aws.as_ref());
             [
                 keys.hub_token.as_ref().map(Secret::expose),
@@ -52,9 +115,10 @@ impl PartialEq for Keys {
                 aws.map(|aws| aws.access_key_id.expose()),
                 aws.map(|aws| aws.secret_access_key.expose()),
                 aws.and_then(|aws| aws.session_token.as_ref().map(Secret::expose)),
+                keys.registries.as_ref().map(Secret::expose),
             ]
         }
-        exposed(self) == exposed(other)
+        exposed(self) == exposed(other) && self.alone == other.alone
     }
 }
 

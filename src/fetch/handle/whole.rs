@@ -37,6 +37,18 @@ impl Handle {
     /// # Errors
     /// As [`Handle::read`]; [`FetchErrorKind::Corrupt`] where the content is wrong twice.
     pub async fn ensure(self: &Arc<Self>, class: Class) -> Result<Arc<Complete>, FetchError> {
+        self.ensure_ranked(class, 0).await
+    }
+
+    /// As [`Handle::ensure`]; of the same class, what has the higher rank goes first.
+    ///
+    /// # Errors
+    /// As [`Handle::ensure`].
+    pub async fn ensure_ranked(
+        self: &Arc<Self>,
+        class: Class,
+        rank: i8,
+    ) -> Result<Arc<Complete>, FetchError> {
         let state = self.state.read().clone();
         let partial = match state {
             State::Complete(complete) => return Ok(complete),
@@ -69,7 +81,7 @@ impl Handle {
             self.reserve(&partial).await?;
             engine
                 .queue
-                .bring_all(self, &partial, generation, class)
+                .bring_all(self, &partial, generation, (class, rank))
                 .await?;
             match self.finish(&partial).await {
                 Ok(Some(complete)) => return Ok(complete),

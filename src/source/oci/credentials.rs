@@ -25,7 +25,7 @@ use self::{
 };
 use crate::{
     reference::Secret,
-    source::{Config, listing::short},
+    source::{Config, Keys, listing::short},
 };
 
 /// Largest file with credentials, in bytes.
@@ -66,8 +66,10 @@ pub(crate) struct Keychain(Arc<Places>);
 
 #[derive(Debug)]
 struct Places {
+    /// Before all files.
+    own: Option<Secret>,
     files: Vec<PathBuf>,
-    providers: Option<Providers>,
+    providers: Option<Arc<Providers>>,
 }
 
 impl Place {
@@ -82,8 +84,25 @@ impl Keychain {
     pub(crate) fn new(config: &Config) -> Self {
         let env = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
         Self(Arc::new(Places {
+            own: None,
             files: files(config, &env),
-            providers: Providers::new(&config.oci),
+            providers: Providers::new(&config.oci).map(Arc::new),
+        }))
+    }
+
+    /// These places, and before them what `keys` hold; nothing else where they are alone.
+    pub(crate) fn with(&self, keys: &Keys) -> Self {
+        if keys.registries.is_none() && !keys.alone {
+            return self.clone();
+        }
+        let (files, providers) = match keys.alone {
+            true => (Vec::new(), None),
+            false => (self.0.files.clone(), self.0.providers.clone()),
+        };
+        Self(Arc::new(Places {
+            own: keys.registries.clone(),
+            files,
+            providers,
         }))
     }
 
@@ -117,6 +136,25 @@ impl Keychain {
 impl Places {
     fn find(&self, place: &Place, afresh: bool) -> Found {
         let mut looked = Vec::new();
+        if let Some(own) = &self.own {
+            const OWN: &str = "the credentials that came with the request";
+            match choices(own.expose().as_bytes(), place) {
+                Ok(found) => {
+                    let direct = found.into_iter().find_map(|choice| match choice {
+                        Choice::Direct(credential) => Some(credential),
+                        Choice::Helper { .. } => None,
+                    });
+                    if direct.is_some() {
+                        return Found {
+                            credential: direct,
+                            origin: format!("tried {OWN}"),
+                        };
+                    }
+                    looked.push(OWN.to_owned());
+                }
+                Err(problem) => looked.push(format!("{OWN}: it {problem}")),
+            }
+        }
         for file in &self.files {
             match from_file(file, place) {
                 Ok(Some((credential, origin))) => {
@@ -266,6 +304,7 @@ mod tests {
         };
         let find = |files: Vec<PathBuf>| {
             let places = Places {
+                own: None,
                 files,
                 providers: None,
             };

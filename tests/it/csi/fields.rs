@@ -221,8 +221,8 @@ fn wrongs(bed: &Bed) -> Vec<(Change, &'static str)> {
             "takes no secrets for gcs",
         ),
         (
-            secret("oci://r.example/x:1", &[(".dockerconfigjson", "geheim")]),
-            "takes no secrets for registry",
+            secret("oci://r.example/x:1", &[("password", "geheim")]),
+            "for a registry source it takes .dockerconfigjson",
         ),
         (
             Box::new(|a| drop(a.secrets.insert("token".into(), "x".repeat(5000)))),
