@@ -165,7 +165,7 @@ async fn warmups(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
         node: parts.config.agent.node_name(),
         report: Duration::from_secs(config.warmups.report_seconds),
     };
-    let warmer = Arc::new(NodeWarmer::new(parts.node.clone(), Some(client.clone())));
+    let warmer = Arc::new(NodeWarmer::new(parts.node.clone()));
     (parts.note)(&format!("warm-ups of node {}", settings.node));
     life.serving();
     tokio::select! {

@@ -1,13 +1,12 @@
 //! What a node does for warm-ups, over the node.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
-use k8s_openapi::{ByteString, api::core::v1 as api};
 use parking_lot::Mutex;
 
 use super::models::of_node;
@@ -16,13 +15,12 @@ use crate::{
     digest::Digest,
     kube::{
         cache::Inventory,
-        client::within,
         crd::CachedArtifact,
         warmups::{OWNER, Order, WarmError, Warmer},
     },
     node::{ArtifactStatus, Node, NodeError, Progress},
-    reference::{Locator, Reference, Secret},
-    source::{AwsKeys, Credentials, Keys},
+    reference::Reference,
+    source::Credentials,
     store::{Record, StoreErrorKind},
 };
 
@@ -32,8 +30,6 @@ const FRESH: Duration = Duration::from_secs(600);
 /// Warms what a cluster asks for on this node.
 pub struct NodeWarmer {
     node: Node,
-    /// Where secrets are read.
-    client: Option<::kube::Client>,
     /// Nodes with a bandwidth of their own, by the owner of pins.
     limited: Mutex<HashMap<String, (u64, Node)>>,
     seen: Arc<Mutex<Seen>>,
@@ -49,10 +45,9 @@ struct Seen {
 
 impl NodeWarmer {
     /// Warms on `node`.
-    pub fn new(node: Node, client: Option<::kube::Client>) -> Self {
+    pub fn new(node: Node) -> Self {
         Self {
             node,
-            client,
             limited: Mutex::default(),
             seen: Arc::default(),
         }
@@ -72,85 +67,14 @@ impl NodeWarmer {
         }
         node.clone()
     }
-
-    /// The credentials of an order; `None` where it names none.
-    async fn credentials(&self, order: &Order) -> Result<Option<Credentials>, WarmError> {
-        let refused = |reason, message| WarmError { reason, message };
-        if matches!(order.reference.locator, Locator::Oci(_)) {
-            return match order.image_pull_secrets.first() {
-                None => Ok(None),
-                Some(name) => Err(refused(
-                    "Unsupported",
-                    format!(
-                        "secret {name}: registries are asked with the credentials of the node only"
-                    ),
-                )),
-            };
-        }
-        let Some(name) = &order.credentials else {
-            return Ok(None);
-        };
-        let Some(client) = &self.client else {
-            return Err(refused(
-                "Denied",
-                format!("secret {name} cannot be read here"),
-            ));
-        };
-        let place = format!("secret {}/{name}", order.namespace);
-        let secrets = ::kube::Api::<api::Secret>::namespaced(client.clone(), &order.namespace);
-        let secret = within(secrets.get(name)).await.map_err(|error| {
-            let hint = match &error {
-                ::kube::Error::Api(answer) if answer.code == 403 => {
-                    ": let a RoleBinding in its namespace bind the ClusterRole hearth-secrets to the agent"
-                }
-                _ => "",
-            };
-            refused("Denied", format!("{place} cannot be read: {error}{hint}"))
-        })?;
-        let keys = keys(&order.reference.locator, secret.data.unwrap_or_default());
-        match keys {
-            Some(keys) => Ok(Some(Credentials::new(keys))),
-            None => Err(refused(
-                "Denied",
-                format!(
-                    "{place} has nothing for {}: expected token, username and password, or accessKeyId and secretAccessKey",
-                    order.reference
-                ),
-            )),
-        }
-    }
-}
-
-/// What a secret has for a source.
-fn keys(locator: &Locator, data: BTreeMap<String, ByteString>) -> Option<Keys> {
-    let take = |name: &str| {
-        let value = std::str::from_utf8(&data.get(name)?.0)
-            .ok()?
-            .trim_end_matches(['\n', '\r']);
-        (!value.is_empty()).then(|| Secret::new(value))
-    };
-    let mut keys = Keys::default();
-    match locator {
-        Locator::Hub(_) => keys.hub_token = Some(take("token")?),
-        Locator::Http(_) => keys.basic = Some((take("username")?, take("password")?)),
-        Locator::S3(_) => {
-            keys.aws = Some(AwsKeys {
-                access_key_id: take("accessKeyId")?,
-                secret_access_key: take("secretAccessKey")?,
-                session_token: take("sessionToken"),
-            });
-        }
-        _ => return None,
-    }
-    Some(keys)
 }
 
 #[async_trait]
 impl Warmer for NodeWarmer {
     async fn warm(&self, order: &Order, progress: &Progress) -> Result<(), WarmError> {
         let mut node = self.node(order);
-        if let Some(credentials) = self.credentials(order).await? {
-            node = node.with_credentials(credentials);
+        if let Some(keys) = &order.keys {
+            node = node.with_credentials(Credentials::new(keys.clone()));
         }
         let pin = order.owner.as_deref();
         let warmed = node.warm(&order.reference, pin, progress).await;

@@ -21,6 +21,7 @@ pub use self::{
     schema::{crds, yaml},
     select::NodeView,
 };
+use super::annotations;
 use crate::{
     digest::Digest,
     reference::{Locator, Reference, redact},
@@ -64,7 +65,7 @@ pub const MAX_WARMUPS: usize = 64;
 /// Nodes that warm at the same time where a `Warmup` says nothing.
 pub const DEFAULT_PARALLEL_NODES: u32 = 100;
 /// Priorities are from `-MAX_PRIORITY` to this.
-pub const MAX_PRIORITY: i32 = 1000;
+pub const MAX_PRIORITY: i32 = 100;
 
 /// Content that nodes are to have ahead of pods.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -166,22 +167,20 @@ impl WarmupSpec {
     /// The first that cannot be understood, or that no cluster object may ask for.
     pub fn wanted(&self) -> Result<Vec<Reference>, WantedError> {
         let mut wanted: Vec<Reference> = Vec::new();
+        let references = self.references.iter().map(|given| {
+            let parsed = given.parse::<Reference>();
+            (given, parsed.map_err(|error| error.to_string()))
+        });
         let images = self
             .images
             .iter()
-            .map(|image| (image, Some(image_url(image))));
-        for (given, url) in self
-            .references
-            .iter()
-            .map(|given| (given, None))
-            .chain(images)
-        {
+            .map(|given| (given, annotations::image(given)));
+        for (given, parsed) in references.chain(images) {
             let failed = |why: String| WantedError {
                 given: cut(&redact(given), 200),
                 why,
             };
-            let parsed = url.as_deref().unwrap_or(given).parse::<Reference>();
-            let reference = parsed.map_err(|error| failed(error.to_string()))?;
+            let reference = parsed.map_err(&failed)?;
             if matches!(reference.locator, Locator::File(_)) {
                 return Err(failed("a Warmup cannot ask for files of the nodes".into()));
             }
@@ -250,16 +249,6 @@ impl WarmupSpec {
 pub struct WantedError {
     given: String,
     why: String,
-}
-
-/// The reference that a container image's name means: without a registry it is Docker Hub's.
-fn image_url(image: &str) -> String {
-    match image.split_once('/') {
-        Some((host, _)) if host.contains(['.', ':']) || host == "localhost" => {
-            format!("oci://{image}")
-        }
-        _ => format!("oci://docker.io/{image}"),
-    }
 }
 
 /// How far a `Warmup` is; written by the controller. What is not there is written as null: in a patch that takes away

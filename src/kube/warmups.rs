@@ -30,10 +30,10 @@ use super::{
     cache::{Inventory, Pace},
     client::within,
     crd::{API_VERSION, NodeCache, NodeCacheStatus, NodeView, Warmup, WarmupOnNode},
-    random,
+    random, secrets,
     watch::{Event, Selection, follow},
 };
-use crate::{metrics, node::Progress, reference::Reference};
+use crate::{metrics, node::Progress, reference::Reference, source::Keys};
 
 /// References of one `Warmup` that are brought at the same time; their objects share one engine.
 const REFERENCES_AT_ONCE: usize = 2;
@@ -74,12 +74,8 @@ pub struct Order {
     pub priority: i32,
     /// Bytes per second, at most.
     pub bandwidth: Option<u64>,
-    /// Where the secrets are.
-    pub namespace: String,
-    /// Secrets with credentials of registries.
-    pub image_pull_secrets: Vec<String>,
-    /// The secret with credentials of other origins.
-    pub credentials: Option<String>,
+    /// What opens the origin, where it is not what the node has.
+    pub keys: Option<Keys>,
 }
 
 /// Settings of the node's side: `[kube.warmups]`.
@@ -199,6 +195,12 @@ struct Finished {
 enum Outcome {
     Checked(bool),
     Warmed(Result<(), WarmError>),
+}
+
+/// What work is done with.
+struct Means {
+    client: Client,
+    warmer: Arc<dyn Warmer>,
 }
 
 /// A task that ends when nobody wants it any more.
@@ -357,22 +359,25 @@ impl Side {
         }
     }
 
-    fn spawn<F>(&mut self, work: Work, what: fn(Arc<dyn Warmer>, Work) -> F)
+    fn spawn<F>(&mut self, work: Work, what: fn(Means, Work) -> F)
     where
         F: Future<Output = Outcome> + Send + 'static,
     {
         let (uid, generation) = (work.uid.clone(), work.generation);
-        let (warmer, done, named) = (Arc::clone(&self.warmer), self.done.clone(), uid.clone());
+        let (done, named) = (self.done.clone(), uid.clone());
+        let means = Means {
+            client: self.client.clone(),
+            warmer: Arc::clone(&self.warmer),
+        };
         let task = tokio::spawn(async move {
-            let what = what(warmer, work).await;
+            let what = what(means, work).await;
+            let finished = Finished {
+                uid,
+                generation,
+                what,
+            };
             // Whoever does not listen any more does not care.
-            let _ = done
-                .send(Finished {
-                    uid,
-                    generation,
-                    what,
-                })
-                .await;
+            let _ = done.send(finished).await;
         });
         self.tasks.insert(named, Task(task.abort_handle()));
     }
@@ -443,10 +448,10 @@ impl Side {
 }
 
 /// Sees whether all of it is here.
-async fn check(warmer: Arc<dyn Warmer>, work: Work) -> Outcome {
+async fn check(side: Means, work: Work) -> Outcome {
     let owner = format!("{OWNER}{}", work.uid);
     for (reference, _) in &work.references {
-        match warmer.keep(reference, &owner).await {
+        match side.warmer.keep(reference, &owner).await {
             Ok(true) => {}
             Ok(false) => return Outcome::Checked(false),
             Err(error) => {
@@ -459,32 +464,47 @@ async fn check(warmer: Arc<dyn Warmer>, work: Work) -> Outcome {
 }
 
 /// Brings all of it; the first of what failed, once all were tried.
-async fn warm(warmer: Arc<dyn Warmer>, work: Work) -> Outcome {
-    let spec = &work.warmup.spec;
-    let names =
-        |secrets: &[super::crd::SecretName]| secrets.iter().map(|s| s.name.clone()).collect();
-    let order = |reference: Reference| Order {
-        reference,
+async fn warm(side: Means, work: Work) -> Outcome {
+    let mut results: Vec<(usize, Result<(), WarmError>)> = stream::iter(0..work.references.len())
+        .map(|index| {
+            let (side, work) = (&side, &work);
+            async move { (index, warm_one(side, work, index).await) }
+        })
+        .buffer_unordered(REFERENCES_AT_ONCE)
+        .collect()
+        .await;
+    results.sort_by_key(|(index, _)| *index);
+    Outcome::Warmed(results.into_iter().map(|(_, result)| result).collect())
+}
+
+async fn warm_one(side: &Means, work: &Work, index: usize) -> Result<(), WarmError> {
+    let (reference, progress) = &work.references[index];
+    let (spec, metadata) = (&work.warmup.spec, &work.warmup.metadata);
+    let namespace = metadata.namespace.as_deref().unwrap_or_default();
+    let names = secrets::Names {
+        named: spec.credentials.as_ref().map(|secret| secret.name.clone()),
+        pull: spec
+            .image_pull_secrets
+            .iter()
+            .map(|secret| secret.name.clone())
+            .collect(),
+    };
+    let keys = secrets::keys(&side.client, namespace, &names, reference).await;
+    let keys = keys.map_err(|error| WarmError {
+        reason: if error.passes {
+            "Unavailable"
+        } else {
+            "Denied"
+        },
+        message: error.to_string(),
+    })?;
+    let order = Order {
+        reference: reference.clone(),
         warmup: work.uid.clone(),
         owner: spec.pins().then(|| format!("{OWNER}{}", work.uid)),
         priority: spec.priority.unwrap_or_default(),
         bandwidth: spec.bandwidth().unwrap_or_default(),
-        namespace: work.warmup.metadata.namespace.clone().unwrap_or_default(),
-        image_pull_secrets: names(&spec.image_pull_secrets),
-        credentials: spec.credentials.as_ref().map(|secret| secret.name.clone()),
+        keys,
     };
-    let orders: Vec<(Order, Arc<Progress>)> = (work.references.iter())
-        .map(|(reference, progress)| (order(reference.clone()), Arc::clone(progress)))
-        .collect();
-    let mut results: Vec<(usize, Result<(), WarmError>)> =
-        stream::iter(orders.into_iter().enumerate())
-            .map(|(index, (order, progress))| {
-                let warmer = Arc::clone(&warmer);
-                async move { (index, warmer.warm(&order, &progress).await) }
-            })
-            .buffer_unordered(REFERENCES_AT_ONCE)
-            .collect()
-            .await;
-    results.sort_by_key(|(index, _)| *index);
-    Outcome::Warmed(results.into_iter().map(|(_, result)| result).collect())
+    side.warmer.warm(&order, progress).await
 }

@@ -215,7 +215,11 @@ where
             return Err(kube::Error::Service(missing.into()));
         }
         Ok(State::Page {
-            items: list.items.into_iter().filter_map(|item| self.read(item)).collect(),
+            items: list
+                .items
+                .into_iter()
+                .filter_map(|item| self.read(item))
+                .collect(),
             more,
             version,
         })
@@ -394,9 +398,7 @@ impl Failures {
         if self.last.is_some_and(is_calm) {
             self.count = 0;
         }
-        let pause = FIRST
-            .saturating_mul(1 << self.count.min(16))
-            .min(LONGEST);
+        let pause = FIRST.saturating_mul(1 << self.count.min(16)).min(LONGEST);
         self.count += 1;
         let mut wait = jitter(pause);
         let mut verdict = Verdict::Resume;

@@ -253,7 +253,7 @@ fn limits_are_those_of_the_schema() {
         json!({ "images": ["--privileged"] }),
         json!({ "bandwidthPerNode": "0" }),
         json!({ "bandwidthPerNode": "fast" }),
-        json!({ "priority": 1001 }),
+        json!({ "priority": 101 }),
         json!({ "maxParallelNodes": -1 }),
         json!({ "ttlSeconds": 1 }),
         json!({ "pins": true }),
