@@ -5,6 +5,7 @@
 //! done this time, for the rate or a failure, is found out anew the next time. Every write names the version that it is
 //! about, where it could undo what somebody else wrote. Nothing is kept that a crash could lose.
 
+mod ahead;
 pub mod lease;
 pub mod plan;
 #[cfg(test)]
@@ -30,6 +31,7 @@ use serde_json::{Map, Value, json};
 use tokio::{sync::watch, task::JoinSet};
 
 use self::{
+    ahead::{Ahead, Seen},
     lease::{Elector, Step, Terms},
     plan::{Action, CacheView, Key, Memory, NodeChange, World, reconcile},
 };
@@ -66,6 +68,8 @@ pub struct Config {
     pub lease_seconds: u64,
     /// Changes of nodes per second, at most: everybody who watches nodes is told of each.
     pub node_changes_per_second: u32,
+    /// Whether pod templates of workloads that ask for something become `Warmup`s.
+    pub templates: bool,
 }
 
 impl Default for Config {
@@ -76,6 +80,7 @@ impl Default for Config {
             lease: "hearth-controller".into(),
             lease_seconds: 15,
             node_changes_per_second: 20,
+            templates: true,
         }
     }
 }
@@ -216,11 +221,12 @@ enum Change {
     Warmup(Event<Warmup>),
     Node(Event<NodeView>),
     Cache(Event<CacheView>, String),
+    Workload(Seen),
 }
 
 /// Does the work; does not end.
 async fn lead(client: Client, config: &Config, leads: watch::Receiver<Option<Instant>>) {
-    let mut changes = changes(&client);
+    let mut changes = changes(&client, config.templates).await;
     let mut state = State {
         namespace: config.namespace(),
         nodes: Bucket::new(config.node_changes_per_second.max(1)),
@@ -228,6 +234,7 @@ async fn lead(client: Client, config: &Config, leads: watch::Receiver<Option<Ins
         client,
         leads,
         world: World::default(),
+        ahead: Ahead::default(),
         memory: Memory::default(),
         listings: Listings::default(),
         busy: HashMap::new(),
@@ -254,7 +261,7 @@ async fn lead(client: Client, config: &Config, leads: watch::Receiver<Option<Ins
     }
 }
 
-fn changes(client: &Client) -> impl Stream<Item = Change> + Unpin + use<> {
+async fn changes(client: &Client, templates: bool) -> impl Stream<Item = Change> + Unpin + use<> {
     let all = || Selection {
         relist: Some(RELIST),
         ..Selection::default()
@@ -271,7 +278,16 @@ fn changes(client: &Client) -> impl Stream<Item = Change> + Unpin + use<> {
         });
         Change::Cache(event, name)
     });
-    stream::select_all([warmups.boxed(), nodes.boxed(), caches.boxed()])
+    let mut all = stream::select_all([warmups.boxed(), nodes.boxed(), caches.boxed()]);
+    if templates {
+        all.push(
+            ahead::follow_all(client)
+                .await
+                .map(Change::Workload)
+                .boxed(),
+        );
+    }
+    all
 }
 
 /// Names that a list had so far; that all three were listed once.
@@ -339,6 +355,7 @@ struct State {
     namespace: String,
     leads: watch::Receiver<Option<Instant>>,
     world: World,
+    ahead: Ahead,
     memory: Memory,
     listings: Listings,
     nodes: Bucket,
@@ -391,6 +408,7 @@ impl State {
                 Event::Changed(cache) => drop(world.caches.insert(name, cache)),
                 Event::Gone(_) => drop(world.caches.remove(&name)),
             },
+            Change::Workload(seen) => self.ahead.see(seen),
         }
     }
 
@@ -406,12 +424,20 @@ impl State {
         let wall = SystemTime::now();
         let actions = reconcile(&self.world, &mut self.memory, &self.namespace, now, wall);
         let mut has_more = false;
-        for action in actions {
+        let ahead =
+            self.ahead
+                .changes(&self.world.warmups)
+                .into_iter()
+                .map(|change| match change {
+                    ahead::Change::Make(key, warmup) => Action::Make { key, warmup },
+                    ahead::Change::Delete(key, uid) => Action::Delete { key, uid },
+                });
+        for action in actions.into_iter().chain(ahead) {
             let (subject, bucket) = match &action {
                 Action::Node(change) => (Subject::Node(change.name.clone()), &mut self.nodes),
-                Action::Status { key, .. } | Action::Delete { key, .. } => {
-                    (Subject::Warmup(key.clone()), &mut self.statuses)
-                }
+                Action::Status { key, .. }
+                | Action::Delete { key, .. }
+                | Action::Make { key, .. } => (Subject::Warmup(key.clone()), &mut self.statuses),
             };
             let is_free = !self.busy.contains_key(&subject) && self.running.len() < AT_ONCE;
             if !is_free || !bucket.take(now) {
@@ -510,6 +536,12 @@ async fn perform(
             );
             let warmups = Api::<Warmup>::namespaced(client.clone(), &key.0);
             let warmup = within(warmups.patch_status(&key.1, &params, &patch)).await?;
+            Ok(Written::Warmup(warmup))
+        }
+        Action::Make { key, warmup } => {
+            let params = PatchParams::apply("hearth-controller").force();
+            let warmups = Api::<Warmup>::namespaced(client.clone(), &key.0);
+            let warmup = within(warmups.patch(&key.1, &params, &Patch::Apply(warmup))).await?;
             Ok(Written::Warmup(warmup))
         }
         Action::Delete { key, uid } => {

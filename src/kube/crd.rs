@@ -107,6 +107,9 @@ pub struct WarmupSpec {
     /// Nodes that warm at the same time; 0: all. [`DEFAULT_PARALLEL_NODES`] where nothing is said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_parallel_nodes: Option<u32>,
+    /// Nodes that it is for at most, of those that it selects; all where nothing is said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_nodes: Option<u32>,
     /// Bytes per second that each node fetches for it at most, as a quantity (`200Mi`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth_per_node: Option<String>,

@@ -117,6 +117,7 @@ pub async fn run(client: Client, settings: Settings, warmer: Arc<dyn Warmer>) {
         pace: Pace::new(settings.report),
         tasks: HashMap::new(),
         is_listed: false,
+        is_swept: false,
         done,
         client,
         settings,
@@ -225,6 +226,8 @@ struct Side {
     tasks: HashMap<String, Task>,
     /// All `Warmup`s are known.
     is_listed: bool,
+    /// What earlier processes left was looked at.
+    is_swept: bool,
     done: mpsc::Sender<Finished>,
 }
 
@@ -264,19 +267,24 @@ impl Side {
         if !self.is_listed {
             self.is_listed = true;
             self.pace.changed(Instant::now(), random());
-            self.sweep().await;
         }
     }
 
-    /// Lets go of what was pinned for `Warmup`s that went while no process was here.
+    /// Lets go of what was pinned for `Warmup`s that went, or do not select this node any more, since when no process was
+    /// here.
     async fn sweep(&self) {
         let swept = async {
             let owners = self.warmer.owners().await?;
+            let is_of = |warmup: &Warmup, uid: &str| {
+                let selects = self
+                    .node
+                    .as_ref()
+                    .is_none_or(|node| warmup.spec.selects(node));
+                warmup.metadata.uid.as_deref() == Some(uid) && selects
+            };
             let known = |owner: &String| {
                 let uid = owner.strip_prefix(OWNER).unwrap_or_default();
-                self.warmups
-                    .values()
-                    .any(|w| w.metadata.uid.as_deref() == Some(uid))
+                self.warmups.values().any(|w| is_of(w, uid))
             };
             let unknown: Vec<String> = owners.into_iter().filter(|owner| !known(owner)).collect();
             if unknown.is_empty() {
@@ -290,12 +298,8 @@ impl Side {
                 message: error.to_string(),
             })?;
             for owner in unknown {
-                let uid = owner.strip_prefix(OWNER);
-                if !listed
-                    .items
-                    .iter()
-                    .any(|w| w.metadata.uid.as_deref() == uid)
-                {
+                let uid = owner.strip_prefix(OWNER).unwrap_or_default();
+                if !listed.items.iter().any(|w| is_of(w, uid)) {
                     self.warmer.release(&owner, &[]).await?;
                 }
             }
@@ -333,6 +337,10 @@ impl Side {
 
     /// Does what there is to do.
     async fn sync(&mut self) {
+        if self.is_listed && self.node.is_some() && !self.is_swept {
+            self.is_swept = true;
+            self.sweep().await;
+        }
         let Some(node) = self.node.as_ref().filter(|_| self.is_listed) else {
             return;
         };

@@ -321,11 +321,30 @@ fn check_patch(patched: &Value, patch: &Value, at: &str) {
         }
         Value::Array(items) => {
             for item in items.iter().filter(|item| item["$patch"] == "delete") {
-                let mut there = patched.as_array().into_iter().flatten();
+                // What elements of this list are told apart by.
+                let key = if item["name"].is_null() {
+                    "mountPath"
+                } else {
+                    "name"
+                };
+                let is_it = |other: &Value| other[key] == item[key];
                 assert!(
-                    there.any(|other| other["name"] == item["name"]),
-                    "{at}: {}",
-                    item["name"]
+                    patched
+                        .as_array()
+                        .is_some_and(|there| there.iter().any(is_it)),
+                    "{at}: {item}"
+                );
+            }
+            // Elements that are changed: inside of them.
+            for item in items.iter().filter(|item| item["$patch"].is_null()) {
+                let there = patched.as_array().into_iter().flatten();
+                let other = there
+                    .into_iter()
+                    .find(|other| other["name"] == item["name"]);
+                check_patch(
+                    other.unwrap_or(&Value::Null),
+                    item,
+                    &format!("{at}.{}", item["name"]),
                 );
             }
         }
@@ -354,6 +373,26 @@ fn containers(pod: &Value) -> Vec<Value> {
 fn base() -> Vec<Value> {
     let dir = root().join("base");
     base_of(&dir, &documents(&dir.join("kustomization.yaml"))[0])
+}
+
+#[test]
+fn what_has_a_namespace_says_so() {
+    let everywhere = [
+        "Namespace",
+        "PriorityClass",
+        "CSIDriver",
+        "ClusterRole",
+        "ClusterRoleBinding",
+        "CustomResourceDefinition",
+        "ValidatingAdmissionPolicy",
+        "ValidatingAdmissionPolicyBinding",
+    ];
+    for document in base() {
+        let kind = document["kind"].as_str().unwrap();
+        let namespace = document["metadata"]["namespace"].as_str();
+        let wanted = (!everywhere.contains(&kind)).then_some("hearth-system");
+        assert_eq!(namespace, wanted, "{kind} {}", document["metadata"]["name"]);
+    }
 }
 
 #[test]
@@ -601,6 +640,31 @@ fn the_example_prefers_nodes_that_have_the_model() {
         asked.parse::<hearth::reference::Reference>().unwrap(),
         reference
     );
+}
+
+#[test]
+fn annotations_of_the_examples_are_right() {
+    fn walk(value: &Value, found: &mut Vec<BTreeMap<String, String>>) {
+        match value {
+            Value::Object(fields) => {
+                if let Ok(annotations) = serde_json::from_value(value["annotations"].clone()) {
+                    found.push(annotations);
+                }
+                fields.values().for_each(|value| walk(value, found));
+            }
+            Value::Array(items) => items.iter().for_each(|value| walk(value, found)),
+            _ => {}
+        }
+    }
+    let mut found = Vec::new();
+    for (_, document) in manifests() {
+        walk(&document, &mut found);
+    }
+    assert!(found.len() >= 2);
+    for annotations in found {
+        let (asked, mistakes) = hearth::kube::annotations::read(&annotations);
+        assert!(mistakes.is_empty() && !asked.is_empty(), "{mistakes:?}");
+    }
 }
 
 #[test]

@@ -118,6 +118,8 @@ pub enum Action {
     Node(NodeChange),
     /// Write the status of a `Warmup`.
     Status { key: Key, status: Box<WarmupStatus> },
+    /// Make a `Warmup`, or change it to this.
+    Make { key: Key, warmup: serde_json::Value },
     /// Delete a `Warmup` whose time is over.
     Delete { key: Key, uid: String },
 }
@@ -267,6 +269,8 @@ struct Tally {
     stalled: Vec<String>,
     accepted: Result<Vec<WarmArtifact>, String>,
     parallel: Option<usize>,
+    /// Not for all that it selects.
+    is_bounded: bool,
 }
 
 impl Tally {
@@ -286,14 +290,11 @@ impl Tally {
             stalled: Vec::new(),
             accepted: artifacts(warmup),
             parallel: warmup.spec.parallel(),
+            is_bounded: warmup.spec.max_nodes.is_some(),
             identity,
         };
         let mut waiting = Vec::new();
-        for node in world
-            .nodes
-            .values()
-            .filter(|node| warmup.spec.selects(node))
-        {
+        for node in this.meant(world, warmup) {
             this.counts.desired += 1;
             let cache = world.cache(node);
             let entry = cache.and_then(|cache| cache.of(uid, generation));
@@ -346,15 +347,48 @@ impl Tally {
         this
     }
 
+    /// The nodes that it is for. Where these are not all that it selects: those that have begun, then those that could.
+    fn meant<'w>(&self, world: &'w World, warmup: &Warmup) -> Vec<&'w NodeView> {
+        let (uid, generation) = (&self.identity.0, self.identity.1);
+        let selected = world
+            .nodes
+            .values()
+            .filter(|node| warmup.spec.selects(node));
+        let Some(most) = warmup.spec.max_nodes else {
+            return selected.collect();
+        };
+        let rank = |node: &NodeView| {
+            let cache = world.cache(node);
+            let entry = cache.and_then(|cache| cache.of(uid, generation));
+            match entry.map(|entry| entry.state) {
+                Some(WarmState::Warm | WarmState::Warming) => 0,
+                _ if node.ready && cache.is_some() => 1,
+                _ => 2,
+            }
+        };
+        let mut ranked: Vec<_> = selected
+            .map(|node| ((rank(node), place(uid, &node.name)), node))
+            .collect();
+        ranked.sort_by(|(one, _), (other, _)| one.cmp(other));
+        ranked
+            .into_iter()
+            .map(|(_, node)| node)
+            .take(most as usize)
+            .collect()
+    }
+
     /// Sets the window: the next of those who wait, as many as may be at work beside those who are.
     fn admit(&mut self, mut waiting: Vec<(String, &str)>) {
         if self.accepted.is_err() {
             return;
         }
-        let Some(parallel) = self.parallel else {
+        if self.parallel.is_none() && !self.is_bounded {
             self.window = Some(Window::all());
             return;
-        };
+        }
+        let parallel = self
+            .parallel
+            .unwrap_or(waiting.len() + self.counts.warming as usize);
         let free = parallel
             .saturating_sub(self.counts.warming as usize)
             .min(waiting.len());

@@ -184,7 +184,7 @@ fn simulate(count: usize, parallel: usize, span: u64) -> Load {
                         load.patches.add(1);
                     }
                     Action::Node(_) => {}
-                    Action::Delete { .. } => unreachable!(),
+                    Action::Delete { .. } | Action::Make { .. } => unreachable!(),
                 }
             }
         }

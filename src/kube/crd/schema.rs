@@ -160,6 +160,12 @@ fn warmup_spec() -> Value {
             integer("Nodes that warm at the same time; 0: all.", 0, 100_000, "int32"),
             json!(DEFAULT_PARALLEL_NODES),
         ),
+        "maxNodes": integer(
+            "Nodes that it is for at most, of those that match. All where nothing is said.",
+            1,
+            100_000,
+            "int32",
+        ),
         "bandwidthPerNode": matching(
             "Bytes per second that each node fetches for this at most, such as 200Mi.",
             16,

@@ -91,6 +91,19 @@ impl PartialEq for Work {
     }
 }
 
+/// Whether it is this node's turn.
+fn is_turn(warmup: &Warmup, node: &str) -> bool {
+    if warmup.spec.parallel().is_none() && warmup.spec.max_nodes.is_none() {
+        return true;
+    }
+    let Some(status) = &warmup.status else {
+        return false;
+    };
+    let (uid, window) = (warmup.metadata.uid.as_deref(), status.window.as_ref());
+    status.observed_generation == warmup.metadata.generation
+        && window.is_some_and(|window| window.admits(&place(uid.unwrap_or_default(), node)))
+}
+
 impl Job {
     fn uid(&self) -> &str {
         self.warmup.metadata.uid.as_deref().unwrap_or_default()
@@ -112,19 +125,6 @@ impl Job {
                 .zip(self.progress.iter().cloned())
                 .collect(),
         }
-    }
-
-    /// Whether it is this node's turn.
-    fn may_start(&self, node: &str) -> bool {
-        if self.warmup.spec.parallel().is_none() || matches!(self.state, State::Resumed(_)) {
-            return true;
-        }
-        let Some(status) = &self.warmup.status else {
-            return false;
-        };
-        let window = status.window.as_ref();
-        status.observed_generation == Some(self.generation)
-            && window.is_some_and(|window| window.admits(&place(self.uid(), node)))
     }
 
     /// Begins with the spec as it is now.
@@ -169,6 +169,13 @@ impl Board {
         let mut selected: Vec<&Arc<Warmup>> = warmups
             .filter(|w| w.metadata.uid.is_some() && w.metadata.deletion_timestamp.is_none())
             .filter(|w| w.spec.selects(node))
+            // What this node has nothing to do with yet is not even reported: there may be many.
+            .filter(|w| {
+                let uid = w.metadata.uid.as_deref().unwrap_or_default();
+                let is_known =
+                    self.jobs.contains_key(uid) || before.iter().any(|was| was.uid == uid);
+                is_known || is_turn(w, &node.name)
+            })
             .collect();
         selected.sort_by_key(|w| rank(w));
         if selected.len() > MAX_WARMUPS {
@@ -255,7 +262,7 @@ impl Board {
             }
             if !matches!(job.state, State::Waiting | State::Resumed(_))
                 || under_way == AT_ONCE
-                || !job.may_start(&node.name)
+                || !(matches!(job.state, State::Resumed(_)) || is_turn(&job.warmup, &node.name))
             {
                 continue;
             }

@@ -364,6 +364,35 @@ fn a_held_node_is_let_in_when_all_gates_are_warm_there() {
 }
 
 #[test]
+fn it_can_be_for_a_few_nodes_which_stay_the_same() {
+    let mut cluster = Cluster::new();
+    for n in 0..20 {
+        cluster.node(&format!("n{n}"), json!({}));
+    }
+    cluster.world.nodes.get_mut("n3").unwrap().ready = false;
+    cluster.world.caches.remove("n4");
+    let spec = json!({ "references": ["hf://o/m"], "maxNodes": 3, "maxParallelNodes": 0 });
+    let key = cluster.warmup("d", "w", spec);
+    cluster.reconcile();
+    let admitted: Vec<String> = (cluster.admitted(&key).into_iter())
+        .filter(|n| n != "n3" && n != "n4")
+        .collect();
+    assert_eq!((admitted.len(), cluster.status(&key).nodes.desired), (3, 3));
+    for name in &admitted {
+        cluster.says(name, &[("w", WarmState::Warm)], &[]);
+    }
+    // More nodes come, some of which would be before them.
+    for n in 20..60 {
+        cluster.node(&format!("n{n}"), json!({}));
+    }
+    cluster.seconds += 10;
+    cluster.reconcile();
+    let status = cluster.status(&key);
+    assert_eq!((status.nodes.desired, status.nodes.warm), (3, 3));
+    assert_eq!(condition(&status, "Complete").status, "True");
+}
+
+#[test]
 fn what_is_over_is_deleted() {
     let mut cluster = Cluster::new();
     let key = cluster.warmup(
