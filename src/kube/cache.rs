@@ -69,13 +69,20 @@ impl NodeCacheStatus {
         this
     }
 
-    /// Whether the other says the same, but for when.
+    /// Whether the other says nothing new: free and used bytes change all the time, and only count where they do by a
+    /// hundredth of the capacity.
     pub fn says_the_same(&self, other: &Self) -> bool {
-        let timeless = |status: &Self| Self {
+        let is_near =
+            |one: i64, other: i64| one.abs_diff(other) <= self.capacity_bytes.unsigned_abs() / 100;
+        let without_bytes = |status: &Self| Self {
             reported: None,
+            used_bytes: 0,
+            free_bytes: 0,
             ..status.clone()
         };
-        timeless(self) == timeless(other)
+        is_near(self.used_bytes, other.used_bytes)
+            && is_near(self.free_bytes, other.free_bytes)
+            && without_bytes(self) == without_bytes(other)
     }
 }
 
@@ -177,6 +184,27 @@ mod tests {
             (MAX_ARTIFACT_BYTES / 2..=MAX_ARTIFACT_BYTES).contains(&bytes),
             "{bytes}"
         );
+    }
+
+    #[test]
+    fn small_changes_of_the_disk_are_not_news() {
+        let status = |used: u64, free: u64, warm: bool| {
+            let artifact = CachedArtifact {
+                warm,
+                ..CachedArtifact::default()
+            };
+            let inventory = Inventory {
+                capacity_bytes: 1000,
+                used_bytes: used,
+                free_bytes: free,
+                artifacts: vec![artifact],
+            };
+            NodeCacheStatus::new(inventory, Vec::new(), |_| false)
+        };
+        let before = status(100, 500, false);
+        assert!(before.says_the_same(&status(105, 495, false)));
+        assert!(!before.says_the_same(&status(100, 480, false)));
+        assert!(!before.says_the_same(&status(100, 500, true)));
     }
 
     #[test]

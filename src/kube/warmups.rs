@@ -18,10 +18,10 @@ use futures_util::{StreamExt as _, stream};
 use k8s_openapi::{api::core::v1::Node, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use kube::{
     Api, Client,
-    api::{ListParams, Patch, PatchParams, PostParams},
+    api::{ApiResource, DynamicObject, ListParams, Patch, PatchParams, PostParams},
 };
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::{sync::mpsc, task::AbortHandle};
 
 pub use self::board::WarmError;
@@ -115,6 +115,7 @@ pub async fn run(client: Client, settings: Settings, warmer: Arc<dyn Warmer>) {
         board: Board::default(),
         before: Vec::new(),
         pace: Pace::new(settings.report),
+        last: None,
         tasks: HashMap::new(),
         is_listed: false,
         is_swept: false,
@@ -223,6 +224,8 @@ struct Side {
     /// What an earlier process reported.
     before: Vec<WarmupOnNode>,
     pace: Pace,
+    /// What was written last, and when.
+    last: Option<(Instant, NodeCacheStatus)>,
     tasks: HashMap<String, Task>,
     /// All `Warmup`s are known.
     is_listed: bool,
@@ -410,7 +413,6 @@ impl Side {
             return;
         }
         self.pace.wrote(began);
-        metrics::global().kube_reports.add(1);
         // So that the controller sees that somebody is at it.
         if self.board.is_busy() {
             self.pace.changed(Instant::now(), random());
@@ -422,37 +424,68 @@ impl Side {
         let wanted = self.board.wants();
         let mut status =
             NodeCacheStatus::new(inventory, self.board.entries(), |r| wanted.contains(r));
-        status.reported = Some(Time(Timestamp::now()));
-        let (caches, name) = (self.caches(), &self.settings.node);
-        let patch = Patch::Merge(json!({ "status": status }));
-        let params = PatchParams::default();
-        match within(caches.patch_status(name, &params, &patch)).await {
-            Err(kube::Error::Api(answer)) if answer.code == 404 => {}
-            other => return other.map(drop).map_err(|e| e.to_string()),
+        let is_news = |(at, last): &(Instant, NodeCacheStatus)| {
+            at.elapsed() > RELIST || !last.says_the_same(&status)
+        };
+        if !self.board.is_busy() && !self.last.as_ref().is_none_or(is_news) {
+            return Ok(());
         }
         let Some(node) = &self.node else {
             return Err("the Node object of this node is not known yet".into());
         };
+        status.reported = Some(Time(Timestamp::now()));
         // With the node it goes, too.
-        let cache = json!({
-            "apiVersion": API_VERSION,
-            "kind": "NodeCache",
-            "metadata": {
-                "name": name,
-                "ownerReferences": [{ "apiVersion": "v1", "kind": "Node", "name": node.name, "uid": node.uid }],
-            },
-        });
-        let api = Api::<kube::core::DynamicObject>::all_with(
-            self.client.clone(),
-            &kube::core::ApiResource::erase::<NodeCache>(&()),
-        );
-        let cache = serde_json::from_value(cache).map_err(|e| e.to_string())?;
-        within(api.create(&PostParams::default(), &cache))
-            .await
-            .map_err(|e| e.to_string())?;
-        let written = within(caches.patch_status(name, &params, &patch)).await;
-        written.map(drop).map_err(|e| e.to_string())
+        let owners =
+            json!([{ "apiVersion": "v1", "kind": "Node", "name": node.name, "uid": node.uid }]);
+        put(
+            &self.client,
+            &self.settings.node,
+            &node.uid,
+            owners,
+            &status,
+        )
+        .await
+        .map_err(|error| error.to_string())?;
+        metrics::global().kube_reports.add(1);
+        self.last = Some((Instant::now(), status));
+        Ok(())
     }
+}
+
+/// Writes a status; makes the object where there is none, and takes it over from a node that had the name before.
+async fn put(
+    client: &Client,
+    name: &str,
+    uid: &str,
+    owners: Value,
+    status: &NodeCacheStatus,
+) -> kube::Result<()> {
+    let caches = Api::<NodeCache>::all(client.clone());
+    let patch = Patch::Merge(json!({ "status": status }));
+    let params = PatchParams::default();
+    let found = match within(caches.patch_status(name, &params, &patch)).await {
+        Ok(cache) => cache,
+        Err(kube::Error::Api(answer)) if answer.code == 404 => {
+            let cache = json!({
+                "apiVersion": API_VERSION,
+                "kind": "NodeCache",
+                "metadata": { "name": name, "ownerReferences": owners },
+            });
+            let cache = serde_json::from_value(cache).map_err(kube::Error::SerdeError)?;
+            let resource = ApiResource::erase::<NodeCache>(&());
+            let api = Api::<DynamicObject>::all_with(client.clone(), &resource);
+            within(api.create(&PostParams::default(), &cache)).await?;
+            within(caches.patch_status(name, &params, &patch)).await?;
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    };
+    let mut owned = found.metadata.owner_references.into_iter().flatten();
+    if !owned.any(|owner| owner.uid == uid) {
+        let patch = Patch::Merge(json!({ "metadata": { "ownerReferences": owners } }));
+        within(caches.patch(name, &params, &patch)).await?;
+    }
+    Ok(())
 }
 
 /// Sees whether all of it is here.

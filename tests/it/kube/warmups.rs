@@ -222,6 +222,12 @@ async fn a_node_does_what_is_asked_and_no_more() {
             message: "no such model".into(),
         },
     );
+    // Of a node that had the name before.
+    let old = json!({
+        "apiVersion": crd::API_VERSION, "kind": "NodeCache",
+        "metadata": { "name": "n1", "ownerReferences": [{ "apiVersion": "v1", "kind": "Node", "name": "n1", "uid": "old" }] },
+    });
+    fake.put(GROUP, "nodecaches", old);
     let running = agent(&fake, "n1", Arc::clone(&store));
     let at_once = json!({ "references": ["hf://o/a"], "maxParallelNodes": 0, "priority": 7, "bandwidthPerNode": "1Mi" });
     let a = warmup(&fake, "d", "a", at_once);
@@ -270,15 +276,14 @@ async fn a_node_does_what_is_asked_and_no_more() {
         reported("a", "Warm") && reported("failing", "Failed")
     })
     .await;
+    let own = fake.get(&Key::new("", "nodes", "", "n1")).unwrap();
+    let owner =
+        || fake.get(&cache_key("n1")).unwrap()["metadata"]["ownerReferences"][0]["uid"].clone();
+    until("it is this node's", || owner() == own["metadata"]["uid"]).await;
     let cache = fake.get(&cache_key("n1")).unwrap();
     let mut wrong = Vec::new();
     schema::check(&schema::of("NodeCache"), &cache, "", &mut wrong);
     assert_eq!(wrong, [""; 0]);
-    let own = fake.get(&Key::new("", "nodes", "", "n1")).unwrap();
-    assert_eq!(
-        cache["metadata"]["ownerReferences"][0]["uid"],
-        own["metadata"]["uid"]
-    );
     assert!(store.pins("hf://o/b").is_none(), "it is not its turn");
     fake.edit(&waiting, |w| {
         w["status"] =
@@ -321,6 +326,15 @@ async fn a_node_does_what_is_asked_and_no_more() {
         .map(|o| o.reference.to_string())
         .collect();
     assert!(!again.contains(&"hf://o/b".to_owned()), "{again:?}");
+    // Somebody deletes the report.
+    fake.remove(&cache_key("n1"));
+    warmup(
+        &fake,
+        "d",
+        "late",
+        json!({ "references": ["hf://o/late"], "maxParallelNodes": 0 }),
+    );
+    until("it is made anew", || reported("late", "Warm")).await;
     running.abort();
     assert_eq!(asked(&fake), allowed(&["hearth-warmups"]));
 }
