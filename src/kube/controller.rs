@@ -241,11 +241,13 @@ async fn lead(client: Client, config: &Config, leads: watch::Receiver<Option<Ins
         running: JoinSet::new(),
     };
     let mut look = Instant::now() + LOOK;
+    // Nine tenths of the time are for others, however large the cluster.
+    let mut earliest = Instant::now();
     loop {
         tokio::select! {
             Some(change) = changes.next() => {
                 state.see(change);
-                look = look.min(Instant::now() + SETTLE);
+                look = look.min((Instant::now() + SETTLE).max(earliest));
             }
             Some(done) = state.running.join_next() => {
                 if let Ok(done) = done {
@@ -253,9 +255,11 @@ async fn lead(client: Client, config: &Config, leads: watch::Receiver<Option<Ins
                 }
             }
             () = tokio::time::sleep_until(look.into()) => {
+                let began = Instant::now();
                 let has_more = state.act();
                 let pause = if has_more { SETTLE * 5 } else { LOOK };
-                look = Instant::now() + pause;
+                earliest = Instant::now() + began.elapsed() * 9;
+                look = (Instant::now() + pause).max(earliest);
             }
         }
     }
