@@ -344,6 +344,7 @@ impl Pods {
         };
         let start = {
             let mut state = self.state.lock();
+            let is_full = state.pods.len() >= MAX_PODS && !state.pods.contains_key(&uid);
             let same = state
                 .pods
                 .get_mut(&uid)
@@ -353,7 +354,7 @@ impl Pods {
                     known.missing = None;
                     Arc::clone(&known.start)
                 }
-                None if state.pods.len() >= MAX_PODS && !state.pods.contains_key(&uid) => {
+                None if is_full => {
                     tracing::warn!(
                         pod = pod_ref.name,
                         "too many pods ask for something: this one is left alone"
