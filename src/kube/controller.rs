@@ -218,7 +218,7 @@ async fn turn(leases: &Api<Lease>, name: &str, elector: &mut Elector) -> kube::R
 
 /// Something that was seen to change.
 enum Change {
-    Warmup(Event<Warmup>),
+    Warmup(Box<Event<Warmup>>),
     Node(Event<NodeView>),
     Cache(Event<CacheView>, String),
     Workload(Seen),
@@ -270,7 +270,8 @@ async fn changes(client: &Client, templates: bool) -> impl Stream<Item = Change>
         relist: Some(RELIST),
         ..Selection::default()
     };
-    let warmups = follow(Api::<Warmup>::all(client.clone()), all()).map(Change::Warmup);
+    let warmups = follow(Api::<Warmup>::all(client.clone()), all())
+        .map(|event| Change::Warmup(Box::new(event)));
     // Only what matters is kept of each.
     let nodes = follow(Api::<Node>::all(client.clone()), all());
     let nodes = nodes.map(|event| Change::Node(event.map(NodeView::from)));
@@ -350,7 +351,7 @@ struct Done {
 /// What the server has now.
 enum Written {
     Node(NodeView),
-    Warmup(Warmup),
+    Warmup(Box<Warmup>),
     Nothing,
 }
 
@@ -373,7 +374,7 @@ impl State {
     fn see(&mut self, change: Change) {
         let world = &mut self.world;
         match change {
-            Change::Warmup(event) => match event {
+            Change::Warmup(event) => match *event {
                 Event::Listing => self.listings.warmups.begin(),
                 Event::Found(warmup) => {
                     self.listings.warmups.found(key(&warmup));
@@ -492,7 +493,7 @@ impl State {
                         let key = key(&warmup);
                         // It may be gone meanwhile.
                         if let Some(known) = self.world.warmups.get_mut(&key) {
-                            *known = warmup;
+                            *known = *warmup;
                         }
                     }
                     Written::Nothing => {}
@@ -540,13 +541,13 @@ async fn perform(
             );
             let warmups = Api::<Warmup>::namespaced(client.clone(), &key.0);
             let warmup = within(warmups.patch_status(&key.1, &params, &patch)).await?;
-            Ok(Written::Warmup(warmup))
+            Ok(Written::Warmup(Box::new(warmup)))
         }
         Action::Make { key, warmup } => {
             let params = PatchParams::apply("hearth-controller").force();
             let warmups = Api::<Warmup>::namespaced(client.clone(), &key.0);
             let warmup = within(warmups.patch(&key.1, &params, &Patch::Apply(warmup))).await?;
-            Ok(Written::Warmup(warmup))
+            Ok(Written::Warmup(Box::new(warmup)))
         }
         Action::Delete { key, uid } => {
             let params = DeleteParams {
