@@ -384,6 +384,10 @@ impl Tally {
         }
         if self.parallel.is_none() && !self.is_bounded {
             self.window = Some(Window::all());
+            self.admitted = waiting
+                .into_iter()
+                .map(|(_, name)| name.to_owned())
+                .collect();
             return;
         }
         let parallel = self
