@@ -97,12 +97,7 @@ pub fn read(annotations: &BTreeMap<String, String>) -> (Asked, Vec<Mistake>) {
                         Ok(reference) if asked.references.contains(&reference) => {}
                         Ok(_) if asked.references.len() >= MAX_REFERENCES => {
                             let part = quoted(&redact(part));
-                            wrong(
-                                key,
-                                format!(
-                                    "{part:?} and what follows: more than {MAX_REFERENCES} references"
-                                ),
-                            );
+                            wrong(key, format!("{part:?} and what follows: more than {MAX_REFERENCES} references"));
                             break;
                         }
                         Ok(reference) => asked.references.push(reference),
@@ -129,10 +124,7 @@ pub fn read(annotations: &BTreeMap<String, String>) -> (Asked, Vec<Mistake>) {
             },
             CREDENTIALS => match is_name(text) {
                 true => asked.credentials = Some(text.to_owned()),
-                false => wrong(
-                    key,
-                    format!("{:?} is not the name of a Secret", quoted(text)),
-                ),
+                false => wrong(key, format!("{:?} is not the name of a Secret", quoted(text))),
             },
             key if key.starts_with(DOMAIN) => {
                 let known = ALL.join(", ");
@@ -168,9 +160,9 @@ pub fn image(name: &str) -> Result<Reference, String> {
         Some((first, _)) if is_host(first) => name.to_owned(),
         _ => format!("docker.io/{name}"),
     };
-    let reference: Reference = format!("oci://{full}")
-        .parse()
-        .map_err(|e: crate::reference::ParseReferenceError| wrong(&e))?;
+    let reference: Reference = format!("oci://{full}").parse().map_err(
+        |e: crate::reference::ParseReferenceError| wrong(&e),
+    )?;
     match &reference.locator {
         Locator::Oci(oci) if oci.path.is_empty() => Ok(reference),
         _ => Err(wrong(&"is not the name of an image")),
@@ -183,9 +175,7 @@ fn reference(text: &str) -> Result<Reference, String> {
         .map_err(|e: crate::reference::ParseReferenceError| e.to_string())?;
     let refused = |why: &str| Err(format!("{:?}: {why}", quoted(&redact(text))));
     if reference.secret().is_some() {
-        return refused(
-            "holds a secret, and annotations are for all to see: put it into a Secret, and name that in hearth.dev/credentials",
-        );
+        return refused("holds a secret, and annotations are for all to see: put it into a Secret, and name that in hearth.dev/credentials");
     }
     if matches!(reference.locator, Locator::File(_)) {
         return refused("directories of the node are not for pods");
@@ -304,20 +294,14 @@ mod tests {
     fn commas_in_a_query_belong_to_it() {
         assert_eq!(
             shown("hf://o/m?include=*.{json,txt}&exclude=a,b,oci://r.example/x:1"),
-            [
-                "hf://o/m?include=*.{json,txt}&exclude=a,b",
-                "oci://r.example/x:1"
-            ]
+            ["hf://o/m?include=*.{json,txt}&exclude=a,b", "oci://r.example/x:1"]
         );
     }
 
     #[test]
     fn what_is_right_counts_and_mistakes_are_quoted() {
         let (asked, mistakes) = of(&[
-            (
-                PREFETCH,
-                "hf://o/m, hf:/x/y https://u:geheim@h/x file:///etc nonsense",
-            ),
+            (PREFETCH, "hf://o/m, hf:/x/y https://u:geheim@h/x file:///etc nonsense"),
             (IMAGES, "yes"),
             (PIN, "false"),
             (PRIORITY, "101"),
@@ -348,10 +332,7 @@ mod tests {
         let many: Vec<String> = (0..100).map(|n| format!("hf://o/m{n}")).collect();
         let (asked, mistakes) = of(&[(PREFETCH, &many.join(","))]);
         assert_eq!(asked.references.len(), MAX_REFERENCES);
-        assert!(
-            mistakes[0].message.contains("\"hf://o/m64\""),
-            "{mistakes:?}"
-        );
+        assert!(mistakes[0].message.contains("\"hf://o/m64\""), "{mistakes:?}");
         let (_, mistakes) = of(&[(PREFETCH, &"x ".repeat(10_000))]);
         assert_eq!(mistakes.len(), MAX_MISTAKES);
     }

@@ -274,10 +274,10 @@ async fn changes(client: &Client, templates: bool) -> impl Stream<Item = Change>
         .map(|event| Change::Warmup(Box::new(event)));
     // Only what matters is kept of each.
     let nodes = follow(Api::<Node>::all(client.clone()), all());
-    let nodes = nodes.map(|event| Change::Node(event.map(NodeView::from)));
+    let nodes = nodes.map(|event| Change::Node(of(event, NodeView::from)));
     let caches = follow(Api::<NodeCache>::all(client.clone()), all()).map(|event| {
         let mut name = String::new();
-        let event = event.map(|cache: NodeCache| {
+        let event = of(event, |cache: NodeCache| {
             name = cache.metadata.name.clone().unwrap_or_default();
             CacheView::new(cache, Instant::now())
         });
@@ -293,6 +293,17 @@ async fn changes(client: &Client, templates: bool) -> impl Stream<Item = Change>
         );
     }
     all
+}
+
+/// An event of what `f` makes of the object.
+fn of<K, T>(event: Event<K>, f: impl FnOnce(K) -> T) -> Event<T> {
+    match event {
+        Event::Listing => Event::Listing,
+        Event::Found(object) => Event::Found(f(object)),
+        Event::Listed => Event::Listed,
+        Event::Changed(object) => Event::Changed(f(object)),
+        Event::Gone(object) => Event::Gone(f(object)),
+    }
 }
 
 /// Names that a list had so far; that all three were listed once.

@@ -130,15 +130,13 @@ impl Teller {
         let api = Api::<Event>::namespaced(self.client.clone(), &notice.pod.namespace);
         let done = match again {
             Some(count) => self.count(&api, &name, count).await,
-            None => {
-                match within(api.create(&PostParams::default(), &self.event(&name, notice))).await {
-                    // Of the process before this one.
-                    Err(kube::Error::Api(status)) if status.is_already_exists() => {
-                        self.count(&api, &name, 2).await
-                    }
-                    done => done.map(drop),
+            None => match within(api.create(&PostParams::default(), &self.event(&name, notice))).await {
+                // Of the process before this one.
+                Err(kube::Error::Api(status)) if status.is_already_exists() => {
+                    self.count(&api, &name, 2).await
                 }
-            }
+                done => done.map(drop),
+            },
         };
         match done {
             Ok(()) => self.remember(name, now),
@@ -237,7 +235,10 @@ impl Allowance {
 
 /// The same for what is the same.
 fn name_of(notice: &Notice) -> String {
-    let text = format!("{}\0{}\0{}", notice.pod.uid, notice.reason, notice.note);
+    let text = format!(
+        "{}\0{}\0{}",
+        notice.pod.uid, notice.reason, notice.note
+    );
     let hash = &Digest::of(text.as_bytes()).hex()[..16];
     format!("{}.{hash}", cut(&notice.pod.name, MAX_NAME - 17))
 }

@@ -296,10 +296,7 @@ impl Pods {
             for orphan in &orphans {
                 state.orphans.remove(orphan);
             }
-            let starts = state
-                .pods
-                .values()
-                .map(|t| (t.pod.clone(), Arc::clone(&t.start)));
+            let starts = state.pods.values().map(|t| (t.pod.clone(), Arc::clone(&t.start)));
             (gone, orphans, starts.collect::<Vec<_>>())
         };
         for uid in gone {
@@ -345,20 +342,14 @@ impl Pods {
         let start = {
             let mut state = self.state.lock();
             let is_full = state.pods.len() >= MAX_PODS && !state.pods.contains_key(&uid);
-            let same = state
-                .pods
-                .get_mut(&uid)
-                .filter(|known| known.wants == wants);
+            let same = state.pods.get_mut(&uid).filter(|known| known.wants == wants);
             match same {
                 Some(known) => {
                     known.missing = None;
                     Arc::clone(&known.start)
                 }
                 None if is_full => {
-                    tracing::warn!(
-                        pod = pod_ref.name,
-                        "too many pods ask for something: this one is left alone"
-                    );
+                    tracing::warn!(pod = pod_ref.name, "too many pods ask for something: this one is left alone");
                     return;
                 }
                 None => {
@@ -373,8 +364,11 @@ impl Pods {
                         },
                         told: false,
                     }));
-                    let work =
-                        Arc::clone(self).work(pod_ref.clone(), wants.clone(), Arc::clone(&start));
+                    let work = Arc::clone(self).work(
+                        pod_ref.clone(),
+                        wants.clone(),
+                        Arc::clone(&start),
+                    );
                     let tracked = Tracked {
                         pod: pod_ref.clone(),
                         wants,

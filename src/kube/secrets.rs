@@ -62,7 +62,9 @@ pub async fn keys(
             (None, _) if matches!(reference.locator, Locator::Oci(_)) && !names.pull.is_empty() => {
                 pull_keys(&api, namespace, names, reference).await
             }
-            (None, wanted) => Err(of(format!("has none of {wanted}, which open {reference}"))),
+            (None, wanted) => Err(of(format!(
+                "has none of {wanted}, which open {reference}"
+            ))),
         };
     }
     pull_keys(&api, namespace, names, reference).await
@@ -88,15 +90,10 @@ async fn pull_keys(
             }
         };
         modernize(&mut data);
-        let Some(Ok(Value::Object(mut config))) = data
-            .remove(DOCKER_CONFIG)
-            .map(|text| serde_json::from_str(&text))
+        let Some(Ok(Value::Object(mut config))) =
+            data.remove(DOCKER_CONFIG).map(|text| serde_json::from_str(&text))
         else {
-            tracing::warn!(
-                namespace,
-                name,
-                "an image pull secret holds no credentials for registries"
-            );
+            tracing::warn!(namespace, name, "an image pull secret holds no credentials for registries");
             continue;
         };
         if let Some(Value::Object(found)) = config.remove("auths") {

@@ -86,11 +86,7 @@ pub fn read(object: &Value) -> Vec<Template> {
     let mut parts = Vec::new();
     match kind {
         "Deployment" | "StatefulSet" | "ReplicaSet" => {
-            parts.push((
-                String::new(),
-                &spec["template"],
-                count(&spec["replicas"], 1),
-            ));
+            parts.push((String::new(), &spec["template"], count(&spec["replicas"], 1)));
         }
         "Job" => parts.push((String::new(), &spec["template"], job(spec))),
         "CronJob" if spec["suspend"] != true => {
@@ -102,8 +98,7 @@ pub fn read(object: &Value) -> Vec<Template> {
             for one in jobs.into_iter().flatten().take(MAX_TEMPLATES) {
                 let name = one["name"].as_str().unwrap_or_default().to_owned();
                 let spec = &one["template"]["spec"];
-                let pods =
-                    count(&one["replicas"], 1).saturating_mul(count(&spec["parallelism"], 1));
+                let pods = count(&one["replicas"], 1).saturating_mul(count(&spec["parallelism"], 1));
                 parts.push((name, &spec["template"], pods));
             }
         }
@@ -151,9 +146,7 @@ fn template_of(part: String, template: &Value, pods: u32) -> Option<Template> {
         return None;
     }
     if asked.priority.is_none() {
-        let priority = spec["priority"]
-            .as_i64()
-            .and_then(|p| i32::try_from(p).ok());
+        let priority = spec["priority"].as_i64().and_then(|p| i32::try_from(p).ok());
         asked.priority = Some(annotations::default_priority(priority));
     }
     let secrets = spec["imagePullSecrets"].as_array().into_iter().flatten();
@@ -195,27 +188,12 @@ mod tests {
     fn every_kind_of_workload() {
         let job = json!({"parallelism": 4, "template": pod()});
         for (object, wanted) in [
-            (
-                json!({"kind": "Deployment", "spec": {"template": pod()}}),
-                vec![("", 1)],
-            ),
-            (
-                json!({"kind": "StatefulSet", "spec": {"replicas": 3, "template": pod()}}),
-                vec![("", 3)],
-            ),
-            (
-                json!({"kind": "ReplicaSet", "spec": {"replicas": 0, "template": pod()}}),
-                vec![("", 0)],
-            ),
+            (json!({"kind": "Deployment", "spec": {"template": pod()}}), vec![("", 1)]),
+            (json!({"kind": "StatefulSet", "spec": {"replicas": 3, "template": pod()}}), vec![("", 3)]),
+            (json!({"kind": "ReplicaSet", "spec": {"replicas": 0, "template": pod()}}), vec![("", 0)]),
             (json!({"kind": "Job", "spec": job}), vec![("", 4)]),
-            (
-                json!({"kind": "CronJob", "spec": {"jobTemplate": {"spec": job}}}),
-                vec![("", 4)],
-            ),
-            (
-                json!({"kind": "CronJob", "spec": {"suspend": true, "jobTemplate": {"spec": job}}}),
-                vec![],
-            ),
+            (json!({"kind": "CronJob", "spec": {"jobTemplate": {"spec": job}}}), vec![("", 4)]),
+            (json!({"kind": "CronJob", "spec": {"suspend": true, "jobTemplate": {"spec": job}}}), vec![]),
             (
                 json!({"kind": "JobSet", "spec": {"replicatedJobs": [
                     {"name": "x", "replicas": 2, "template": {"spec": job}},
@@ -241,9 +219,7 @@ mod tests {
                 assert_eq!(template.pull_secrets, ["s"]);
                 assert_eq!(template.asked.priority, Some(50));
                 assert_eq!(template.node_selector["gpu"], "yes");
-                assert!(
-                    template.nodes() <= MAX_NODES && (template.nodes() > 0) == (template.pods > 0)
-                );
+                assert!(template.nodes() <= MAX_NODES && (template.nodes() > 0) == (template.pods > 0));
             }
         }
     }

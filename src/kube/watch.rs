@@ -64,19 +64,6 @@ pub enum Event<K> {
     Gone(K),
 }
 
-impl<K> Event<K> {
-    /// The same of what `f` makes of an object.
-    pub fn map<T>(self, f: impl FnOnce(K) -> T) -> Event<T> {
-        match self {
-            Self::Listing => Event::Listing,
-            Self::Found(object) => Event::Found(f(object)),
-            Self::Listed => Event::Listed,
-            Self::Changed(object) => Event::Changed(f(object)),
-            Self::Gone(object) => Event::Gone(f(object)),
-        }
-    }
-}
-
 /// Follows the objects of `api` that `selection` selects. The stream does not end, and does not fail. Objects can come
 /// more than once unchanged.
 pub fn follow<K>(api: Api<K>, selection: Selection) -> impl Stream<Item = Event<K>> + Send
@@ -215,11 +202,7 @@ where
             return Err(kube::Error::Service(missing.into()));
         }
         Ok(State::Page {
-            items: list
-                .items
-                .into_iter()
-                .filter_map(|item| self.read(item))
-                .collect(),
+            items: list.items.into_iter().filter_map(|item| self.read(item)).collect(),
             more,
             version,
         })
@@ -398,7 +381,9 @@ impl Failures {
         if self.last.is_some_and(is_calm) {
             self.count = 0;
         }
-        let pause = FIRST.saturating_mul(1 << self.count.min(16)).min(LONGEST);
+        let pause = FIRST
+            .saturating_mul(1 << self.count.min(16))
+            .min(LONGEST);
         self.count += 1;
         let mut wait = jitter(pause);
         let mut verdict = Verdict::Resume;

@@ -102,9 +102,7 @@ async fn pods_come_change_and_go() {
     known.until(&[("a", ""), ("c", "")]).await;
     // Bound: it is new to this node.
     fake.edit(&key("b"), |pod| pod["spec"]["nodeName"] = json!("n1"));
-    fake.edit(&key("c"), |pod| {
-        pod["metadata"]["labels"] = json!({"v": "2"})
-    });
+    fake.edit(&key("c"), |pod| pod["metadata"]["labels"] = json!({"v": "2"}));
     fake.remove(&key("a"));
     known.until(&[("b", ""), ("c", "2")]).await;
     assert_eq!((fake.count("list", "pods"), known.lists), (1, 1));

@@ -49,7 +49,8 @@ impl Failure {
     }
 
     pub(super) fn too_large(version: u64, current: u64) -> Self {
-        let message = format!("Timeout: Too large resource version: {version}, current: {current}");
+        let message =
+            format!("Timeout: Too large resource version: {version}, current: {current}");
         let cause = json!({
             "reason": "ResourceVersionTooLarge", "message": "Too large resource version"
         });

@@ -110,13 +110,7 @@ pub(super) fn apply(
     force: bool,
     managed: &mut Managed,
 ) -> Result<(), Vec<(String, String)>> {
-    const IDENTITY: &[&str] = &[
-        "name",
-        "namespace",
-        "uid",
-        "resourceVersion",
-        "managedFields",
-    ];
+    const IDENTITY: &[&str] = &["name", "namespace", "uid", "resourceVersion", "managedFields"];
     let mut new = BTreeSet::new();
     fields(applied, &mut Vec::new(), &mut new);
     new.retain(|path| {

@@ -63,10 +63,7 @@ impl State {
             return Err(Failure::too_large(wanted, self.version));
         }
         let (objects, version) = match at {
-            "0" => (
-                self.as_of(self.faults.stale),
-                self.version - self.faults.stale,
-            ),
+            "0" => (self.as_of(self.faults.stale), self.version - self.faults.stale),
             _ => (self.objects.clone(), self.version),
         };
         let found = objects
@@ -142,13 +139,8 @@ impl State {
         };
         meta["name"] = json!(key.name);
         if !path.namespace.is_empty() {
-            if meta["namespace"]
-                .as_str()
-                .is_some_and(|n| n != path.namespace)
-            {
-                return Err(bad(
-                    "the namespace of the object is not that of the request",
-                ));
+            if meta["namespace"].as_str().is_some_and(|n| n != path.namespace) {
+                return Err(bad("the namespace of the object is not that of the request"));
             }
             meta["namespace"] = json!(path.namespace);
         }
@@ -185,12 +177,7 @@ impl State {
             }
             (other, _) => return Err(bad(format!("subresource {other} is not in this fake"))),
         };
-        for field in [
-            "uid",
-            "creationTimestamp",
-            "generation",
-            "deletionTimestamp",
-        ] {
+        for field in ["uid", "creationTimestamp", "generation", "deletionTimestamp"] {
             object["metadata"][field] = before["metadata"][field].clone();
         }
         prune(&mut object);
@@ -259,11 +246,8 @@ impl State {
         let done = apply::apply(&mut after, applied, &manager, force, &mut managed);
         if let Err(conflicts) = done {
             let n = conflicts.len();
-            let mut failure = Failure::new(
-                409,
-                "Conflict",
-                format!("Apply failed with {n} conflict(s)"),
-            );
+            let mut failure =
+                Failure::new(409, "Conflict", format!("Apply failed with {n} conflict(s)"));
             let cause = |(manager, field): (String, String)| {
                 json!({
                     "reason": "FieldManagerConflict",
@@ -314,8 +298,7 @@ impl State {
 /// Who names a version means that one.
 fn check_version(before: &Value, object: &Value) -> Result<(), Failure> {
     let wanted = object["metadata"]["resourceVersion"].as_str();
-    let differs =
-        wanted.is_some_and(|w| !w.is_empty() && before["metadata"]["resourceVersion"] != w);
+    let differs = wanted.is_some_and(|w| !w.is_empty() && before["metadata"]["resourceVersion"] != w);
     if differs {
         let message = "the object has been modified; please apply your changes to the latest version and try again";
         return Err(Failure::new(409, "Conflict", message));
