@@ -100,7 +100,7 @@ fn without_directives(value: &Value) -> Value {
 }
 
 /// Every field of `given` must be in what its type makes of it, with the same value.
-fn same(given: &Value, made: &Value, at: &str) {
+pub(crate) fn same(given: &Value, made: &Value, at: &str) {
     match (given, made) {
         (Value::Object(given), Value::Object(made)) => {
             for (name, value) in given {
@@ -118,6 +118,10 @@ fn same(given: &Value, made: &Value, at: &str) {
             for (index, (given, made)) in given.iter().zip(made).enumerate() {
                 same(given, made, &format!("{at}[{index}]"));
             }
+        }
+        // Limits are numbers with parts in one of the types.
+        (Value::Number(given), Value::Number(made)) => {
+            assert_eq!(given.as_f64(), made.as_f64(), "{at}");
         }
         _ => assert_eq!(given, made, "{at}"),
     }

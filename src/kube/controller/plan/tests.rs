@@ -113,13 +113,14 @@ impl Cluster {
     }
 
     fn admitted(&self, key: &Key) -> Vec<String> {
+        let spec = &self.world.warmups[key].spec;
         let window = self.status(key).window;
-        let admits = |name: &&String| {
-            window
-                .as_ref()
-                .is_some_and(|w| w.admits(&place(&key.1, name)))
+        let admits = |node: &&NodeView| {
+            let place = place(&key.1, &node.name);
+            spec.selects(node) && window.as_ref().is_some_and(|w| w.admits(&place))
         };
-        self.world.nodes.keys().filter(admits).cloned().collect()
+        let admitted = self.world.nodes.values().filter(admits);
+        admitted.map(|node| node.name.clone()).collect()
     }
 }
 
@@ -224,7 +225,7 @@ fn mistakes_no_nodes_and_foreign_gates_are_said() {
     let wrong = cluster.warmup(
         "d",
         "wrong",
-        json!({ "references": ["hf://o/m", "s3://UP/"] }),
+        json!({ "references": ["hf://o/m", "s3:///x"] }),
     );
     let none = cluster.warmup(
         "d",
@@ -234,7 +235,7 @@ fn mistakes_no_nodes_and_foreign_gates_are_said() {
     cluster.reconcile();
     let status = cluster.status(&wrong);
     assert_eq!(condition(&status, "Accepted").status, "False");
-    assert!(condition(&status, "Accepted").message.contains("s3://UP/"));
+    assert!(condition(&status, "Accepted").message.contains("s3:///x"));
     assert!(status.window.is_none());
     let status = cluster.status(&none);
     assert_eq!(condition(&status, "Complete").reason, "NoNodes");
@@ -255,30 +256,25 @@ fn nodes_that_do_not_answer_do_not_stop_a_wave() {
     cluster.reconcile();
     let dead = cluster.admitted(&key);
     assert_eq!(dead.len(), 2);
-    // One is not ready, the other says nothing.
+    // One is not ready, the other and who comes instead say nothing.
     cluster.world.nodes.get_mut(&dead[0]).unwrap().ready = false;
     cluster.seconds += 10;
     cluster.reconcile();
     assert_eq!(cluster.status(&key).nodes.unreachable, 1);
+    let silent = cluster.admitted(&key);
     cluster.seconds += 120;
     cluster.reconcile();
-    assert_eq!(cluster.status(&key).nodes.unreachable, 2);
-    let others: Vec<String> = (cluster.admitted(&key).into_iter())
-        .filter(|n| !dead.contains(n))
-        .collect();
+    assert_eq!(cluster.status(&key).nodes.unreachable, 3);
+    let is_new = |name: &String| !dead.contains(name) && !silent.contains(name);
+    let others: Vec<String> = cluster.admitted(&key).into_iter().filter(is_new).collect();
     assert_eq!(others.len(), 2);
     // One that is at it and falls silent loses its place, too.
     cluster.says(&others[0], &[("w", WarmState::Warming)], &[]);
     cluster.says(&others[1], &[("w", WarmState::Warm)], &[]);
     cluster.seconds += 5;
     cluster.reconcile();
-    assert_eq!(
-        (
-            cluster.status(&key).nodes.warming,
-            cluster.status(&key).nodes.unreachable
-        ),
-        (1, 2)
-    );
+    let nodes = cluster.status(&key).nodes;
+    assert_eq!((nodes.warming, nodes.unreachable), (1, 3));
     cluster.seconds += 200;
     cluster.reconcile();
     assert_eq!(cluster.status(&key).nodes.warming, 0);
