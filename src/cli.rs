@@ -8,6 +8,7 @@ mod bake;
 mod completions;
 mod config;
 mod control;
+mod crds;
 mod csi;
 mod demo;
 mod gc;
@@ -108,6 +109,7 @@ enum Command {
     Mirror(mirror::Args),
     Keeper(keeper::Args),
     Config(config::Args),
+    Crds(crds::Args),
     Completions(completions::Args),
     Demo(demo::Args),
     #[command(hide = true)]
@@ -157,6 +159,7 @@ pub fn main() -> ExitCode {
         Command::Keeper(args) => keeper::run(&context, args),
         Command::Snapshotter(args) => snapshotter::run(&context, args),
         Command::Config(args) => config::run(&context, args),
+        Command::Crds(args) => crds::run(&args),
         Command::Completions(args) => completions::run(args),
         Command::Demo(args) => demo::run(&context, args),
         Command::DemoLoad(args) => demo::load(&args),

@@ -58,6 +58,8 @@ pub struct Config {
     pub enabled: bool,
     /// Where it listens: a unix socket, mode 0600; a path, or `unix://` and one.
     pub endpoint: PathBuf,
+    /// Whether volumes can be published here. Not beside the external-provisioner: nothing is mounted there.
+    pub node: bool,
     /// Let volumes be directories of this node (`file://`): whoever may make a pod can then read them.
     pub allow_files: bool,
 }
@@ -67,6 +69,7 @@ impl Default for Config {
         Self {
             enabled: false,
             endpoint: "unix:///run/hearth/csi.sock".into(),
+            node: true,
             allow_files: false,
         }
     }
@@ -579,7 +582,10 @@ impl Driver {
     /// # Errors
     /// Why not.
     pub(crate) fn ready(&self) -> Result<()> {
-        let ready = self.models.ready();
+        let ready = match self.settings.config.node {
+            true => self.models.ready(),
+            false => Ok(()),
+        };
         ready.map_err(|e| CsiError::new(CsiErrorKind::FailedPrecondition, e.to_string()))
     }
 }

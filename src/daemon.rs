@@ -8,14 +8,16 @@ mod faces;
 mod kube;
 mod models;
 mod roots;
+mod warmups;
 
 use std::path::PathBuf;
 
 pub use agent::{Face, Life, Parts, Running, run};
-pub use faces::{ADMIN, CSI, KUBE, MIRROR, SNAPSHOTTER, enabled};
+pub use faces::{ADMIN, CONTROLLER, CSI, KUBE, MIRROR, SNAPSHOTTER, WARMUPS, enabled};
 pub use kube::{PodContent, starts};
 pub use models::SharedModels;
 pub use roots::{ImageRoots, pinned_images};
+pub use warmups::NodeWarmer;
 
 use crate::node::{Node, NodeError};
 

@@ -74,6 +74,12 @@ metrics! {
     counter kube_wrong_annotations "hearth_kube_wrong_annotations_total" "Annotations of pods that were not understood";
     counter kube_prefetch_failures "hearth_kube_prefetch_failures_total" "Times that something a pod asked for could not be had, and was put off";
     counter kube_watch_failures "hearth_kube_watch_failures_total" "Watches and lists of the cluster that failed and were begun again";
+    counter kube_reports "hearth_kube_reports_total" "Reports that this node wrote to its NodeCache";
+    counter kube_warmups_done "hearth_kube_warmups_done_total" "Warmups that this node brought, each generation counted";
+    counter kube_warmups_failed "hearth_kube_warmups_failed_total" "Attempts at Warmups that failed on this node";
+    gauge kube_leads "hearth_kube_leads" "Whether this process leads the controllers";
+    counter kube_statuses "hearth_kube_statuses_total" "Statuses of Warmups that the controller wrote";
+    counter kube_node_changes "hearth_kube_node_changes_total" "Changes of the labels and taints of nodes that the controller made";
     gauge csi_volumes "hearth_csi_volumes" "Volumes that are published, each target counted";
     counter csi_failures "hearth_csi_failed_requests_total" "Requests of the CSI that were answered with an error";
 }

@@ -36,12 +36,15 @@ use crate::{
     fetch::{self, Class, Engine, FetchError, FetchErrorKind, VerifyPolicy},
     reference::{HubRepo, Locator, Reference},
     source::{Credentials, Layered, Source, SourceErrorKind, Sources},
-    store::{Complete, Hold, Reservation, Store, StoreError, StoreErrorKind},
+    store::{ByteSize, Complete, Hold, Reservation, Store, StoreError, StoreErrorKind},
     tree::{Artifact, Object},
 };
 
 /// Objects asked for at the same time; the engine orders and limits the fetching itself.
 const OBJECTS_AT_ONCE: usize = 64;
+
+/// Memory for the bytes in flight of what has a bandwidth of its own.
+const LIMITED_MEMORY: u64 = 16 << 20;
 
 /// Pauses of a background fetch whose origin cannot be reached.
 const FIRST_FILL_PAUSE: Duration = Duration::from_secs(1);
@@ -145,6 +148,20 @@ impl Node {
         Self {
             engine: Engine::new(Arc::clone(self.store()), config),
             ..self.clone()
+        }
+    }
+
+    /// This node with at most so many bytes per second for background work, and little memory. Both share the store.
+    #[must_use]
+    pub fn with_bandwidth(&self, per_second: u64) -> Self {
+        let config = fetch::Config {
+            warm_bandwidth: Some(ByteSize(per_second)),
+            memory: ByteSize(LIMITED_MEMORY.min(self.engine.config().memory.0)),
+            ..self.engine.config().clone()
+        };
+        Self {
+            sources: self.sources.clone(),
+            engine: Engine::new(Arc::clone(self.store()), config),
         }
     }
 

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use tokio::{net::TcpListener, task::JoinSet};
 
 use super::{
-    ImageRoots, PodContent, SharedModels,
+    ImageRoots, NodeWarmer, PodContent, SharedModels,
     agent::{Face, Life, Parts},
     pinned_images,
 };
@@ -41,6 +41,14 @@ pub const KUBE: Face = Face {
     name: "kube",
     run: |parts, life| Box::pin(kube(parts, life)),
 };
+pub const WARMUPS: Face = Face {
+    name: "warmups",
+    run: |parts, life| Box::pin(warmups(parts, life)),
+};
+pub const CONTROLLER: Face = Face {
+    name: "controller",
+    run: |parts, life| Box::pin(controller(parts, life)),
+};
 
 /// The faces that `config` enables.
 pub fn enabled(config: &Config) -> Vec<Face> {
@@ -50,6 +58,8 @@ pub fn enabled(config: &Config) -> Vec<Face> {
         (config.csi.enabled, CSI),
         (config.mirror.enabled, MIRROR),
         (config.kube.enabled, KUBE),
+        (config.kube.warmups.enabled, WARMUPS),
+        (config.kube.controller.enabled, CONTROLLER),
     ];
     let enabled = all.into_iter().filter(|(enabled, _)| *enabled);
     enabled.map(|(_, face)| face).collect()
@@ -103,8 +113,10 @@ async fn kube(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
 }
 
 async fn csi(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
-    mount::available()?;
     let config = parts.config.csi.clone();
+    if config.node {
+        mount::available()?;
+    }
     let settings = csi::Settings {
         store: parts.node.store().root().to_owned(),
         node_id: parts.config.agent.node_name(),
@@ -175,6 +187,36 @@ async fn snapshotter(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
     // However it ends: what the keeper has is for the next process.
     roots.leave().await;
     served
+}
+
+async fn warmups(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
+    let config = &parts.config.kube;
+    let client = kube::connect(&config.api).await?;
+    let settings = kube::warmups::Settings {
+        node: parts.config.agent.node_name(),
+        report: Duration::from_secs(config.warmups.report_seconds),
+    };
+    let warmer = Arc::new(NodeWarmer::new(parts.node.clone()));
+    (parts.note)(&format!("warm-ups of node {}", settings.node));
+    life.serving();
+    tokio::select! {
+        () = kube::warmups::run(client, settings, warmer) => {}
+        () = life.stopped() => {}
+    }
+    life.drained();
+    Ok(())
+}
+
+async fn controller(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
+    let config = &parts.config.kube;
+    let client = kube::connect(&config.api).await?;
+    let name = std::env::var("POD_NAME").unwrap_or_else(|_| parts.config.agent.node_name());
+    (parts.note)("controller of the cluster's Warmups");
+    // Whether it leads or waits.
+    life.serving();
+    kube::controller::run(client, config.controller.clone(), name, life.stopped()).await;
+    life.drained();
+    Ok(())
 }
 
 async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {

@@ -602,7 +602,7 @@ impl From<crate::store::StoreError> for ModelError {
     }
 }
 
-fn of_node(error: &NodeError) -> ModelError {
+pub(super) fn of_node(error: &NodeError) -> ModelError {
     let kind = match error {
         NodeError::Resolve { source, .. } => match source.kind() {
             SourceErrorKind::NotFound => ModelErrorKind::NotFound,

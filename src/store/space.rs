@@ -12,7 +12,7 @@ use std::{
 use super::{ByteSize, Result, Store, StoreError, StoreErrorKind, partial::Paths};
 use crate::{
     digest::{Digest, ObjectId},
-    disk::Stat,
+    disk::{Space, Stat},
     tree::Artifact,
 };
 
@@ -149,6 +149,14 @@ impl Store {
     /// What the disk says.
     pub fn free_bytes(&self) -> Result<u64> {
         Ok(self.disk.space(&self.root)?.free)
+    }
+
+    /// The space on the file system of the store.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn space(&self) -> Result<Space> {
+        Ok(self.disk.space(&self.root)?)
     }
 
     /// Calls `each` for every complete object.

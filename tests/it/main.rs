@@ -13,6 +13,7 @@ mod fs;
 mod http_faults;
 mod kube;
 mod layers;
+mod manifests;
 mod registry;
 mod scripted;
 mod scripted_source;

@@ -1,0 +1,670 @@
+//! The controller: of several processes one leads; it says in each `Warmup` how far it is, labels nodes for what they
+//! have, and lets nodes in that have what they are to have.
+//!
+//! What to do is decided by [`plan`], who leads by [`lease`]; here is only the I/O. Nothing is queued: what could not be
+//! done this time, for the rate or a failure, is found out anew the next time. Every write names the version that it is
+//! about, where it could undo what somebody else wrote. Nothing is kept that a crash could lose.
+
+mod ahead;
+pub mod lease;
+pub mod plan;
+#[cfg(test)]
+mod scale;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::{Duration, Instant, SystemTime},
+};
+
+use futures_util::{Stream, StreamExt as _, stream};
+use k8s_openapi::{
+    api::{coordination::v1::Lease, core::v1::Node},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    jiff::Timestamp,
+};
+use kube::{
+    Api, Client, Resource,
+    api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use tokio::{sync::watch, task::JoinSet};
+
+use self::{
+    ahead::{Ahead, Seen},
+    lease::{Elector, Step, Terms},
+    plan::{Action, CacheView, Key, Memory, NodeChange, World, reconcile},
+};
+use super::{
+    client::within,
+    crd::{NodeCache, NodeView, Warmup},
+    watch::{Event, Selection, follow},
+};
+use crate::metrics;
+
+/// Requests that are under way at the same time.
+const AT_ONCE: usize = 16;
+/// Changes that come together are looked at together.
+const SETTLE: Duration = Duration::from_millis(200);
+/// How often it is looked at, though nothing is known to have changed.
+const LOOK: Duration = Duration::from_secs(5);
+/// What failed is left alone for so long.
+const PAUSE: Duration = Duration::from_secs(5);
+/// How often everything is listed anew.
+const RELIST: Duration = Duration::from_secs(3600);
+
+/// Settings of the controller: `[kube.controller]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Whether this process is a candidate.
+    pub enabled: bool,
+    /// The namespace of the lease, and of the `Warmup`s that may hold nodes back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// The name of the lease.
+    pub lease: String,
+    /// How long the lease lasts without being renewed, in seconds.
+    pub lease_seconds: u64,
+    /// Changes of nodes per second, at most: everybody who watches nodes is told of each.
+    pub node_changes_per_second: u32,
+    /// Whether pod templates of workloads that ask for something become `Warmup`s.
+    pub templates: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            namespace: None,
+            lease: "hearth-controller".into(),
+            lease_seconds: 15,
+            node_changes_per_second: 20,
+            templates: true,
+        }
+    }
+}
+
+/// Statuses written per second, at most.
+const STATUSES_PER_SECOND: u32 = 10;
+
+impl Config {
+    /// The namespace: that of the configuration, else of the environment (`POD_NAMESPACE`), else `hearth-system`.
+    pub fn namespace(&self) -> String {
+        let said = self
+            .namespace
+            .clone()
+            .or_else(|| std::env::var("POD_NAMESPACE").ok());
+        said.unwrap_or_else(|| "hearth-system".into())
+    }
+}
+
+/// Is a candidate, and does the work while it leads; until `stop`. Gives the lease back then.
+pub async fn run(client: Client, config: Config, identity: String, stop: impl Future<Output = ()>) {
+    let (tell, mut leads) = watch::channel(None);
+    let leases = Api::<Lease>::namespaced(client.clone(), &config.namespace());
+    let terms = Terms {
+        // Of an earlier process of the same name nothing is known.
+        identity: format!("{identity}_{}", nonce()),
+        duration: Duration::from_secs(config.lease_seconds.clamp(6, 600)),
+    };
+    let mut elector = Elector::new(terms.clone());
+    {
+        let candidate = candidate(&leases, &config.lease, &terms, &mut elector, &tell);
+        let work = async {
+            loop {
+                // An error would mean that the candidate is gone, and it is not.
+                let _ = leads.wait_for(|until| is_ahead(*until)).await;
+                let _leading = Leading::new();
+                tokio::select! {
+                    () = lead(client.clone(), &config, leads.clone()) => {}
+                    () = lost(leads.clone()) => tracing::info!("this process leads no more"),
+                }
+            }
+        };
+        tokio::select! {
+            () = candidate => {}
+            () = work => {}
+            () = stop => {}
+        }
+    }
+    if let Some(lease) = elector.release(Timestamp::now()) {
+        let given = within(leases.replace(&config.lease, &PostParams::default(), &lease)).await;
+        if let Err(error) = given {
+            tracing::warn!(%error, "the lease was not given back: the next waits until it is over");
+        }
+    }
+}
+
+/// Shows that this process leads.
+struct Leading;
+
+impl Leading {
+    fn new() -> Self {
+        tracing::info!("this process leads");
+        metrics::global().kube_leads.add(1);
+        Self
+    }
+}
+
+impl Drop for Leading {
+    fn drop(&mut self) {
+        metrics::global().kube_leads.sub(1);
+    }
+}
+
+fn is_ahead(until: Option<Instant>) -> bool {
+    until.is_some_and(|until| Instant::now() < until)
+}
+
+/// Returns when this process leads no more.
+async fn lost(mut leads: watch::Receiver<Option<Instant>>) {
+    loop {
+        let until = *leads.borrow_and_update();
+        let Some(until) = until.filter(|until| Instant::now() < *until) else {
+            return;
+        };
+        tokio::select! {
+            () = tokio::time::sleep_until(until.into()) => {}
+            changed = leads.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+/// Holds the lease, or waits for it. Does not end.
+async fn candidate(
+    leases: &Api<Lease>,
+    name: &str,
+    terms: &Terms,
+    elector: &mut Elector,
+    tell: &watch::Sender<Option<Instant>>,
+) {
+    loop {
+        let began = Instant::now();
+        if let Err(error) = turn(leases, name, elector).await {
+            tracing::warn!(%error, "the lease cannot be had");
+        }
+        tell.send_replace(elector.until().filter(|_| elector.leads(Instant::now())));
+        // Others do not knock at the same moment.
+        let pause = terms.period().mul_f64(0.75 + 0.5 * super::random());
+        tokio::time::sleep_until((began + pause).into()).await;
+    }
+}
+
+async fn turn(leases: &Api<Lease>, name: &str, elector: &mut Elector) -> kube::Result<()> {
+    let lease = within(leases.get_opt(name)).await?;
+    // Sent later than this.
+    let began = Instant::now();
+    let params = PostParams::default();
+    let written = match elector.see(lease, began, Timestamp::now()) {
+        Step::Wait => return Ok(()),
+        Step::Create(mut lease) => {
+            lease.metadata = ObjectMeta {
+                name: Some(name.to_owned()),
+                ..ObjectMeta::default()
+            };
+            within(leases.create(&params, &lease)).await
+        }
+        Step::Replace(lease) => within(leases.replace(name, &params, &lease)).await,
+    };
+    match written {
+        Ok(lease) => elector.wrote(lease, began),
+        // Another was faster.
+        Err(kube::Error::Api(answer)) if answer.code == 409 => {}
+        Err(error) => return Err(error),
+    }
+    Ok(())
+}
+
+/// Something that was seen to change.
+enum Change {
+    Warmup(Box<Event<Warmup>>),
+    Node(Event<NodeView>),
+    Cache(Event<CacheView>, String),
+    Workload(Seen),
+}
+
+/// Does the work; does not end.
+async fn lead(client: Client, config: &Config, leads: watch::Receiver<Option<Instant>>) {
+    let mut changes = changes(&client, config.templates).await;
+    let mut state = State {
+        namespace: config.namespace(),
+        nodes: Bucket::new(config.node_changes_per_second.max(1)),
+        statuses: Bucket::new(STATUSES_PER_SECOND),
+        client,
+        leads,
+        world: World::default(),
+        ahead: Ahead::default(),
+        memory: Memory::default(),
+        listings: Listings::default(),
+        busy: HashMap::new(),
+        running: JoinSet::new(),
+    };
+    let mut look = Instant::now() + LOOK;
+    // Nine tenths of the time are for others, however large the cluster.
+    let mut earliest = Instant::now();
+    loop {
+        tokio::select! {
+            Some(change) = changes.next() => {
+                state.see(change);
+                look = look.min((Instant::now() + SETTLE).max(earliest));
+            }
+            Some(done) = state.running.join_next() => {
+                if let Ok(done) = done {
+                    state.done(done);
+                }
+            }
+            () = tokio::time::sleep_until(look.into()) => {
+                let began = Instant::now();
+                let has_more = state.act();
+                let pause = if has_more { SETTLE * 5 } else { LOOK };
+                earliest = Instant::now() + began.elapsed() * 9;
+                look = (Instant::now() + pause).max(earliest);
+            }
+        }
+    }
+}
+
+async fn changes(client: &Client, templates: bool) -> impl Stream<Item = Change> + Unpin + use<> {
+    let all = || Selection {
+        relist: Some(RELIST),
+        ..Selection::default()
+    };
+    let warmups = follow(Api::<Warmup>::all(client.clone()), all())
+        .map(|event| Change::Warmup(Box::new(event)));
+    // Only what matters is kept of each.
+    let nodes = follow(Api::<Node>::all(client.clone()), all());
+    let nodes = nodes.map(|event| Change::Node(of(event, NodeView::from)));
+    let caches = follow(Api::<NodeCache>::all(client.clone()), all()).map(|event| {
+        let mut name = String::new();
+        let event = of(event, |cache: NodeCache| {
+            name = cache.metadata.name.clone().unwrap_or_default();
+            CacheView::new(cache, Instant::now())
+        });
+        Change::Cache(event, name)
+    });
+    let mut all = stream::select_all([warmups.boxed(), nodes.boxed(), caches.boxed()]);
+    if templates {
+        all.push(
+            ahead::follow_all(client)
+                .await
+                .map(Change::Workload)
+                .boxed(),
+        );
+    }
+    all
+}
+
+/// An event of what `f` makes of the object.
+fn of<K, T>(event: Event<K>, f: impl FnOnce(K) -> T) -> Event<T> {
+    match event {
+        Event::Listing => Event::Listing,
+        Event::Found(object) => Event::Found(f(object)),
+        Event::Listed => Event::Listed,
+        Event::Changed(object) => Event::Changed(f(object)),
+        Event::Gone(object) => Event::Gone(f(object)),
+    }
+}
+
+/// Names that a list had so far; that all three were listed once.
+#[derive(Default)]
+struct Listings {
+    warmups: Listing<Key>,
+    nodes: Listing<String>,
+    caches: Listing<String>,
+}
+
+struct Listing<K> {
+    found: Option<BTreeSet<K>>,
+    is_known: bool,
+}
+
+impl<K> Default for Listing<K> {
+    fn default() -> Self {
+        Self {
+            found: None,
+            is_known: false,
+        }
+    }
+}
+
+impl<K: Ord> Listing<K> {
+    fn begin(&mut self) {
+        self.found = Some(BTreeSet::new());
+    }
+
+    fn found(&mut self, key: K) {
+        if let Some(found) = &mut self.found {
+            found.insert(key);
+        }
+    }
+
+    /// The list ended; what it had.
+    fn end(&mut self) -> BTreeSet<K> {
+        self.is_known = true;
+        self.found.take().unwrap_or_default()
+    }
+}
+
+/// What an action is about: one at a time for each.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Subject {
+    Node(String),
+    Warmup(Key),
+}
+
+/// What became of an action.
+struct Done {
+    subject: Subject,
+    result: kube::Result<Written>,
+}
+
+/// What the server has now.
+enum Written {
+    Node(NodeView),
+    Warmup(Box<Warmup>),
+    Nothing,
+}
+
+struct State {
+    client: Client,
+    namespace: String,
+    leads: watch::Receiver<Option<Instant>>,
+    world: World,
+    ahead: Ahead,
+    memory: Memory,
+    listings: Listings,
+    nodes: Bucket,
+    statuses: Bucket,
+    /// What is under way (`None`), or failed and is left alone until then.
+    busy: HashMap<Subject, Option<Instant>>,
+    running: JoinSet<Done>,
+}
+
+impl State {
+    fn see(&mut self, change: Change) {
+        let world = &mut self.world;
+        match change {
+            Change::Warmup(event) => match *event {
+                Event::Listing => self.listings.warmups.begin(),
+                Event::Found(warmup) => {
+                    self.listings.warmups.found(key(&warmup));
+                    world.warmups.insert(key(&warmup), warmup);
+                }
+                Event::Listed => {
+                    let found = self.listings.warmups.end();
+                    world.warmups.retain(|key, _| found.contains(key));
+                }
+                Event::Changed(warmup) => drop(world.warmups.insert(key(&warmup), warmup)),
+                Event::Gone(warmup) => drop(world.warmups.remove(&key(&warmup))),
+            },
+            Change::Node(event) => match event {
+                Event::Listing => self.listings.nodes.begin(),
+                Event::Found(node) => {
+                    self.listings.nodes.found(node.name.clone());
+                    world.nodes.insert(node.name.clone(), node);
+                }
+                Event::Listed => {
+                    let found = self.listings.nodes.end();
+                    world.nodes.retain(|name, _| found.contains(name));
+                }
+                Event::Changed(node) => drop(world.nodes.insert(node.name.clone(), node)),
+                Event::Gone(node) => drop(world.nodes.remove(&node.name)),
+            },
+            Change::Cache(event, name) => match event {
+                Event::Listing => self.listings.caches.begin(),
+                Event::Found(cache) => {
+                    self.listings.caches.found(name.clone());
+                    world.caches.insert(name, cache);
+                }
+                Event::Listed => {
+                    let found = self.listings.caches.end();
+                    world.caches.retain(|name, _| found.contains(name));
+                }
+                Event::Changed(cache) => drop(world.caches.insert(name, cache)),
+                Event::Gone(_) => drop(world.caches.remove(&name)),
+            },
+            Change::Workload(seen) => self.ahead.see(seen),
+        }
+    }
+
+    /// Does what may be done now; whether there is more.
+    fn act(&mut self) -> bool {
+        let known = &self.listings;
+        if !(known.warmups.is_known && known.nodes.is_known && known.caches.is_known) {
+            return false;
+        }
+        let now = Instant::now();
+        self.busy
+            .retain(|_, until| until.is_none_or(|until| now < until));
+        let wall = SystemTime::now();
+        let actions = reconcile(&self.world, &mut self.memory, &self.namespace, now, wall);
+        let mut has_more = false;
+        let ahead =
+            self.ahead
+                .changes(&self.world.warmups)
+                .into_iter()
+                .map(|change| match change {
+                    ahead::Change::Make(key, warmup) => Action::Make { key, warmup },
+                    ahead::Change::Delete(key, uid) => Action::Delete { key, uid },
+                });
+        for action in actions.into_iter().chain(ahead) {
+            let (subject, bucket) = match &action {
+                Action::Node(change) => (Subject::Node(change.name.clone()), &mut self.nodes),
+                Action::Status { key, .. }
+                | Action::Delete { key, .. }
+                | Action::Make { key, .. } => (Subject::Warmup(key.clone()), &mut self.statuses),
+            };
+            let is_free = !self.busy.contains_key(&subject) && self.running.len() < AT_ONCE;
+            if !is_free || !bucket.take(now) {
+                has_more = true;
+                if let Action::Status { key, .. } = &action {
+                    self.memory.not_written(key);
+                }
+                continue;
+            }
+            self.busy.insert(subject.clone(), None);
+            let (client, leads) = (self.client.clone(), self.leads.clone());
+            let version = |key: &Key| {
+                self.world
+                    .warmups
+                    .get(key)?
+                    .metadata
+                    .resource_version
+                    .clone()
+            };
+            let version = match &action {
+                Action::Status { key, .. } => version(key),
+                _ => None,
+            };
+            self.running.spawn(async move {
+                let until = *leads.borrow();
+                let result = match is_ahead(until) {
+                    true => perform(&client, action, version).await,
+                    false => Ok(Written::Nothing),
+                };
+                Done { subject, result }
+            });
+        }
+        has_more
+    }
+
+    fn done(&mut self, done: Done) {
+        let Done { subject, result } = done;
+        match result {
+            Ok(written) => {
+                self.busy.remove(&subject);
+                match written {
+                    Written::Node(node) => {
+                        metrics::global().kube_node_changes.add(1);
+                        drop(self.world.nodes.insert(node.name.clone(), node));
+                    }
+                    Written::Warmup(warmup) => {
+                        metrics::global().kube_statuses.add(1);
+                        let key = key(&warmup);
+                        // It may be gone meanwhile.
+                        if let Some(known) = self.world.warmups.get_mut(&key) {
+                            *known = *warmup;
+                        }
+                    }
+                    Written::Nothing => {}
+                }
+            }
+            Err(error) => {
+                if let Subject::Warmup(key) = &subject {
+                    self.memory.not_written(key);
+                }
+                match &error {
+                    // It has changed, or is gone: the news is on its way.
+                    kube::Error::Api(answer) if matches!(answer.code, 404 | 409) => {
+                        tracing::debug!(?subject, %error, "not written");
+                    }
+                    error => tracing::warn!(?subject, %error, "not written"),
+                }
+                self.busy.insert(subject, Some(Instant::now() + PAUSE));
+            }
+        }
+    }
+}
+
+fn key(warmup: &Warmup) -> Key {
+    let metadata = warmup.meta();
+    let (namespace, name) = (metadata.namespace.clone(), metadata.name.clone());
+    (namespace.unwrap_or_default(), name.unwrap_or_default())
+}
+
+async fn perform(
+    client: &Client,
+    action: Action,
+    version: Option<String>,
+) -> kube::Result<Written> {
+    let params = PatchParams::default();
+    match action {
+        Action::Node(change) => {
+            let patch = Patch::Merge(node_patch(&change));
+            let nodes = Api::<Node>::all(client.clone());
+            let node = within(nodes.patch(&change.name, &params, &patch)).await?;
+            Ok(Written::Node(node.into()))
+        }
+        Action::Status { key, status } => {
+            let patch = Patch::Merge(
+                json!({ "metadata": { "resourceVersion": version }, "status": status }),
+            );
+            let warmups = Api::<Warmup>::namespaced(client.clone(), &key.0);
+            let warmup = within(warmups.patch_status(&key.1, &params, &patch)).await?;
+            Ok(Written::Warmup(Box::new(warmup)))
+        }
+        Action::Make { key, warmup } => {
+            let params = PatchParams::apply("hearth-controller").force();
+            let warmups = Api::<Warmup>::namespaced(client.clone(), &key.0);
+            let warmup = within(warmups.patch(&key.1, &params, &Patch::Apply(warmup))).await?;
+            Ok(Written::Warmup(Box::new(warmup)))
+        }
+        Action::Delete { key, uid } => {
+            let params = DeleteParams {
+                preconditions: Some(Preconditions {
+                    uid: Some(uid),
+                    resource_version: None,
+                }),
+                ..DeleteParams::default()
+            };
+            let warmups = Api::<Warmup>::namespaced(client.clone(), &key.0);
+            within(warmups.delete(&key.1, &params)).await?;
+            Ok(Written::Nothing)
+        }
+    }
+}
+
+/// The merge patch of a change. Taints are a list, which a patch replaces: then it is for this version of the node only.
+fn node_patch(change: &NodeChange) -> Value {
+    let mut labels = Map::new();
+    labels.extend(
+        change
+            .add
+            .iter()
+            .map(|label| (label.clone(), json!("true"))),
+    );
+    labels.extend(
+        change
+            .remove
+            .iter()
+            .map(|label| (label.clone(), Value::Null)),
+    );
+    let mut patch = json!({ "metadata": { "labels": labels } });
+    if let Some(taints) = &change.taints {
+        patch["metadata"]["resourceVersion"] = json!(change.resource_version);
+        patch["spec"] = json!({ "taints": taints });
+    }
+    patch
+}
+
+/// So many a second, and so many at once.
+#[derive(Debug)]
+struct Bucket {
+    per_second: f64,
+    tokens: f64,
+    filled: Option<Instant>,
+}
+
+impl Bucket {
+    fn new(per_second: u32) -> Self {
+        Self {
+            per_second: per_second.into(),
+            tokens: per_second.into(),
+            filled: None,
+        }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        let since = self
+            .filled
+            .map_or(Duration::ZERO, |filled| now.duration_since(filled));
+        self.tokens = (self.tokens + since.as_secs_f64() * self.per_second).min(self.per_second);
+        self.filled = Some(now);
+        let may = self.tokens >= 1.0;
+        if may {
+            self.tokens -= 1.0;
+        }
+        may
+    }
+}
+
+/// Something that no other process says.
+fn nonce() -> String {
+    use std::hash::{BuildHasher as _, RandomState};
+    format!("{:016x}", RandomState::new().hash_one(std::process::id()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_keeps_its_rate() {
+        let mut bucket = Bucket::new(20);
+        let start = Instant::now();
+        let taken = (0..1000)
+            .filter(|ms| bucket.take(start + Duration::from_millis(*ms)))
+            .count();
+        assert!((38..=41).contains(&taken), "{taken}");
+    }
+
+    #[test]
+    fn taints_are_only_replaced_in_the_version_that_was_seen() {
+        let mut change = NodeChange {
+            name: "n".into(),
+            add: ["warm.hearth.dev/a".to_owned()].into(),
+            remove: ["warm.hearth.dev/b".to_owned()].into(),
+            taints: None,
+            resource_version: "7".into(),
+        };
+        let labels = json!({ "warm.hearth.dev/a": "true", "warm.hearth.dev/b": null });
+        assert_eq!(
+            node_patch(&change),
+            json!({ "metadata": { "labels": labels } })
+        );
+        change.taints = Some(Vec::new());
+        let patch = json!({ "metadata": { "labels": labels, "resourceVersion": "7" }, "spec": { "taints": [] } });
+        assert_eq!(node_patch(&change), patch);
+    }
+}

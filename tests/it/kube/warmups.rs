@@ -1,0 +1,539 @@
+//! Nodes and controllers around `Warmup`s, over a real connection to an API server that misbehaves. What they ask of it
+//! is compared with the rules that `daemonset/base/rbac.yaml` gives them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use hearth::{
+    kube::{
+        cache::Inventory,
+        controller,
+        crd::{self, CachedArtifact, Window},
+        warmups::{self, Order, WarmError, Warmer},
+    },
+    node::Progress,
+    reference::Reference,
+};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tokio::{sync::oneshot, task::JoinHandle};
+
+use super::{
+    fake::{Fake, Key},
+    schema,
+};
+
+const GROUP: &str = crd::GROUP;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A node's store, in words.
+#[derive(Default)]
+struct Store {
+    /// References that are here, with who pins them.
+    here: Mutex<BTreeMap<String, BTreeSet<String>>>,
+    orders: Mutex<Vec<Order>>,
+    /// What fails, and why.
+    broken: Mutex<BTreeMap<String, WarmError>>,
+    takes: Duration,
+    /// Nodes at work now, and at most; shared by all.
+    at_work: Arc<(AtomicUsize, AtomicUsize)>,
+}
+
+impl Store {
+    fn pins(&self, reference: &str) -> Option<BTreeSet<String>> {
+        self.here.lock().get(reference).cloned()
+    }
+}
+
+#[async_trait]
+impl Warmer for Store {
+    async fn warm(&self, order: &Order, _progress: &Progress) -> Result<(), WarmError> {
+        let name = order.reference.to_string();
+        self.orders.lock().push(order.clone());
+        let (now, most) = (&self.at_work.0, &self.at_work.1);
+        most.fetch_max(now.fetch_add(1, SeqCst) + 1, SeqCst);
+        tokio::time::sleep(self.takes).await;
+        now.fetch_sub(1, SeqCst);
+        if let Some(error) = self.broken.lock().get(&name) {
+            return Err(error.clone());
+        }
+        let mut here = self.here.lock();
+        here.entry(name).or_default().extend(order.owner.clone());
+        Ok(())
+    }
+
+    async fn keep(&self, reference: &Reference, owner: &str) -> Result<bool, WarmError> {
+        let mut here = self.here.lock();
+        Ok(here
+            .get_mut(&reference.to_string())
+            .map(|pins| pins.insert(owner.into()))
+            .is_some())
+    }
+
+    async fn release(&self, owner: &str, keep: &[Reference]) -> Result<(), WarmError> {
+        let keep: Vec<String> = keep.iter().map(ToString::to_string).collect();
+        for (name, pins) in self.here.lock().iter_mut() {
+            if !keep.contains(name) {
+                pins.remove(owner);
+            }
+        }
+        Ok(())
+    }
+
+    async fn owners(&self) -> Result<Vec<String>, WarmError> {
+        Ok(self.here.lock().values().flatten().cloned().collect())
+    }
+
+    async fn inventory(&self) -> Result<Inventory, WarmError> {
+        let artifact = |(reference, pins): (&String, &BTreeSet<String>)| CachedArtifact {
+            reference: reference.clone(),
+            warm: true,
+            pinned: !pins.is_empty(),
+            ..CachedArtifact::default()
+        };
+        Ok(Inventory {
+            artifacts: self.here.lock().iter().map(artifact).collect(),
+            ..Inventory::default()
+        })
+    }
+}
+
+fn node(fake: &Fake, name: &str, tainted: bool) {
+    let taints = match tainted {
+        true => json!([{ "key": crd::NOT_WARM_TAINT, "effect": "NoSchedule" }]),
+        false => json!([]),
+    };
+    let node = json!({
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": { "name": name, "labels": { "pool": "gpu" } },
+        "spec": { "taints": taints },
+        "status": { "conditions": [{ "type": "Ready", "status": "True" }] },
+    });
+    fake.put("", "nodes", node);
+}
+
+fn warmup(fake: &Fake, namespace: &str, name: &str, spec: Value) -> Key {
+    let object = json!({
+        "apiVersion": crd::API_VERSION, "kind": "Warmup",
+        "metadata": { "name": name, "namespace": namespace },
+        "spec": spec,
+    });
+    let mut wrong = Vec::new();
+    schema::check(&schema::of("Warmup"), &object, "", &mut wrong);
+    assert_eq!(wrong, [""; 0]);
+    fake.put(GROUP, "warmups", object);
+    Key::new(GROUP, "warmups", namespace, name)
+}
+
+fn cache_key(node: &str) -> Key {
+    Key::new(GROUP, "nodecaches", "", node)
+}
+
+async fn until(what: &str, holds: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < PATIENCE, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn agent(fake: &Fake, name: &str, store: Arc<Store>) -> JoinHandle<()> {
+    let settings = warmups::Settings {
+        node: name.into(),
+        report: Duration::from_secs(2),
+    };
+    tokio::spawn(warmups::run(fake.client(), settings, store))
+}
+
+fn candidate(fake: &Fake, name: &str) -> (oneshot::Sender<()>, JoinHandle<()>) {
+    let config = controller::Config {
+        enabled: true,
+        namespace: Some("hearth-system".into()),
+        lease_seconds: 6,
+        ..controller::Config::default()
+    };
+    let (stop, stopped) = oneshot::channel();
+    let stopped = async { drop(stopped.await) };
+    let run = controller::run(fake.client(), config, name.into(), stopped);
+    (stop, tokio::spawn(run))
+}
+
+/// Verb, group and resource.
+type Rule = (String, String, String);
+
+/// What was asked of the server.
+fn asked(fake: &Fake) -> BTreeSet<Rule> {
+    let rule = |asked: super::fake::Asked| (asked.verb.to_owned(), asked.group, asked.resource);
+    fake.asked().into_iter().map(rule).collect()
+}
+
+/// What roles of these names allow.
+fn allowed(names: &[&str]) -> BTreeSet<Rule> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("daemonset/base/rbac.yaml");
+    let documents: Vec<Value> =
+        serde_saphyr::from_multiple(&fs::read_to_string(file).unwrap()).unwrap();
+    let is_meant = |role: &&Value| {
+        let kind = role["kind"].as_str().unwrap();
+        matches!(kind, "Role" | "ClusterRole")
+            && names.contains(&role["metadata"]["name"].as_str().unwrap())
+    };
+    let list = |rule: &Value, field: &str| -> Vec<String> {
+        let items = rule[field].as_array().unwrap().iter();
+        items
+            .map(|item| item.as_str().unwrap().to_owned())
+            .collect()
+    };
+    let mut rules = BTreeSet::new();
+    for role in documents.iter().filter(is_meant) {
+        for rule in role["rules"].as_array().unwrap() {
+            for group in list(rule, "apiGroups") {
+                for resource in list(rule, "resources") {
+                    for verb in list(rule, "verbs") {
+                        rules.insert((verb, group.clone(), resource.clone()));
+                    }
+                }
+            }
+        }
+    }
+    rules
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_does_what_is_asked_and_no_more() {
+    let fake = Fake::start().await;
+    node(&fake, "n1", false);
+    let store = Arc::new(Store::default());
+    // Of a Warmup that went while no agent was here, and of a person.
+    let pins = ["warmup-gone".to_owned(), "user".to_owned()].into();
+    store.here.lock().insert("hf://o/old".into(), pins);
+    store.broken.lock().insert(
+        "hf://o/none".into(),
+        WarmError {
+            reason: "NotFound",
+            message: "no such model".into(),
+        },
+    );
+    // Of a node that had the name before.
+    let old = json!({
+        "apiVersion": crd::API_VERSION, "kind": "NodeCache",
+        "metadata": { "name": "n1", "ownerReferences": [{ "apiVersion": "v1", "kind": "Node", "name": "n1", "uid": "old" }] },
+    });
+    fake.put(GROUP, "nodecaches", old);
+    let running = agent(&fake, "n1", Arc::clone(&store));
+    let at_once = json!({ "references": ["hf://o/a"], "maxParallelNodes": 0, "priority": 7, "bandwidthPerNode": "1Mi" });
+    let a = warmup(&fake, "d", "a", at_once);
+    let waiting = warmup(
+        &fake,
+        "d",
+        "b",
+        json!({ "references": ["hf://o/b"], "pin": false }),
+    );
+    warmup(
+        &fake,
+        "d",
+        "elsewhere",
+        json!({ "references": ["hf://o/c"], "maxParallelNodes": 0, "nodeSelector": { "pool": "cpu" } }),
+    );
+    warmup(
+        &fake,
+        "d",
+        "failing",
+        json!({ "references": ["hf://o/none"], "maxParallelNodes": 0 }),
+    );
+    until("it warms", || store.pins("hf://o/a").is_some()).await;
+    until("what nobody asks for is let go", || {
+        store.pins("hf://o/old") == Some(["user".to_owned()].into())
+    })
+    .await;
+    let order = store
+        .orders
+        .lock()
+        .iter()
+        .find(|o| o.reference.to_string() == "hf://o/a")
+        .cloned()
+        .unwrap();
+    assert_eq!((order.priority, order.bandwidth), (7, Some(1 << 20)));
+    let reported = |name: &str, state: &str| {
+        let cache = fake.get(&cache_key("n1")).unwrap_or_default();
+        let entries = cache["status"]["warmups"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        entries
+            .iter()
+            .any(|entry| entry["name"] == name && entry["state"] == state)
+    };
+    until("it says so", || {
+        reported("a", "Warm") && reported("failing", "Failed")
+    })
+    .await;
+    let own = fake.get(&Key::new("", "nodes", "", "n1")).unwrap();
+    let owner =
+        || fake.get(&cache_key("n1")).unwrap()["metadata"]["ownerReferences"][0]["uid"].clone();
+    until("it is this node's", || owner() == own["metadata"]["uid"]).await;
+    let cache = fake.get(&cache_key("n1")).unwrap();
+    let mut wrong = Vec::new();
+    schema::check(&schema::of("NodeCache"), &cache, "", &mut wrong);
+    assert_eq!(wrong, [""; 0]);
+    assert!(store.pins("hf://o/b").is_none(), "it is not its turn");
+    fake.edit(&waiting, |w| {
+        w["status"] =
+            json!({ "observedGeneration": 1, "window": Window::all(), "reportSeconds": 2 });
+    });
+    until("its turn", || {
+        store.pins("hf://o/b") == Some(BTreeSet::new())
+    })
+    .await;
+    // Edited: what it asked for before is not pinned for it any more.
+    fake.edit(&a, |w| w["spec"]["references"] = json!(["hf://o/a2"]));
+    until("the edit", || {
+        store.pins("hf://o/a2").is_some_and(|pins| pins.len() == 1)
+    })
+    .await;
+    assert_eq!(store.pins("hf://o/a"), Some(BTreeSet::new()));
+    // Deleted, and nobody says so.
+    fake.faults(|faults| faults.lose = 1);
+    fake.remove(&a);
+    fake.compact();
+    fake.cut();
+    until("the deletion", || {
+        store.pins("hf://o/a2") == Some(BTreeSet::new())
+    })
+    .await;
+    until("it is reported", || {
+        !reported("a", "Warm") && reported("b", "Warm")
+    })
+    .await;
+    // A new process asks for nothing that is here.
+    running.abort();
+    let orders = store.orders.lock().len();
+    let running = agent(&fake, "n1", Arc::clone(&store));
+    let version =
+        |fake: &Fake| fake.get(&cache_key("n1")).unwrap()["metadata"]["resourceVersion"].clone();
+    let before = version(&fake);
+    until("another report", || version(&fake) != before).await;
+    let again: Vec<String> = store.orders.lock()[orders..]
+        .iter()
+        .map(|o| o.reference.to_string())
+        .collect();
+    assert!(!again.contains(&"hf://o/b".to_owned()), "{again:?}");
+    // Somebody deletes the report.
+    fake.remove(&cache_key("n1"));
+    warmup(
+        &fake,
+        "d",
+        "late",
+        json!({ "references": ["hf://o/late"], "maxParallelNodes": 0 }),
+    );
+    until("it is made anew", || reported("late", "Warm")).await;
+    running.abort();
+    assert_eq!(asked(&fake), allowed(&["hearth-warmups"]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_controller_says_labels_lets_in_and_deletes() {
+    let fake = Fake::start().await;
+    node(&fake, "n1", true);
+    node(&fake, "n2", false);
+    let gate = warmup(
+        &fake,
+        "hearth-system",
+        "gate",
+        json!({ "references": ["hf://o/a"], "startupGate": true }),
+    );
+    let over = json!({
+        "apiVersion": crd::API_VERSION, "kind": "Warmup",
+        "metadata": { "name": "over", "namespace": "d", "creationTimestamp": "2020-01-01T00:00:00Z" },
+        "spec": { "references": ["hf://o/a"], "ttlSeconds": 60 },
+    });
+    fake.put(GROUP, "warmups", over);
+    let over = Key::new(GROUP, "warmups", "d", "over");
+    // Pods that are to come: what their template asks for is warmed ahead, on a few nodes.
+    let deployment = json!({
+        "apiVersion": "apps/v1", "kind": "Deployment",
+        "metadata": { "name": "serve", "namespace": "d" },
+        "spec": { "replicas": 3, "template": {
+            "metadata": { "annotations": { "hearth.dev/prefetch": "hf://o/t", "hearth.dev/credentials": "hub" } },
+            "spec": { "containers": [], "tolerations": [{ "operator": "Exists" }] },
+        } },
+    });
+    fake.put("apps", "deployments", deployment);
+    let serve = Key::new("apps", "deployments", "d", "serve");
+    let ahead = Key::new(GROUP, "warmups", "d", "deployment-serve");
+    let (stop, first) = candidate(&fake, "one");
+    let (stop_second, second) = candidate(&fake, "two");
+    until("what is over is deleted", || fake.get(&over).is_none()).await;
+    until("what a template asks for", || fake.get(&ahead).is_some()).await;
+    let made = fake.get(&ahead).unwrap();
+    assert_eq!(made["spec"]["maxNodes"], 4);
+    assert_eq!(made["spec"]["credentials"]["name"], "hub");
+    assert_eq!(
+        made["metadata"]["ownerReferences"][0]["uid"],
+        fake.get(&serve).unwrap()["metadata"]["uid"]
+    );
+    let mut wrong = Vec::new();
+    schema::check(&schema::of("Warmup"), &without_nulls(made), "", &mut wrong);
+    assert_eq!(wrong, [""; 0]);
+    let annotation = "/spec/template/metadata/annotations/hearth.dev~1prefetch";
+    fake.edit(&serve, |d| {
+        *d.pointer_mut(annotation).unwrap() = json!("hf://o/t2")
+    });
+    until("an edit of the template", || {
+        fake.get(&ahead).unwrap()["spec"]["references"] == json!(["hf://o/t2"])
+    })
+    .await;
+    fake.edit(&serve, |d| {
+        d["spec"]["template"]["metadata"]["annotations"] = json!({})
+    });
+    until("nothing is asked for any more", || {
+        fake.get(&ahead).is_none()
+    })
+    .await;
+    let status = || fake.get(&gate).unwrap()["status"].clone();
+    until("the status", || status()["nodes"]["desired"] == 2).await;
+    assert_eq!(status()["nodes"]["unreachable"], 2, "no agent has reported");
+    let uid = fake.get(&gate).unwrap()["metadata"]["uid"].clone();
+    let report = |name: &str| {
+        let owner = fake.get(&Key::new("", "nodes", "", name)).unwrap()["metadata"]["uid"].clone();
+        let cache = json!({
+            "apiVersion": crd::API_VERSION, "kind": "NodeCache",
+            "metadata": { "name": name, "ownerReferences": [{ "apiVersion": "v1", "kind": "Node", "name": name, "uid": owner }] },
+            "status": {
+                "warmups": [{ "namespace": "hearth-system", "name": "gate", "uid": uid, "generation": 1, "state": "Warm", "bytes": 5, "presentBytes": 5 }],
+                "artifacts": [{ "reference": "hf://o/a", "digest": "d", "warm": true }],
+            },
+        });
+        fake.put(GROUP, "nodecaches", cache);
+    };
+    // The first attempt meets a conflict, and the connection is cut.
+    fake.refuse("patch", "nodes", 409, "Conflict");
+    report("n1");
+    fake.cut();
+    let label = crd::warm_label("hf://o/a");
+    let n1 = || fake.get(&Key::new("", "nodes", "", "n1")).unwrap();
+    until("it is let in", || {
+        n1()["spec"]["taints"].as_array().is_none_or(Vec::is_empty)
+    })
+    .await;
+    assert_eq!(n1()["metadata"]["labels"][&label], "true");
+    assert_eq!(n1()["metadata"]["labels"]["pool"], "gpu");
+    // The leader goes; the other one goes on without waiting for the lease to be over.
+    let lease = || fake.all("coordination.k8s.io", "leases")[0]["spec"].clone();
+    let holder = lease()["holderIdentity"].as_str().unwrap().to_owned();
+    let (mine, other) = match holder.starts_with("one_") {
+        true => ((stop, first), (stop_second, second)),
+        false => ((stop_second, second), (stop, first)),
+    };
+    mine.0.send(()).unwrap();
+    mine.1.await.unwrap();
+    report("n2");
+    until("all are warm", || {
+        let conditions = status()["conditions"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        conditions
+            .iter()
+            .any(|c| c["type"] == "Complete" && c["status"] == "True")
+    })
+    .await;
+    assert_ne!(lease()["holderIdentity"], holder.as_str());
+    assert_eq!(status()["bytes"], json!({ "total": 10, "present": 10 }));
+    let mut wrong = Vec::new();
+    schema::check(
+        &schema::of("Warmup"),
+        &without_nulls(fake.get(&gate).unwrap()),
+        "",
+        &mut wrong,
+    );
+    assert_eq!(wrong, [""; 0]);
+    // What a node does not say any more is not believed.
+    fake.remove(&cache_key("n1"));
+    until("its label goes", || {
+        n1()["metadata"]["labels"][&label].is_null()
+    })
+    .await;
+    other.0.send(()).unwrap();
+    other.1.await.unwrap();
+    assert_eq!(lease()["holderIdentity"], "");
+    let mut asked = asked(&fake);
+    // A patch that makes an object needs this, too.
+    asked.insert(("create".into(), GROUP.into(), "warmups".into()));
+    assert_eq!(asked, allowed(&["hearth-controller"]));
+}
+
+fn without_nulls(value: Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let fields = fields.into_iter().filter(|(_, value)| !value.is_null());
+            Value::Object(
+                fields
+                    .map(|(name, value)| (name, without_nulls(value)))
+                    .collect(),
+            )
+        }
+        other => other,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waves_pass_through_a_cluster_that_misbehaves() {
+    let fake = Fake::start().await;
+    fake.skew(-86_400);
+    fake.faults(|faults| {
+        faults.duplicate = true;
+        faults.no_progress = true;
+        faults.cut_after = Some(20);
+    });
+    let at_work = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+    let mut agents = Vec::new();
+    for n in 0..4 {
+        let name = format!("n{n}");
+        node(&fake, &name, n == 0);
+        let store = Store {
+            takes: Duration::from_millis(500),
+            at_work: Arc::clone(&at_work),
+            ..Store::default()
+        };
+        agents.push(agent(&fake, &name, Arc::new(store)));
+    }
+    let key = warmup(
+        &fake,
+        "hearth-system",
+        "w",
+        json!({ "references": ["hf://o/a"], "maxParallelNodes": 2, "startupGate": true }),
+    );
+    let (stop, controller) = candidate(&fake, "c");
+    until("all are warm", || {
+        let status = fake.get(&key).unwrap()["status"].clone();
+        status["nodes"]["warm"] == 4
+    })
+    .await;
+    assert!(at_work.1.load(SeqCst) <= 2, "{at_work:?}");
+    let n0 = || fake.get(&Key::new("", "nodes", "", "n0")).unwrap();
+    until("the held one is let in", || {
+        n0()["spec"]["taints"].as_array().is_none_or(Vec::is_empty)
+    })
+    .await;
+    let label = crd::warm_label("hf://o/a");
+    until("all are labelled", || {
+        fake.all("", "nodes")
+            .iter()
+            .all(|n| n["metadata"]["labels"][&label] == "true")
+    })
+    .await;
+    stop.send(()).unwrap();
+    controller.await.unwrap();
+    for agent in agents {
+        agent.abort();
+    }
+}
