@@ -60,7 +60,11 @@ impl Publish {
         let capability = asked
             .volume_capability
             .ok_or_else(|| missing("volume_capability"))?;
-        let flags = capability_flags(&capability, asked.readonly)?;
+        let flags = capability_flags(
+            &capability,
+            asked.readonly,
+            CsiErrorKind::FailedPrecondition,
+        )?;
         let mut want = want("volume_context", &asked.volume_context, config)?;
         want.keys = keys(&want.reference, asked.secrets)?;
         Ok(Self {
@@ -79,7 +83,7 @@ impl Create {
             return Err(missing("volume_capabilities"));
         }
         for capability in &asked.volume_capabilities {
-            capability_flags(capability, false)?;
+            capability_flags(capability, false, CsiErrorKind::Invalid)?;
         }
         if asked.volume_content_source.is_some() {
             return Err(CsiError::invalid(
@@ -201,15 +205,18 @@ fn check_map(field: &str, map: &Map) -> Result<()> {
     Ok(())
 }
 
-/// Checks that a volume of ours can be used like that, and says how it is to be mounted.
+/// Checks that a volume of ours can be used like that, and says how it is to be mounted. What makes
+/// sense, but is more than a volume here can do, is of the kind `exceeds`, which the spec has for each call.
 pub(super) fn capability_flags(
     capability: &api::VolumeCapability,
     readonly: bool,
+    exceeds: CsiErrorKind,
 ) -> Result<Flags> {
     let mount = match &capability.access_type {
         Some(AccessType::Mount(mount)) => mount,
         Some(AccessType::Block(_)) => {
-            return Err(CsiError::invalid(
+            return Err(CsiError::new(
+                exceeds,
                 "volume_capability: volumes are file systems, not block devices (volumeMode: Filesystem)",
             ));
         }
@@ -232,7 +239,8 @@ pub(super) fn capability_flags(
         ) => false,
     };
     let writable = || {
-        CsiError::invalid(
+        CsiError::new(
+            exceeds,
             "volumes are read-only: say `readOnly: true` for a volume of a pod, and \
              `accessModes: [ReadOnlyMany]` for a claim",
         )
@@ -242,7 +250,8 @@ pub(super) fn capability_flags(
     }
     check_text("fs_type", &mount.fs_type, MAX_TEXT)?;
     if !mount.volume_mount_group.is_empty() {
-        return Err(CsiError::invalid(
+        return Err(CsiError::new(
+            exceeds,
             "volume_mount_group: a model is shared by all its pods, and keeps its owners and modes; say \
              `fsGroupPolicy: None` in the CSIDriver",
         ));

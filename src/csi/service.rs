@@ -174,7 +174,8 @@ impl Service {
             request::want("parameters", &asked.parameters, config)?;
         }
         for capability in &asked.volume_capabilities {
-            if let Err(error) = request::capability_flags(capability, false) {
+            if let Err(error) = request::capability_flags(capability, false, CsiErrorKind::Invalid)
+            {
                 let is_asked = capability.access_type.is_some() && capability.access_mode.is_some();
                 if !is_asked {
                     return Err(error);
