@@ -324,7 +324,7 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             status.log = Some(log).filter(|log| log.exists());
         }
         if let Some(keeper) = &keeper {
-            status.keeper = Some(keeper.keeper());
+            status.keeper = keeper.keeper();
             status.restarts = restarts;
         }
         let control =
