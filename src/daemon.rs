@@ -5,6 +5,7 @@
 
 mod agent;
 mod faces;
+mod handover;
 mod models;
 mod roots;
 
