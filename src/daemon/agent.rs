@@ -358,6 +358,11 @@ pub async fn run(
                     tracing::info!(process, version, "hands over");
                     if !group.stop(faces).await {
                         successor.refuse("what is under way in the agent that runs takes too long");
+                        // Only then are records free; who connects meanwhile waits.
+                        tokio::select! {
+                            stopped = &mut stop => break stopped,
+                            _ = group.drained.recv() => {}
+                        }
                     } else if let Err(error) = successor.give(&parts.sockets) {
                         tracing::error!(%error, "the sockets cannot be handed over");
                     } else {

@@ -89,7 +89,11 @@ async fn csi(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
     let records = Arc::downgrade(&driver);
     (parts.note)(&format!("csi on {}", listener.path().display()));
     life.serving();
-    let served = csi::serve(driver, listener, life.stopped()).await;
+    let stop = async {
+        life.stopped().await;
+        models.stop();
+    };
+    let served = csi::serve(driver, listener, stop).await;
     if served.is_ok() {
         tokio::select! {
             () = gone(records) => life.drained(),

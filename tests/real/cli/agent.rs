@@ -274,6 +274,34 @@ fn one_that_cannot_take_over_leaves_the_old_one_serving() {
     agent.csi.stop(Signal::SIGTERM);
 }
 
+/// A volume that is to be complete is waited for at the old agent, and then at the new one.
+#[test]
+fn who_waits_for_a_whole_volume_asks_the_new_agent_again() {
+    let web = Web::slow("512k");
+    let model = web.model("m", 4, 1);
+    let mut agent = Agent::new();
+    let asked = agent
+        .csi
+        .asked("v", &[("source", &model), ("mode", "complete")]);
+    let target = asked.target_path.clone();
+    let waiting = agent.csi.start_publishing(asked);
+    wait_for("begun", || {
+        let (_, metrics) = agent.get("/metrics");
+        metrics.contains("\nhearth_mount_mounts 1\n")
+    });
+    agent.upgrade();
+    let told = waiting.join().unwrap().unwrap_err();
+    assert_eq!(told.code(), tonic::Code::Unavailable, "{told}");
+    let asked = agent
+        .csi
+        .asked("v", &[("source", &model), ("mode", "complete")]);
+    agent.csi.start_publishing(asked).join().unwrap().unwrap();
+    drop(web.server);
+    assert_same(&target, &web.root.path().join("m"));
+    agent.csi.unpublish("v");
+    agent.csi.stop(Signal::SIGTERM);
+}
+
 /// The memory of the one session that process `pid` serves.
 fn session_memory(pid: u32) -> PathBuf {
     let files = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();

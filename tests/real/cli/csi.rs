@@ -144,7 +144,11 @@ impl Csi {
     }
 
     /// A request as the kubelet makes it for a volume of a pod.
-    fn asked(&self, volume: &str, attributes: &[(&str, &str)]) -> api::NodePublishVolumeRequest {
+    pub(super) fn asked(
+        &self,
+        volume: &str,
+        attributes: &[(&str, &str)],
+    ) -> api::NodePublishVolumeRequest {
         api::NodePublishVolumeRequest {
             volume_id: volume.into(),
             target_path: self.target(volume),
@@ -164,6 +168,15 @@ impl Csi {
         let mut node = self.node();
         let done = self.runtime.block_on(node.node_publish_volume(asked));
         done.map(drop)
+    }
+
+    /// As [`Csi::try_publish`], on a thread of its own.
+    pub(super) fn start_publishing(
+        &self,
+        asked: api::NodePublishVolumeRequest,
+    ) -> std::thread::JoinHandle<Result<(), Status>> {
+        let (mut node, runtime) = (self.node(), self.runtime.handle().clone());
+        std::thread::spawn(move || runtime.block_on(node.node_publish_volume(asked)).map(drop))
     }
 
     /// Publishes `source` as `volume`; where.
