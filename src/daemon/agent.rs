@@ -400,7 +400,9 @@ pub async fn run(
         let left = group.leave().await;
         match predecessor {
             Some(_) => parts.sockets.give_back(),
-            None => parts.sockets.leave(),
+            None if passed => parts.sockets.leave(),
+            // A face may just have begun to listen.
+            None => parts.sockets.close(),
         }
         return done.and(left);
     }
