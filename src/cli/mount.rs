@@ -571,12 +571,13 @@ impl Mounted {
 
     /// Leaves it mounted, for another process to serve.
     async fn leave(self) -> anyhow::Result<()> {
+        let mount = self.mount;
+        let left = tokio::task::spawn_blocking(move || mount.leave()).await?;
+        // Not before: who reads what it fetches would be told that it was given up.
         if let Some(fill) = &self.fill {
             fill.abort();
         }
-        let mount = self.mount;
-        tokio::task::spawn_blocking(move || mount.leave()).await??;
-        Ok(())
+        Ok(left?)
     }
 
     /// Unmounts, if that is not done, and waits for the session's threads.

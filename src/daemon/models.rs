@@ -180,9 +180,10 @@ impl SharedModels {
         let Some(served) = slot.lock().await.served.take() else {
             return;
         };
-        drop(served.fill);
         let mount = served.mount;
         let left = tokio::task::spawn_blocking(move || mount.leave()).await;
+        // Not before: who reads what it fetches would be told that it was given up.
+        drop(served.fill);
         if let Ok(Err(error)) = left {
             tracing::warn!(%error, "a mount was not left in order");
         }
