@@ -14,9 +14,8 @@ use std::{
 
 use http_body_util::Full;
 use hyper::{Method, Request, Response, StatusCode, body::Bytes, header};
-use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 
 use crate::{metrics, socket::web};
 
@@ -45,7 +44,7 @@ impl Default for Config {
 /// How a face does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {
-    /// It does not serve yet, and why.
+    /// It does not serve yet; why, where that does not lie with this process.
     Starting(String),
     Serving,
     /// It was told to end: what is under way is finished.
@@ -65,23 +64,34 @@ impl fmt::Display for State {
 
 /// How all faces do.
 #[derive(Debug, Default)]
-pub struct Health(Mutex<BTreeMap<&'static str, State>>);
+pub struct Health(watch::Sender<BTreeMap<&'static str, State>>);
 
 impl Health {
     /// Notes how `face` does.
     pub fn set(&self, face: &'static str, state: State) {
-        self.0.lock().insert(face, state);
+        self.0.send_modify(|faces| {
+            faces.insert(face, state);
+        });
     }
 
     /// Whether every face serves.
     pub fn is_ready(&self) -> bool {
-        self.0.lock().values().all(|state| *state == State::Serving)
+        let faces = self.0.borrow();
+        faces.values().all(|state| *state == State::Serving)
+    }
+
+    /// Returns once every face serves, or waits for something else than this process.
+    pub async fn started(&self) {
+        let begins = |state: &State| matches!(state, State::Starting(why) if why.is_empty());
+        let mut faces = self.0.subscribe();
+        // The sender is here.
+        let _ = faces.wait_for(|faces| !faces.values().any(begins)).await;
     }
 }
 
 impl fmt::Display for Health {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let faces = self.0.lock();
+        let faces = self.0.borrow();
         faces
             .iter()
             .try_for_each(|(face, state)| writeln!(f, "{face}: {state}"))

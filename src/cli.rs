@@ -293,11 +293,18 @@ impl Context {
             .build()?)
     }
 
-    /// Serves `faces` until a signal arrives; to be told to end is how it ends.
-    fn serve(&self, config: Config, faces: &[Face]) -> anyhow::Result<ExitCode> {
+    /// Serves `faces` until a signal arrives; to be told to end is how it ends. `door`: where the next
+    /// process asks this one to hand over.
+    fn serve(
+        &self,
+        config: Config,
+        faces: &[Face],
+        door: Option<PathBuf>,
+    ) -> anyhow::Result<ExitCode> {
         let runtime = self.runtime()?;
         let done = runtime.block_on(async {
-            let parts = Parts::new(self.node()?, config, output::note)?;
+            let mut parts = Parts::new(self.node()?, config, output::note)?;
+            parts.door = door;
             let stop = async { interrupted().await.map(drop) };
             daemon::run(parts, faces, stop).await
         });

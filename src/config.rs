@@ -48,6 +48,13 @@ pub struct Agent {
     /// agent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keeper: Option<PathBuf>,
+    /// Have the service manager keep the mounts and sockets instead (`FDSTORE=1` of systemd).
+    pub fdstore: bool,
+    /// Where the next agent asks this one to hand over to it: a unix socket, mode 0600.
+    pub socket: PathBuf,
+    /// What an agent does once another has taken over from it: it ends (false), or waits for SIGTERM. Where
+    /// something starts again whatever ends, as the kubelet does, it has to wait.
+    pub linger: bool,
     /// How long requests under way may take, in seconds, once the agent was told to end.
     #[serde(rename = "drain_seconds")]
     pub drain: u64,
@@ -58,6 +65,9 @@ impl Default for Agent {
         Self {
             node_name: None,
             keeper: None,
+            fdstore: false,
+            socket: "/run/hearth/agent.sock".into(),
+            linger: false,
             drain: 20,
         }
     }

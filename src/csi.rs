@@ -32,6 +32,7 @@ use serde::{Deserialize, Serialize};
 pub use self::{
     error::{CsiError, CsiErrorKind},
     models::{Layout, Mode, Model, ModelError, ModelErrorKind, Models, Status, User, Want},
+    records::FORMAT,
     service::serve,
     target::{Binds, Flags, Targets},
 };
@@ -132,6 +133,13 @@ impl Drop for Change<'_> {
         {
             changes.remove(&self.volume);
         }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        let published = self.state.get_mut().published.len() as u64;
+        metrics::global().csi_volumes.sub(published);
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod agent;
 mod faces;
+mod handover;
 mod kube;
 mod models;
 mod roots;

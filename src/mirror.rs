@@ -20,7 +20,7 @@ use tokio::{net::TcpListener, task::JoinSet};
 
 use self::answer::{Answer, answer};
 pub(crate) use self::range::parse_range;
-use crate::{node::Node, socket::web};
+use crate::{metrics, node::Node, socket::web};
 
 /// Settings of the mirror: `[mirror]` in the configuration file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +65,13 @@ async fn respond(shared: Arc<(Node, Option<String>)>, request: Request<Incoming>
     let (method, target) = (request.method().clone(), request.uri().to_string());
     let answer = answer(node, default_registry.as_deref(), &request).await;
     let status = answer.status().as_u16();
+    let metrics = metrics::global();
+    metrics.mirror_answer.observe(asked.elapsed());
+    match status {
+        ..400 => metrics.mirror_ok.add(1),
+        400..500 => metrics.mirror_refused.add(1),
+        _ => metrics.mirror_failed.add(1),
+    }
     tracing::debug!(%method, target, status, took = ?asked.elapsed(), "answered");
     answer
 }

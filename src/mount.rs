@@ -54,10 +54,11 @@ use self::{
     session::{Agreed, Device, Session},
 };
 pub use self::{
+    state::FORMAT,
     stats::Stats,
     table::{MountInfo, mounted},
 };
-use crate::fs::View;
+use crate::{fs::View, metrics};
 
 /// How long a server may take to answer whether it lives.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -314,6 +315,9 @@ impl Mount {
         server.notify_by(Some(fuse.notifier()));
         raise_read_ahead(session.connection, config.read_ahead_kb);
 
+        if resumed {
+            metrics::global().keeper_adopted.add(1);
+        }
         let (tell, ended) = watch::channel(false);
         let left = Arc::new(AtomicBool::new(false));
         let serving = (server.clone(), keeper.clone(), dir.clone(), left.clone());
@@ -323,7 +327,9 @@ impl Mount {
             .name("hearth-mount".into())
             .spawn(move || {
                 let (server, keeper, dir, left) = serving;
+                metrics::global().mount_mounts.add(1);
                 let result = fuse.run();
+                metrics::global().mount_mounts.sub(1);
                 server.notify_by(None);
                 drop(device);
                 if !left.load(Relaxed)
@@ -409,6 +415,7 @@ impl Mount {
     /// What the system or the keeper says; then it is as if this process had died.
     pub fn leave(&self) -> Result<(), MountError> {
         self.left.store(true, Relaxed);
+        metrics::global().keeper_left.add(1);
         let failed = |e| MountError::system(&self.dir, "leave", e);
         if let Some(device) = self.device.upgrade() {
             let (channel, threads) = self.channel;

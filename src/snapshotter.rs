@@ -46,6 +46,7 @@ pub use self::{
     error::{SnapshotError, SnapshotErrorKind},
     mounts::{Mount, check_overlay},
     pinned::keep_pinned,
+    records::FORMAT,
     roots::{Hints, NoRoots, Root, Roots, RootsError, RootsErrorKind, Usage},
     service::serve,
 };

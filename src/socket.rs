@@ -4,20 +4,15 @@
 //! somebody does. Serving ends with what is under way, within bounds. Nothing here survives a crash but the name of the
 //! socket, which the next process replaces. Called by the faces.
 
+mod authority;
+mod held;
+mod name;
+pub mod packet;
+pub mod service;
 pub mod web;
 
-mod authority;
-
 use std::{
-    fs::{self, DirBuilder, File},
     io,
-    os::{
-        fd::AsRawFd as _,
-        unix::{
-            fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
-            net::UnixStream,
-        },
-    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -27,10 +22,17 @@ use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::server::Router;
 
+pub use self::{
+    held::{Passed, Sockets, address_id},
+    name::Name,
+};
+
 /// Longest path of a socket, in bytes (unix(7), `sun_path`).
 const MAX_PATH: usize = 107;
 /// How long requests under way may take once it is to stop.
 const DRAIN: Duration = Duration::from_secs(10);
+/// How long a client has to speak up that connected just before no more were taken.
+const GREETING: Duration = Duration::from_millis(50);
 
 /// Why a socket cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -53,14 +55,9 @@ pub enum ServeError {
 #[derive(Debug)]
 pub struct Listener {
     listener: UnixListener,
-    socket: Socket,
-}
-
-/// The name of a socket; removed when dropped.
-#[derive(Debug)]
-struct Socket {
     path: PathBuf,
-    inode: u64,
+    /// `None` where somebody else has it.
+    name: Option<Name>,
 }
 
 impl Listener {
@@ -70,65 +67,30 @@ impl Listener {
     /// # Errors
     /// A socket on which somebody listens, a path that is too long or something else, no right to.
     pub fn bind(address: &Path) -> Result<Self, ServeError> {
-        let path = match address.to_str().and_then(|a| a.strip_prefix("unix://")) {
-            Some(path) => PathBuf::from(path),
-            None => address.to_owned(),
-        };
-        let path = std::path::absolute(&path).unwrap_or(path);
+        let path = path_of(address)?;
         let refuse = |message: String| ServeError::Address {
             path: path.clone(),
             message,
         };
-        if let Some((scheme, _)) = address.to_str().and_then(|a| a.split_once("://"))
-            && scheme != "unix"
-        {
-            return Err(refuse(format!(
-                "{} is no path, nor unix:// and one",
-                address.display()
-            )));
-        }
-        if path.as_os_str().len() > MAX_PATH {
-            return Err(refuse(format!("longer than {MAX_PATH} bytes")));
-        }
-        let (Some(dir), Some(_)) = (path.parent(), path.file_name()) else {
-            return Err(refuse("not the path of a file".into()));
-        };
-        let fail = |source| ServeError::System {
-            path: path.clone(),
-            source,
-        };
-        let made = DirBuilder::new().recursive(true).mode(0o711).create(dir);
-        made.map_err(fail)?;
-        match fs::symlink_metadata(&path) {
-            Ok(meta) if !meta.file_type().is_socket() => {
-                return Err(refuse("something that is no socket is there".into()));
-            }
-            Ok(_) if UnixStream::connect(&path).is_ok() => return Err(ServeError::Busy(path)),
-            _ => {}
-        }
-        // Nobody can connect before the mode is set, and an old socket is replaced at once. The
-        // other name may be longer than a socket's, so it is reached through the directory.
-        let opened = File::open(dir).map_err(fail)?;
-        let name = format!(".hearth.{}", std::process::id());
-        let new = PathBuf::from(format!("/proc/self/fd/{}/{name}", opened.as_raw_fd()));
-        let _ = fs::remove_file(&new);
-        let listener = UnixListener::bind(&new).map_err(fail)?;
-        let renamed = fs::set_permissions(&new, fs::Permissions::from_mode(0o600))
-            .and_then(|()| fs::rename(&new, &path));
-        if let Err(error) = renamed {
-            let _ = fs::remove_file(&new);
-            return Err(fail(error));
-        }
-        let inode = fs::symlink_metadata(&path).map_err(fail)?.ino();
+        let bound = Name::take(&path, |path| UnixListener::bind(path));
+        let (listener, name) = bound.map_err(|source| match source.kind() {
+            io::ErrorKind::AlreadyExists => refuse("something that is no socket is there".into()),
+            io::ErrorKind::AddrInUse => ServeError::Busy(path.clone()),
+            _ => ServeError::System {
+                path: path.clone(),
+                source,
+            },
+        })?;
         Ok(Self {
             listener,
-            socket: Socket { path, inode },
+            path,
+            name: Some(name),
         })
     }
 
     /// Where it listens.
     pub fn path(&self) -> &Path {
-        &self.socket.path
+        &self.path
     }
 
     /// Serves `router` until `stop`; then finishes what is under way.
@@ -140,15 +102,24 @@ impl Listener {
         router: Router,
         stop: impl Future<Output = ()> + Send,
     ) -> Result<(), ServeError> {
-        let Self { listener, socket } = self;
+        let Self { listener, name, .. } = self;
         let (stopped, drained) = tokio::sync::oneshot::channel();
+        let (tell, mut told) = tokio::sync::watch::channel(false);
         let stop = async {
             stop.await;
+            tell.send_replace(true);
+            // One that was taken just now is closed unheard, once it is told to end.
+            tokio::time::sleep(GREETING).await;
             let _ = stopped.send(());
+        };
+        let until = async move {
+            let _ = told.wait_for(|stopped| *stopped).await;
         };
         let trusted = UnixListenerStream::new(listener)
             .filter(|stream| std::future::ready(stream.as_ref().map_or(true, is_trusted)))
-            .map(|stream| stream.map(authority::Named::new));
+            .map(|stream| stream.map(authority::Named::new))
+            .take_until(until)
+            .chain(futures_util::stream::pending());
         let serving = router.serve_with_incoming_shutdown(trusted, stop);
         let late = async {
             match drained.await {
@@ -163,18 +134,37 @@ impl Listener {
                 Ok(())
             }
         };
-        drop(socket);
+        drop(name);
         done
     }
 }
 
-impl Drop for Socket {
-    fn drop(&mut self) {
-        // Not one that took its place.
-        if fs::symlink_metadata(&self.path).is_ok_and(|meta| meta.ino() == self.inode) {
-            let _ = fs::remove_file(&self.path);
-        }
+/// The path that `address` means.
+fn path_of(address: &Path) -> Result<PathBuf, ServeError> {
+    let path = match address.to_str().and_then(|a| a.strip_prefix("unix://")) {
+        Some(path) => PathBuf::from(path),
+        None => address.to_owned(),
+    };
+    let path = std::path::absolute(&path).unwrap_or(path);
+    let refuse = |message: String| ServeError::Address {
+        path: path.clone(),
+        message,
+    };
+    if let Some((scheme, _)) = address.to_str().and_then(|a| a.split_once("://"))
+        && scheme != "unix"
+    {
+        return Err(refuse(format!(
+            "{} is no path, nor unix:// and one",
+            address.display()
+        )));
     }
+    if path.as_os_str().len() > MAX_PATH {
+        return Err(refuse(format!("longer than {MAX_PATH} bytes")));
+    }
+    if path.file_name().is_none() {
+        return Err(refuse("not the path of a file".into()));
+    }
+    Ok(path)
 }
 
 /// Whether who connected is root or runs as this process does. The mode of the socket says the same;
@@ -195,6 +185,11 @@ pub fn is_trusted(stream: &tokio::net::UnixStream) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        fs,
+        os::unix::{fs::MetadataExt as _, net::UnixStream},
+    };
+
     use super::*;
 
     #[tokio::test]

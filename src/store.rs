@@ -95,7 +95,7 @@ use crate::{
 };
 
 /// The format that this version writes and reads.
-const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 1;
 
 pub(crate) type Result<T> = std::result::Result<T, StoreError>;
 

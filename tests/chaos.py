@@ -259,6 +259,114 @@ class Worker:
         self.same(name, (done.returncode, done.stdout.decode()[:64]), (0, right))
 
 
+class Client(Worker):
+    """Asks the faces of an agent, each time anew: none may refuse."""
+
+    def __init__(self, agent, here, there, seed, home):
+        self.ports, self.sockets = [agent.admin, agent.mirror], [agent.csi]
+        super().__init__("asked", here, there, seed, home)
+
+    def asked(self):
+        for port, path in zip(self.ports, ("/healthz", "/v2/")):
+            def get():
+                with socket.create_connection(("127.0.0.1", port), timeout=30) as s:
+                    s.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
+                    return s.makefile("rb").readline()
+            self.same(f"{path} of {port}", self.timed(get).split()[1:2], [b"200"])
+        for name in self.sockets:
+            def connect():
+                with socket.socket(socket.AF_UNIX) as s:
+                    s.connect(name)
+            self.timed(connect)
+        time.sleep(0.005)
+
+
+class Agent:
+    """A keeper and an agent, which mounts by the CSI; upgraded in place."""
+
+    def __init__(self, hearth, home):
+        self.hearth, self.home = hearth, home
+        self.admin, self.mirror, self.csi = free_port(), free_port(), os.path.join(home, "csi.sock")
+        with open(hearth.config, "a") as f:
+            f.write(f"[agent]\nnode_name = 'n'\nkeeper = '{home}/keeper.sock'\nsocket = '{home}/agent.sock'\n"
+                    f"[admin]\naddress = '127.0.0.1:{self.admin}'\n"
+                    f"[mirror]\nenabled = true\naddress = '127.0.0.1:{self.mirror}'\n"
+                    f"[csi]\nenabled = true\nendpoint = '{self.csi}'\n")
+        self.keeper = self.start("keeper", "--socket", f"{home}/keeper.sock")
+        self.wait(lambda: os.path.exists(f"{home}/keeper.sock"), "no keeper")
+        self.process = self.start("-v", "agent")
+        self.wait(self.ready, "the agent is not ready")
+
+    def start(self, *args):
+        return subprocess.Popen(self.hearth.command(*args), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                stderr=open(f"{self.home}/{args[-1] if args[-1] == 'agent' else 'keeper'}.log", "a"))
+
+    def log(self):
+        with open(f"{self.home}/agent.log") as f:
+            return f.read()
+
+    def wait(self, done, what, limit=60):
+        deadline = time.time() + limit
+        while not done():
+            if time.time() > deadline:
+                sys.exit(f"{what}:\n{self.log()}")
+            time.sleep(0.01)
+
+    def ready(self):
+        try:
+            with socket.create_connection(("127.0.0.1", self.admin), timeout=30) as s:
+                s.sendall(b"GET /readyz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+                return s.makefile("rb").readline().split()[1:2] == [b"200"]
+        except OSError:
+            return False
+
+    def upgrade(self):
+        """Another agent takes over: when it was started, and when the old one had ended."""
+        begun, new = time.time(), self.start("-v", "agent")
+        try:
+            code = self.process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            sys.exit(f"the old agent does not end:\n{self.log()}")
+        if code or new.poll() is not None:
+            sys.exit(f"the old agent ended with {code}, the new one with {new.poll()}:\n{self.log()}")
+        self.process = new
+        return begun, time.time()
+
+    def call(self, method, message):
+        """A call of gRPC, by curl: its status."""
+        head, body = os.path.join(self.home, "head"), b"\0" + len(message).to_bytes(4, "big") + message
+        done = subprocess.run(["curl", "-sS", "--http2-prior-knowledge", "--unix-socket", self.csi, "-D", head,
+                               "-H", "content-type: application/grpc", "-H", "te: trailers", "--data-binary", "@-",
+                               "-o", "/dev/null", f"http://localhost/csi.v1.{method}"], input=body, capture_output=True)
+        with open(head) as f:
+            said = f.read()
+        if done.returncode or "grpc-status: 0" not in said:
+            sys.exit(f"{method}: {done.stderr.decode()}{said}\n{self.log()}")
+
+    def publish(self, source, target):
+        capability = field(2, b"") + field(3, b"\x08\x01")  # a mount; one node writes, as the kubelet says it
+        context = b"".join(field(8, field(1, k) + field(2, v)) for k, v in ((b"source", source.encode()),))
+        self.call("Node/NodePublishVolume", field(1, b"volume") + field(4, target.encode()) + field(5, capability)
+                  + b"\x30\x01" + context)
+
+    def unpublish(self, target):
+        self.call("Node/NodeUnpublishVolume", field(1, b"volume") + field(2, target.encode()))
+
+    def stop(self):
+        for process in (self.process, self.keeper):
+            process.terminate()
+            if process.wait(timeout=60):
+                sys.exit(f"{process.args} ended with {process.returncode}:\n{self.log()}")
+
+
+def field(number, value):
+    """A field of a protobuf message: a string, bytes or a message."""
+    length, coded = len(value), b""
+    while length > 127:
+        coded, length = coded + bytes([length & 127 | 128]), length >> 7
+    return bytes([number << 3 | 2]) + coded + bytes([length]) + value
+
+
 KINDS = ["sequential", "scattered", "opened", "mapped", "listed", "stated", "executed"]
 
 

@@ -9,6 +9,9 @@ use crate::daemon;
 /// the registry mirror, and the port for probes and metrics. Runs until SIGTERM or SIGINT: then it takes no more
 /// requests, finishes those under way, leaves its mounts to the keeper, and ends. If a face cannot start, or
 /// fails, it ends with status 1, and is to be started again.
+///
+/// Where one runs already, the new one takes over from it: sockets and mounts change hands while clients and readers
+/// go on, and the old one ends. If the new one cannot, it says why, and the old one goes on.
 #[derive(clap::Args)]
 #[command(after_long_help = "\
 In the configuration (`hearth config` prints all of it):
@@ -38,6 +41,6 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     let agent = &mut config.agent;
     agent.node_name = args.node_name.or(agent.node_name.take());
     agent.keeper = args.keeper.or(agent.keeper.take());
-    let faces = daemon::enabled(&config);
-    context.serve(config, &faces)
+    let (faces, door) = (daemon::enabled(&config), config.agent.socket.clone());
+    context.serve(config, &faces, Some(door))
 }

@@ -47,5 +47,5 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         .for_each(|e| config.csi.endpoint = e);
     config.agent.node_name = args.node_id.or(config.agent.node_name);
     config.agent.keeper = args.keeper;
-    context.serve(config, &[daemon::CSI])
+    context.serve(config, &[daemon::CSI], None)
 }

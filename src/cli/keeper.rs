@@ -3,7 +3,10 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::Context as _;
 
 use super::{Context, output};
-use crate::mount::keeper::{Keeper, Settings};
+use crate::{
+    mount::keeper::{Keeper, Settings},
+    socket::service,
+};
 
 /// Keep mounts while the processes that serve them come and go
 ///
@@ -32,6 +35,7 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         server: None,
     })?;
     output::note(&format!("keeper on {}", socket.display()));
+    service::notify("READY=1", &[])?;
     keeper.run().context("the keeper failed")?;
     Ok(ExitCode::SUCCESS)
 }

@@ -31,5 +31,5 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         .into_iter()
         .for_each(|a| config.mirror.address = a);
     config.agent.keeper = None;
-    context.serve(config, &[daemon::MIRROR])
+    context.serve(config, &[daemon::MIRROR], None)
 }

@@ -316,7 +316,7 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             status.log = Some(log).filter(|log| log.exists());
         }
         if let Some(keeper) = &keeper {
-            status.keeper = Some(keeper.keeper());
+            status.keeper = keeper.keeper();
             status.restarts = restarts;
         }
         let control =
@@ -563,12 +563,13 @@ impl Mounted {
 
     /// Leaves it mounted, for another process to serve.
     async fn leave(self) -> anyhow::Result<()> {
+        let mount = self.mount;
+        let left = tokio::task::spawn_blocking(move || mount.leave()).await?;
+        // Not before: who reads what it fetches would be told that it was given up.
         if let Some(fill) = &self.fill {
             fill.abort();
         }
-        let mount = self.mount;
-        tokio::task::spawn_blocking(move || mount.leave()).await??;
-        Ok(())
+        Ok(left?)
     }
 
     /// Unmounts, if that is not done, and waits for the session's threads.

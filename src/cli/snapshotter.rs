@@ -58,5 +58,5 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     face.sync |= args.sync;
     face.containerd = args.containerd.or(face.containerd.take());
     config.agent.keeper = args.keeper;
-    context.serve(config, &[daemon::SNAPSHOTTER])
+    context.serve(config, &[daemon::SNAPSHOTTER], None)
 }

@@ -242,7 +242,7 @@ fn ask(context: &Context, dir: &str, path: &Path) -> anyhow::Result<MountStatus>
                 return Err(output::hinted(
                     format!(
                         "{dir} is mounted, but its server does not come back; process {} goes on starting it",
-                        kept.keeper()
+                        kept.keeper().unwrap_or_default()
                     ),
                     format!(
                         "{} says why; `hearth umount --force DIR` gives it up",

@@ -26,7 +26,7 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         let path = control::keeper_path(&context.root, dir);
         Link::connect(&path).ok()
     });
-    let mut processes: Vec<u32> = keeper.iter().map(Link::keeper).collect();
+    let mut processes: Vec<u32> = keeper.iter().filter_map(Link::keeper).collect();
     if args.force {
         let served = keeper.as_ref().and_then(|keeper| keeper.sessions().ok());
         processes.extend(served.into_iter().flatten().filter_map(|kept| kept.server));

@@ -20,6 +20,8 @@ use crate::{
     source::Keys,
 };
 
+/// Of the records below. A process understands those of exactly this.
+pub const FORMAT: u32 = 1;
 /// Longest record, in bytes.
 const MAX_RECORD: u64 = 64 << 10;
 const PUBLISHED: &str = "published";

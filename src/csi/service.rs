@@ -1,6 +1,6 @@
 //! gRPC: decodes, calls [`Driver`], answers with the status codes of the CSI spec. Errors are logged here, once.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use async_trait::async_trait;
 use tonic::{Code, Request, Response, Status};
@@ -205,12 +205,15 @@ impl node_server::Node for Service {
         request: Request<api::NodePublishVolumeRequest>,
     ) -> Answer<api::NodePublishVolumeResponse> {
         let config = &self.0.settings().config;
+        let begun = Instant::now();
         let published = async {
             let asked = Publish::new(request.into_inner(), config)?;
             self.0.publish(asked).await?;
             Ok(api::NodePublishVolumeResponse {})
         };
-        answer(published.await)
+        let published = published.await;
+        metrics::global().csi_publish.observe(begun.elapsed());
+        answer(published)
     }
 
     async fn node_unpublish_volume(

@@ -1,6 +1,10 @@
 //! The faces of the agent: each a function that puts its parts together and serves.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use tokio::{net::TcpListener, task::JoinSet};
@@ -17,7 +21,6 @@ use crate::{
     kube::{self, Pods},
     mirror, mount,
     snapshotter::{self, Snapshotter},
-    socket::Listener,
 };
 
 pub const ADMIN: Face = Face {
@@ -66,7 +69,7 @@ pub fn enabled(config: &Config) -> Vec<Face> {
 }
 
 async fn admin(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
-    let listener = listen(parts.config.admin.address).await?;
+    let listener = listen(&parts, &life, parts.config.admin.address).await?;
     (parts.note)(&format!("admin on http://{}", listener.local_addr()?));
     life.serving();
     // It answers to the end: who probes is to see how the others end.
@@ -79,7 +82,7 @@ async fn admin(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
 
 async fn mirror(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
     let config = &parts.config.mirror;
-    let listener = listen(config.address).await?;
+    let listener = listen(&parts, &life, config.address).await?;
     (parts.note)(&format!("mirror on http://{}", listener.local_addr()?));
     life.serving();
     let under_way = mirror::serve(listener, parts.node.clone(), config, life.stopped()).await;
@@ -123,15 +126,23 @@ async fn csi(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
         config: config.clone(),
     };
     // First, so that nothing is touched that another process serves.
-    let listener = Listener::bind(&config.endpoint)?;
+    let listener = parts.sockets.unix(life.face(), &config.endpoint)?;
     let mounts = parts.config.mount.clone();
     let models = SharedModels::new(parts.node.clone(), mounts, parts.keeper.clone());
     let driver = csi::Driver::open(settings, models.clone(), Arc::new(csi::Binds)).await?;
+    let records = Arc::downgrade(&driver);
     (parts.note)(&format!("csi on {}", listener.path().display()));
     life.serving();
-    let served = csi::serve(driver, listener, life.stopped()).await;
+    let stop = async {
+        life.stopped().await;
+        models.stop();
+    };
+    let served = csi::serve(driver, listener, stop).await;
     if served.is_ok() {
-        life.drained();
+        tokio::select! {
+            () = gone(records) => life.drained(),
+            () = life.ended() => {}
+        }
         life.ended().await;
     }
     // However it ends: what the keeper has is for the next process.
@@ -167,8 +178,9 @@ async fn snapshotter(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
     }
     let served = async {
         let snapshotter = Snapshotter::open(settings, roots.clone())?;
+        let records = Arc::downgrade(&snapshotter);
         snapshotter::check_overlay(&root)?;
-        let listener = Listener::bind(&config.address)?;
+        let listener = parts.sockets.unix(life.face(), &config.address)?;
         (parts.note)(&format!(
             "snapshotter on {}, snapshots in {}",
             listener.path().display(),
@@ -176,12 +188,15 @@ async fn snapshotter(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
         ));
         life.serving();
         snapshotter::serve(snapshotter, listener, life.stopped()).await?;
+        tokio::select! {
+            () = gone(records) => life.drained(),
+            () = life.ended() => {}
+        }
         anyhow::Ok(())
     };
     let served = served.await;
     drop(aside);
     if served.is_ok() {
-        life.drained();
         life.ended().await;
     }
     // However it ends: what the keeper has is for the next process.
@@ -219,9 +234,16 @@ async fn controller(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    let listener = TcpListener::bind(address).await;
+async fn listen(parts: &Parts, life: &Life, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let listener = parts.sockets.tcp(life.face(), address).await;
     listener.with_context(|| format!("cannot listen on {address}"))
+}
+
+/// Waits until nobody has it any more: what works on after its client went away is done, and locks are free.
+async fn gone<T>(of: Weak<T>) {
+    while of.strong_count() > 0 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
 }
 
 /// Lets answers under way be finished, within bounds.

@@ -47,6 +47,8 @@ pub struct SharedModels {
     dir: PathBuf,
     keeper: Option<Arc<Link>>,
     slots: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Slot>>>>,
+    /// Nobody waits for an origin any more: whoever asks is to ask the next process.
+    ending: watch::Sender<bool>,
     /// Nothing is mounted any more: the next process does.
     left: AtomicBool,
 }
@@ -127,6 +129,7 @@ impl SharedModels {
             dir,
             keeper,
             slots: Mutex::default(),
+            ending: watch::Sender::new(false),
             left: AtomicBool::new(false),
         });
         if let Some(mut leaves) = leaves {
@@ -140,6 +143,22 @@ impl SharedModels {
             });
         }
         this
+    }
+
+    /// Has everybody who waits for an origin ask again, so that what is under way can be finished.
+    pub fn stop(&self) {
+        self.ending.send_replace(true);
+    }
+
+    async fn unless_ending<T>(&self, work: impl Future<Output = T>) -> Result<T, ModelError> {
+        let mut ending = self.ending.subscribe();
+        tokio::select! {
+            done = work => Ok(done),
+            _ = ending.wait_for(|ending| *ending) => Err(ModelError::new(
+                ModelErrorKind::Unavailable,
+                "this process is ending: ask again",
+            )),
+        }
     }
 
     /// Leaves all mounts to the next process, where a keeper has them. Nothing is mounted from now on.
@@ -162,9 +181,10 @@ impl SharedModels {
         let Some(served) = slot.lock().await.served.take() else {
             return;
         };
-        drop(served.fill);
         let mount = served.mount;
         let left = tokio::task::spawn_blocking(move || mount.leave()).await;
+        // Not before: who reads what it fetches would be told that it was given up.
+        drop(served.fill);
         if let Ok(Err(error)) = left {
             tracing::warn!(%error, "a mount was not left in order");
         }
@@ -270,9 +290,8 @@ impl SharedModels {
             return Ok(());
         }
         let node = self.node(want, Some(&Credentials::new(keys.clone())));
-        node.inspect(&want.reference)
-            .await
-            .map_err(|e| of_node(&e))?;
+        let inspected = self.unless_ending(node.inspect(&want.reference));
+        inspected.await?.map_err(|e| of_node(&e))?;
         held.replace(keys.clone());
         Ok(())
     }
@@ -315,13 +334,17 @@ impl Models for SharedModels {
         };
         let credentials = want.keys.clone().map(Credentials::new);
         let node = self.node(want, credentials.as_ref());
-        let guarded = node.guard(&want.reference, want.keys.as_ref()).await;
-        guarded.map_err(|e| of_node(&e))?;
-        let resolved = match &generation {
-            Some(digest) => node.resume(&want.reference, digest).await,
-            None => node.resolve(&want.reference).await,
-        };
-        let resolved = resolved.map_err(|e| match (&e, generation) {
+        let guarded = node.guard(&want.reference, want.keys.as_ref());
+        self.unless_ending(guarded)
+            .await?
+            .map_err(|e| of_node(&e))?;
+        let resolved = self.unless_ending(async {
+            match &generation {
+                Some(digest) => node.resume(&want.reference, digest).await,
+                None => node.resolve(&want.reference).await,
+            }
+        });
+        let resolved = resolved.await?.map_err(|e| match (&e, generation) {
             (NodeError::Unknown(_), Some(_)) => ModelError::new(ModelErrorKind::Gone, describe(&e)),
             _ => of_node(&e),
         })?;
@@ -394,7 +417,7 @@ impl Models for SharedModels {
         };
         drop(slot);
         let done = state.wait_for(|state| !matches!(state, Filling::Going));
-        match &*done.await.map_err(|_| gone())? {
+        match &*self.unless_ending(done).await?.map_err(|_| gone())? {
             Filling::Failed(error) => Err(error.clone()),
             _ => Ok(()),
         }

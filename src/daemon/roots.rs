@@ -84,8 +84,8 @@ struct Lazy {
 impl Lazy {
     /// Leaves it to the next process.
     async fn leave(self) {
-        self.fill.abort();
         let mount = Arc::clone(&self.mount);
+        // The background fetch goes on meanwhile: who reads what it fetches would be told that it was given up.
         let left = tokio::task::spawn_blocking(move || mount.leave()).await;
         if let Ok(Err(error)) = left {
             tracing::warn!(%error, "a mount was left without a word");

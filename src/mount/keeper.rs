@@ -2,7 +2,7 @@
 //!
 //! The keeper opens `/dev/fuse`, mounts, and holds the connection and its state (`super::state`) while
 //! servers come and go; it knows nothing of stores, networks and files. A server connects over a
-//! unix socket (`wire`, `link`), has the fds sent over it, and serves. When its connection ends, it
+//! unix socket (`wire`, `talk`), has the fds sent over it, and serves. When its connection ends, it
 //! is dead; what it had not answered waits, and the next one takes over (`session`). A keeper that was
 //! given a server to run starts it again. While there is none, whoever reads through it waits, for at
 //! most the time that is configured, and is then answered ETIMEDOUT (`refuse`); what the kernel
@@ -11,11 +11,14 @@
 //! Invariants: one thread; every queue and message is bounded; a peer that does not read is dropped. No
 //! file on a mount is ever opened here: to close it would be a request to a server that may not be there.
 //! Every fd is closed on exec. Called by `cli`, in a process of its own. Where the keeper dies, its
-//! servers go on, and a mount dies with its server as it would without.
+//! servers go on, and a mount dies with its server as it would without. A service of systemd needs none: the
+//! service manager keeps the same fds (`fdstore`).
 
 mod child;
+mod fdstore;
 mod link;
 mod refuse;
+mod talk;
 mod wire;
 
 use std::{
@@ -32,22 +35,24 @@ use nix::{
     sys::{
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
-        socket::MsgFlags,
     },
 };
 
 use self::{
     child::Child,
     refuse::Refuser,
-    wire::{Answer, Dir, Listener, PROTOCOL, Request},
+    wire::{Answer, Dir, Request},
 };
 pub use self::{
     child::SUCCESSOR,
     link::{Link, Orphan},
-    wire::Kept,
+    wire::{Kept, PROTOCOL},
 };
 use super::{MountError, MountErrorKind, device, session::Session, table};
-use crate::disk::takes_nothing;
+use crate::{
+    disk::takes_nothing,
+    socket::packet::{self, Listener, MsgFlags},
+};
 
 /// Most connections at a time.
 const MAX_PEERS: usize = 256;
@@ -316,7 +321,7 @@ impl Keeper {
             return;
         };
         let peer = accepted.and_then(|socket| {
-            let process = wire::peer(&socket)?;
+            let process = packet::peer(&socket)?;
             Ok(Peer {
                 socket,
                 process,
@@ -339,7 +344,7 @@ impl Keeper {
         };
         let heard = match hung_up {
             true => Ok(None),
-            false => wire::receive(peer.socket.as_fd(), MsgFlags::MSG_DONTWAIT),
+            false => packet::receive(peer.socket.as_fd(), MsgFlags::MSG_DONTWAIT),
         };
         match heard {
             Ok(Some((request, fds))) => self.serve(id, request, fds),
@@ -562,7 +567,7 @@ impl Keeper {
         let Some(peer) = self.peers.get(&id) else {
             return;
         };
-        let sent = wire::send(peer.socket.as_fd(), answer, fds, MsgFlags::MSG_DONTWAIT);
+        let sent = packet::send(peer.socket.as_fd(), answer, fds, MsgFlags::MSG_DONTWAIT);
         if let Err(error) = sent {
             tracing::warn!(process = peer.process, %error, "a peer does not listen");
             self.gone(id);

@@ -276,7 +276,9 @@ mod tests {
     }
 
     fn opens() -> Opens<u32> {
-        Opens::new(Arc::new(State::create(b"", b"").unwrap()))
+        Opens::new(Arc::new(
+            State::create(b"", b"", std::path::Path::new("")).unwrap(),
+        ))
     }
 
     fn mode(answer: Option<Answer<u32>>) -> Option<u32> {

@@ -10,7 +10,7 @@
 use std::{
     fs, io,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd, RawFd},
-    sync::{Arc, mpsc},
+    sync::{Arc, atomic::Ordering::Relaxed, mpsc},
     time::{Duration, Instant},
 };
 
@@ -29,8 +29,10 @@ use super::{
     session::{Device, IN_HEADER, read_on, replace},
 };
 
-/// How long what is in hand may take to be answered.
+/// How long what is in hand may take to be answered, where it would be lost else.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The same where the kernel sends it again to the next server: others wait meanwhile.
+const SHORT_PATIENCE: Duration = Duration::from_millis(20);
 /// Ignored by default, and of no other use here (signal(7)).
 const WAKE: Signal = Signal::SIGURG;
 const DESTROY: u32 = 38;
@@ -40,7 +42,7 @@ const OURS: u64 = 1 << 62;
 const BUFFER: usize = (1 << 20) + 65536;
 
 /// Ends the `threads` threads that read number `channel`, and waits until all that they took is answered, or
-/// for long enough. What is answered after that is lost; the kernel sends it again to the next server.
+/// for long enough. What is answered after that is lost; where it can, the kernel sends it again to the next server.
 pub(super) fn retire(
     server: &Server,
     device: &Arc<Device>,
@@ -75,19 +77,26 @@ pub(super) fn retire(
     let channel = unsafe { BorrowedFd::borrow_raw(channel) };
     replace(channel, theirs.as_fd())?;
     drop((theirs, notifier));
-    let until = Instant::now() + PATIENCE;
-    while !*ended.borrow() && Instant::now() < until {
+    let begun = Instant::now();
+    while !*ended.borrow() && begun.elapsed() < PATIENCE {
         wake_readers();
         std::thread::sleep(Duration::from_millis(2));
     }
-    let left = until.saturating_duration_since(Instant::now());
-    if answered.recv_timeout(left).is_err() {
-        tracing::warn!("requests that wait for content are left to the next server");
-    }
-    // From here on nothing that this process does reaches the kernel or the next server.
+    let patience = match server.resend.load(Relaxed) {
+        true => SHORT_PATIENCE,
+        false => PATIENCE.saturating_sub(begun.elapsed()),
+    };
+    let all = answered.recv_timeout(patience).is_ok();
+    // What the kernel reads by itself stays open for the next server.
     device.leave();
-    server.state.freeze();
+    // From here on nothing that this process answers reaches the kernel, and after that nothing that it notes the
+    // next server; what it notes in between is of requests that are sent again.
     let _ = shutdown(std::os::fd::AsRawFd::as_raw_fd(&*ours), Shutdown::Both);
+    if !all {
+        tracing::debug!("requests that wait for content are left to the next server");
+        let _ = answered.recv_timeout(PATIENCE);
+    }
+    server.state.freeze();
     Ok(())
 }
 

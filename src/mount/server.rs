@@ -7,6 +7,7 @@ use std::{
         Arc, Weak,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
+    time::Instant,
 };
 
 use fuser::{Errno, FileHandle, FopenFlags, Notifier, ReplyData, ReplyOpen};
@@ -25,6 +26,7 @@ use super::{
 use crate::{
     fetch::FetchErrorKind,
     fs::{Body, FsError, Opened, View},
+    metrics,
 };
 
 /// What serves one mount; shared by its threads and tasks.
@@ -291,7 +293,9 @@ impl Server {
         reply: ReplyData,
     ) {
         self.counters.waited_reads.add(1);
+        let begun = Instant::now();
         let read = body.read(at.0, at.1).await;
+        metrics::global().mount_wait.observe(begun.elapsed());
         match self.view.check().and(read) {
             // Fewer bytes would be shown to the reader as zeros.
             Ok(bytes) if bytes.len() == at.1 => self.answer_read(&bytes, reply),

@@ -151,7 +151,7 @@ impl Session {
                 .connection;
             let failed = |e| MountError::system(dir, "FUSE handshake", e);
             let init = read_init(&fd).map_err(failed)?;
-            let state = State::create(&init, about).map_err(failed)?;
+            let state = State::create(&init, about, dir).map_err(failed)?;
             Ok(Self {
                 dir: dir.to_owned(),
                 connection,

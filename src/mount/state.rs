@@ -4,8 +4,9 @@
 //! ```text
 //!     0 "hrthsess"   8 format u32   12 slots u32   16 slots ever used u32   20 servers so far u32
 //!    24 length of the kernel's INIT u32   28 length of our answer u32 (0: none yet)
-//!    32 length of `about` u32
+//!    32 length of `about` u32   36 length of the mount point u32
 //!  1024 INIT request   2048 INIT answer   4096 about: what is served, opaque here
+//! 61440 the mount point
 //! 65536 slots of 32 bytes: kind u32, backing id u32, inode u64, handle u64, zero [8]
 //! ```
 //!
@@ -15,12 +16,17 @@
 //! kernel sends again, because nobody knows whether it was answered, changes nothing the second time.
 
 use std::{
+    ffi::OsString,
     fs::File,
     io,
     os::{
         fd::{AsFd as _, OwnedFd},
-        unix::fs::FileExt as _,
+        unix::{
+            ffi::{OsStrExt as _, OsStringExt as _},
+            fs::FileExt as _,
+        },
     },
+    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -33,7 +39,7 @@ use parking_lot::Mutex;
 use crate::disk::SharedMap;
 
 /// Of the layout above. A server refuses any other.
-const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 1;
 const MAGIC: [u8; 8] = *b"hrthsess";
 /// Most files open in one mount. What no file ever needed takes no memory.
 const SLOTS: u32 = 1 << 20;
@@ -55,12 +61,18 @@ const ABOUT: Field = Field {
     at: 4096,
     max: MAX_ABOUT,
 };
+const DIR: Field = Field {
+    length: 36,
+    at: PLACE,
+    max: TABLE - PLACE,
+};
+const PLACE: usize = 61440;
 const TABLE: usize = 65536;
 const SLOT: usize = 32;
 const LENGTH: u64 = (TABLE + SLOTS as usize * SLOT) as u64;
 
 /// Most bytes that [`State::about`] may have.
-pub(super) const MAX_ABOUT: usize = TABLE - 4096;
+pub(super) const MAX_ABOUT: usize = PLACE - 4096;
 
 struct Field {
     length: usize,
@@ -111,11 +123,11 @@ pub(super) enum Kind {
 pub(super) struct Slot(u32);
 
 impl State {
-    /// The memory of a new session, for which the kernel has sent `init`.
+    /// The memory of a new session on `dir`, for which the kernel has sent `init`.
     ///
     /// # Errors
     /// `about` is too long; what the system says.
-    pub(super) fn create(init: &[u8], about: &[u8]) -> io::Result<Self> {
+    pub(super) fn create(init: &[u8], about: &[u8], dir: &Path) -> io::Result<Self> {
         let fd = memfd_create(
             c"hearth-session",
             MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
@@ -137,6 +149,7 @@ impl State {
         };
         state.set(&INIT, init)?;
         state.set(&ABOUT, about)?;
+        state.set(&DIR, dir.as_os_str().as_bytes())?;
         Ok(state)
     }
 
@@ -204,6 +217,11 @@ impl State {
     /// What is served, for the next server.
     pub(super) fn about(&self) -> io::Result<Vec<u8>> {
         self.get(&ABOUT)
+    }
+
+    /// Where it is mounted; empty where that was not noted.
+    pub(super) fn dir(&self) -> io::Result<PathBuf> {
+        Ok(OsString::from_vec(self.get(&DIR)?).into())
     }
 
     /// One more server begins; how many there were before.
@@ -362,7 +380,7 @@ mod tests {
 
     #[test]
     fn a_successor_finds_what_was_noted() {
-        let state = State::create(b"init", b"about").unwrap();
+        let state = State::create(b"init", b"about", Path::new("/mnt")).unwrap();
         assert!(state.answer().unwrap().is_empty());
         state.set_answer(b"answer").unwrap();
         let kinds = [Kind::Cached, Kind::Passthrough(9), Kind::Working];
@@ -378,6 +396,7 @@ mod tests {
         assert_eq!(next.init().unwrap(), b"init");
         assert_eq!(next.answer().unwrap(), b"answer");
         assert_eq!(next.about().unwrap(), b"about");
+        assert_eq!(next.dir().unwrap(), Path::new("/mnt"));
         assert_eq!(next.next_server(), 1);
         let found: Vec<_> = next.entries().into_iter().map(|(_, entry)| entry).collect();
         let expected = [wide, entry(Kind::Closing(9), 7), entry(Kind::Working, 7)];
@@ -389,21 +408,21 @@ mod tests {
     fn anything_else_is_no_session() {
         let file = tempfile::tempfile().unwrap();
         State::open(file.into()).unwrap_err();
-        let state = State::create(b"", b"").unwrap();
+        let state = State::create(b"", b"", Path::new("")).unwrap();
         state.file.write_all_at(&9u32.to_ne_bytes(), 8).unwrap();
         let error = State::open(state.fd().unwrap()).unwrap_err().to_string();
         assert!(
             error.contains("format 9") && error.contains("knows 1"),
             "{error}"
         );
-        State::create(b"", &vec![0; MAX_ABOUT + 1]).unwrap_err();
+        State::create(b"", &vec![0; MAX_ABOUT + 1], Path::new("")).unwrap_err();
         // Nobody can shorten what others have mapped.
         state.file.set_len(0).unwrap_err();
     }
 
     #[test]
     fn what_is_open_is_bounded() {
-        let state = Arc::new(State::create(b"", b"").unwrap());
+        let state = Arc::new(State::create(b"", b"", Path::new("")).unwrap());
         for ino in 0..u64::from(SLOTS) {
             assert!(state.add(entry(Kind::Cached, ino)).is_some());
         }

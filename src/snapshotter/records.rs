@@ -29,8 +29,9 @@ use crate::{
     disk::{self, Disk, DiskError, Open},
 };
 
-/// First word of a record.
-const FORMAT: &str = "hearth-snapshot-1";
+/// Of the records below; it is in their first word. A process understands those of exactly this.
+pub const FORMAT: u32 = 1;
+const HEAD: &str = "hearth-snapshot-1";
 /// Longest record that is read, in bytes; containerd's messages are limited to 4 MiB.
 const MAX_RECORD: u64 = 16 << 20;
 
@@ -113,7 +114,7 @@ impl Record {
 
     fn encode(&self) -> io::Result<Vec<u8>> {
         let json = serde_json::to_vec(self)?;
-        let mut text = format!("{FORMAT} {}\n", Digest::of(&json)).into_bytes();
+        let mut text = format!("{HEAD} {}\n", Digest::of(&json)).into_bytes();
         text.extend_from_slice(&json);
         Ok(text)
     }
@@ -123,10 +124,10 @@ impl Record {
         let head = str::from_utf8(&text[..at]).map_err(|_| "no record of a snapshot")?;
         let json = &text[at + 1..];
         match head.split_once(' ') {
-            Some((FORMAT, digest)) if digest == Digest::of(json).to_string() => {
+            Some((HEAD, digest)) if digest == Digest::of(json).to_string() => {
                 serde_json::from_slice(json).map_err(|e| e.to_string())
             }
-            Some((FORMAT, _)) => Err("its digest does not match".into()),
+            Some((HEAD, _)) => Err("its digest does not match".into()),
             _ => Err("not written by this version of hearth".into()),
         }
     }
@@ -410,7 +411,7 @@ mod tests {
             assert!(Record::decode(wrong.as_bytes()).is_err(), "{wrong:?}");
         }
         let json = b"{\"id\":1,\"unknown\":2}";
-        let text = format!("{FORMAT} {}\n", Digest::of(json));
+        let text = format!("{HEAD} {}\n", Digest::of(json));
         let error = Record::decode(&[text.as_bytes(), json].concat()).unwrap_err();
         assert!(error.contains("unknown"), "{error}");
     }

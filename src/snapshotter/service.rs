@@ -15,6 +15,7 @@ use crate::{
         services::snapshots::v1::{self as api, snapshots_server},
         types,
     },
+    metrics,
     socket::{Listener, ServeError},
 };
 
@@ -71,6 +72,7 @@ fn status(error: &SnapshotError) -> Status {
     };
     // The others are answers like any other: containerd asks to find out.
     if matches!(error, SnapshotError::Roots { .. }) || code == Code::Internal {
+        metrics::global().snapshotter_failures.add(1);
         tracing::warn!(error = message, "a request failed");
     } else {
         tracing::debug!(answer = message, ?code);

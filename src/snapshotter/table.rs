@@ -6,7 +6,7 @@ use super::{
     Kind, Result, SnapshotError, TARGET_LABEL,
     records::{Found, Record},
 };
-use crate::digest::Digest;
+use crate::{digest::Digest, metrics};
 
 /// More layers than any image has; overlayfs takes 500 (fs/overlayfs, `OVL_MAX_STACK`).
 const MAX_DEPTH: usize = 1000;
@@ -34,6 +34,13 @@ impl Line {
     /// The claimed layers.
     pub(super) fn chain(&self) -> Option<Digest> {
         self.remote.as_ref().and_then(|record| record.remote)
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        let snapshots = self.by_name.len() as u64;
+        metrics::global().snapshotter_snapshots.sub(snapshots);
     }
 }
 
@@ -83,7 +90,11 @@ impl Table {
     pub(super) fn insert(&mut self, record: Record) {
         self.ids.insert(record.id);
         self.making.remove(&record.name);
-        if let Some(before) = self.by_name.insert(record.name.clone(), record)
+        let before = self.by_name.insert(record.name.clone(), record);
+        if before.is_none() {
+            metrics::global().snapshotter_snapshots.add(1);
+        }
+        if let Some(before) = before
             && self.by_name[&before.name].id != before.id
         {
             tracing::error!(
@@ -96,6 +107,7 @@ impl Table {
 
     pub(super) fn remove(&mut self, name: &str) {
         if let Some(record) = self.by_name.remove(name) {
+            metrics::global().snapshotter_snapshots.sub(1);
             self.ids.remove(&record.id);
         }
     }

@@ -73,6 +73,9 @@ where
         });
         while connections.try_join_next().is_some() {}
     }
-    drop((listener, tell));
+    drop(listener);
+    // One that was taken just now is closed unheard, once it is told to end.
+    tokio::time::sleep(super::GREETING).await;
+    drop(tell);
     connections
 }

@@ -17,6 +17,7 @@ use crate::{
     sources::bytes,
 };
 
+mod agent;
 mod chaos;
 mod commands;
 mod consumers;
@@ -35,6 +36,7 @@ mod offline;
 mod private;
 mod secrets;
 mod survive;
+mod systemd;
 mod tiers;
 
 /// Longest time that anything but a server may take.

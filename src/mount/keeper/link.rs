@@ -1,310 +1,28 @@
-//! A server's connection to its keeper.
+//! A server's connection to whoever keeps its mounts: a keeper, or the service manager.
 
 use std::{
-    io,
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::fd::{BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        mpsc::{self, Receiver, RecvTimeoutError},
-    },
-    time::Duration,
 };
-
-use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
-use parking_lot::Mutex;
-use tokio::sync::mpsc::Sender;
 
 use super::{
-    super::{
-        MountError, MountErrorKind, device,
-        session::{Device, Session},
-        state::State,
-    },
-    wire::{self, Answer, Dir, Kept, PROTOCOL, Request},
+    super::{MountError, device, session::Session},
+    fdstore::{self, FdStore},
+    talk::Talk,
+    wire::Kept,
 };
 
-/// How long a keeper may take to answer: it mounts, and waits for a server to leave.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// Sessions that may be asked back before anybody has looked.
-const LEAVES: usize = 1024;
-
-/// A connection to a keeper. The keeper takes its end for the death of this server.
+/// A connection to whoever keeps the mounts of this process when it ends.
 #[derive(Debug)]
-pub struct Link {
-    socket: Arc<OwnedFd>,
-    answers: Mutex<Receiver<(Answer, Vec<OwnedFd>)>>,
-    leaves: Arc<Mutex<Leaves>>,
-    keeper: u32,
+pub struct Link(Way);
+
+#[derive(Debug)]
+enum Way {
+    Keeper(Talk),
+    Manager(FdStore),
 }
 
-/// Who is told of sessions that a successor asks for, by what their mount points begin with.
-type Leaves = Vec<(PathBuf, Sender<PathBuf>)>;
-
-impl Link {
-    /// Connects to the keeper that listens on `path`.
-    ///
-    /// # Errors
-    /// None is there, or it does not speak with this version.
-    pub fn connect(path: &Path) -> Result<Self, MountError> {
-        let socket = wire::dial(path).map_err(|e| MountError::system(path, "keeper", e))?;
-        Self::over(socket, path)
-    }
-
-    /// Takes the connection that the keeper gave this process as its standard input, and leaves nothing
-    /// there.
-    ///
-    /// # Errors
-    /// There is none.
-    pub fn inherited() -> Result<Self, MountError> {
-        let failed = |e: io::Error| MountError::system(Path::new("stdin"), "keeper", e);
-        let stdin = io::stdin();
-        let socket = stdin.as_fd().try_clone_to_owned().map_err(failed)?;
-        let nothing = std::fs::File::open("/dev/null").map_err(failed)?;
-        // Children must not inherit it: the keeper would take this process for alive.
-        nix::unistd::dup2_stdin(&nothing).map_err(|e| failed(e.into()))?;
-        Self::over(socket, Path::new("stdin"))
-    }
-
-    fn over(socket: OwnedFd, name: &Path) -> Result<Self, MountError> {
-        let failed = |e: io::Error| MountError::system(name, "keeper", e);
-        let socket = Arc::new(socket);
-        let (answer, answers) = mpsc::sync_channel(4);
-        let leaves = Arc::<Mutex<Leaves>>::default();
-        let (listening, told) = (socket.clone(), leaves.clone());
-        std::thread::Builder::new()
-            .name("hearth-keeper".into())
-            .spawn(move || {
-                loop {
-                    let sent = match wire::receive(listening.as_fd(), MsgFlags::empty()) {
-                        Ok(Some((Answer::Leave { dir }, _))) => tell(&told.lock(), dir.0),
-                        Ok(Some(other)) => answer.send(other).is_ok(),
-                        Ok(None) => false,
-                        Err(error) => {
-                            tracing::warn!(%error, "the keeper is not understood");
-                            false
-                        }
-                    };
-                    if !sent {
-                        told.lock().clear();
-                        return;
-                    }
-                }
-            })
-            .map_err(failed)?;
-        let mut link = Self {
-            socket,
-            answers: Mutex::new(answers),
-            leaves,
-            keeper: 0,
-        };
-        let hello = Request::Hello {
-            protocol: PROTOCOL,
-            version: env!("HEARTH_VERSION").into(),
-        };
-        match link.ask(name, &hello, &[])?.0 {
-            Answer::Welcome { keeper, .. } => {
-                link.keeper = keeper;
-                Ok(link)
-            }
-            other => Err(unexpected(name, &other)),
-        }
-    }
-
-    /// The process id of the keeper.
-    pub fn keeper(&self) -> u32 {
-        self.keeper
-    }
-
-    /// The sessions that the keeper has.
-    ///
-    /// # Errors
-    /// It is gone.
-    pub fn sessions(&self) -> Result<Vec<Kept>, MountError> {
-        let name = Path::new("keeper");
-        let mut sessions: Vec<Kept> = Vec::new();
-        loop {
-            let after = sessions.last().map(|kept| Dir(kept.dir().to_owned()));
-            match self.ask(name, &Request::Next { after }, &[])?.0 {
-                Answer::Next(Some(kept)) => sessions.push(kept),
-                Answer::Next(None) => return Ok(sessions),
-                other => return Err(unexpected(name, &other)),
-            }
-        }
-    }
-
-    /// Mount points at or below `dir`, which is named as the kernel does, that a successor of this server
-    /// asks for, from now on. Ends with the keeper.
-    pub fn leaves_below(&self, dir: &Path) -> tokio::sync::mpsc::Receiver<PathBuf> {
-        let (tell, told) = tokio::sync::mpsc::channel(LEAVES);
-        self.leaves.lock().push((dir.to_owned(), tell));
-        told
-    }
-
-    /// Has the keeper mount on `dir`.
-    pub(in super::super) fn open(
-        &self,
-        dir: &Path,
-        options: device::Options,
-        about: &str,
-    ) -> Result<Session, MountError> {
-        let request = Request::Open {
-            dir: Dir(dir.to_owned()),
-            read_only: options.read_only,
-            allow_other: options.allow_other,
-            about: about.to_owned(),
-        };
-        self.session(dir, &request)
-    }
-
-    /// The session on `dir`, for which a view is to be made before it is taken.
-    ///
-    /// # Errors
-    /// There is none, or it is of a format that this version does not know.
-    pub fn show(&self, dir: &Path) -> Result<Orphan, MountError> {
-        let session = self.session(
-            dir,
-            &Request::Show {
-                dir: Dir(dir.into()),
-            },
-        )?;
-        let failed = |e| MountError::system(dir, "session", e);
-        if !session.resumed().map_err(failed)? {
-            tracing::debug!(dir = %dir.display(), "nobody has served this session yet");
-        }
-        let about = session.state.about().map_err(failed)?;
-        Ok(Orphan { session, about })
-    }
-
-    /// From now on this process serves the session on `dir`, and no other does.
-    pub(in super::super) fn take(&self, dir: &Path) -> Result<(), MountError> {
-        self.tell(
-            dir,
-            &Request::Take {
-                dir: Dir(dir.into()),
-            },
-            &[],
-        )
-    }
-
-    /// Has the keeper hold copies of `fds` for as long as the session on `dir`.
-    ///
-    /// # Errors
-    /// There is no such session, or no keeper any more.
-    pub fn hold(&self, dir: &Path, fds: &[BorrowedFd<'_>]) -> Result<(), MountError> {
-        self.tell(
-            dir,
-            &Request::Hold {
-                dir: Dir(dir.into()),
-            },
-            fds,
-        )
-    }
-
-    /// This process serves the session on `dir` no more; the next one may.
-    pub(in super::super) fn left(&self, dir: &Path) -> Result<(), MountError> {
-        self.tell(
-            dir,
-            &Request::Left {
-                dir: Dir(dir.into()),
-            },
-            &[],
-        )
-    }
-
-    /// The mount on `dir` is gone.
-    pub(in super::super) fn end(&self, dir: &Path) -> Result<(), MountError> {
-        self.tell(
-            dir,
-            &Request::End {
-                dir: Dir(dir.into()),
-            },
-            &[],
-        )
-    }
-
-    /// Has the keeper take the mount on `dir` away, whatever its server does.
-    ///
-    /// # Errors
-    /// The keeper has no such mount.
-    pub fn abort(&self, dir: &Path) -> Result<(), MountError> {
-        self.tell(
-            dir,
-            &Request::Abort {
-                dir: Dir(dir.into()),
-            },
-            &[],
-        )
-    }
-
-    fn session(&self, dir: &Path, request: &Request) -> Result<Session, MountError> {
-        let failed = |e| MountError::system(dir, "session", e);
-        let (answer, fds) = self.ask(dir, request, &[])?;
-        let Answer::Session { connection } = answer else {
-            return Err(unexpected(dir, &answer));
-        };
-        let Ok([fuse, state]) = <[OwnedFd; 2]>::try_from(fds) else {
-            return Err(failed(io::Error::from(io::ErrorKind::InvalidData)));
-        };
-        Ok(Session {
-            dir: dir.to_owned(),
-            connection,
-            device: Arc::new(Device::new(fuse)),
-            state: Arc::new(State::open(state).map_err(failed)?),
-        })
-    }
-
-    fn tell(
-        &self,
-        dir: &Path,
-        request: &Request,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<(), MountError> {
-        match self.ask(dir, request, fds)?.0 {
-            Answer::Done => Ok(()),
-            other => Err(unexpected(dir, &other)),
-        }
-    }
-
-    fn ask(
-        &self,
-        name: &Path,
-        request: &Request,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<(Answer, Vec<OwnedFd>), MountError> {
-        let answers = self.answers.lock();
-        wire::send(self.socket.as_fd(), request, fds, MsgFlags::empty())
-            .map_err(|e| MountError::system(name, "keeper", e))?;
-        match answers.recv_timeout(PATIENCE) {
-            Ok((Answer::Failed { kind, dir, message }, _)) => {
-                Err(MountError::new(kind, &dir.0, message))
-            }
-            Ok(answer) => Ok(answer),
-            Err(error) => {
-                // What it answers later would be taken for the answer to something else.
-                let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
-                let why = match error {
-                    RecvTimeoutError::Timeout => "it does not answer",
-                    RecvTimeoutError::Disconnected => "it is gone",
-                };
-                Err(MountError::new(
-                    MountErrorKind::System,
-                    name,
-                    format!("keeper: {why}"),
-                ))
-            }
-        }
-    }
-}
-
-impl Drop for Link {
-    fn drop(&mut self) {
-        // Ends the thread that listens.
-        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
-    }
-}
-
-/// A session of a keeper, before this process serves it.
+/// A session that is kept, before this process serves it.
 #[derive(Debug)]
 pub struct Orphan {
     pub(in super::super) session: Session,
@@ -318,18 +36,139 @@ impl Orphan {
     }
 }
 
-/// Says that `dir` is to be left, to whoever has it; false where nobody can be told any more.
-fn tell(leaves: &Leaves, dir: PathBuf) -> bool {
-    match leaves.iter().find(|(below, _)| dir.starts_with(below)) {
-        Some((_, tell)) => tell.try_send(dir).is_ok(),
-        None => {
-            tracing::warn!(dir = %dir.display(), "a successor asks for what is not served here");
-            true
+impl Link {
+    /// Connects to the keeper that listens on `path`.
+    ///
+    /// # Errors
+    /// None is there, or it does not speak with this version.
+    pub fn connect(path: &Path) -> Result<Self, MountError> {
+        Talk::connect(path).map(|talk| Self(Way::Keeper(talk)))
+    }
+
+    /// Takes the connection that the keeper gave this process as its standard input, and leaves nothing
+    /// there.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn inherited() -> Result<Self, MountError> {
+        Talk::inherited().map(|talk| Self(Way::Keeper(talk)))
+    }
+
+    /// Has the service manager keep mounts. Takes those of the process before this one from what the manager
+    /// has `passed`.
+    ///
+    /// # Errors
+    /// There is no manager.
+    pub fn managed(passed: &mut Vec<(String, OwnedFd)>) -> Result<Self, MountError> {
+        fdstore::available()?;
+        Ok(Self(Way::Manager(FdStore::new(passed))))
+    }
+
+    /// The process id of the keeper, where there is one.
+    pub fn keeper(&self) -> Option<u32> {
+        match &self.0 {
+            Way::Keeper(talk) => Some(talk.keeper()),
+            Way::Manager(_) => None,
         }
     }
-}
 
-fn unexpected(name: &Path, answer: &Answer) -> MountError {
-    let message = format!("keeper: an unexpected answer: {answer:?}");
-    MountError::new(MountErrorKind::System, name, message)
+    /// The sessions that are kept.
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn sessions(&self) -> Result<Vec<Kept>, MountError> {
+        match &self.0 {
+            Way::Keeper(talk) => talk.sessions(),
+            Way::Manager(store) => Ok(store.sessions()),
+        }
+    }
+
+    /// Mount points at or below `dir`, which is named as the kernel does, that a successor of this server
+    /// asks for, from now on, in place of whoever was told of those at `dir` before. Ends with the keeper.
+    pub fn leaves_below(&self, dir: &Path) -> tokio::sync::mpsc::Receiver<PathBuf> {
+        match &self.0 {
+            Way::Keeper(talk) => talk.leaves_below(dir),
+            // It starts no process while another runs.
+            Way::Manager(_) => tokio::sync::mpsc::channel(1).1,
+        }
+    }
+
+    /// Mounts on `dir`, and has that kept.
+    pub(in super::super) fn open(
+        &self,
+        dir: &Path,
+        options: device::Options,
+        about: &str,
+    ) -> Result<Session, MountError> {
+        match &self.0 {
+            Way::Keeper(talk) => talk.open(dir, options, about),
+            Way::Manager(store) => store.open(dir, options, about),
+        }
+    }
+
+    /// The session on `dir`, for which a view is to be made before it is taken.
+    ///
+    /// # Errors
+    /// There is none, or it is of a format that this version does not know.
+    pub fn show(&self, dir: &Path) -> Result<Orphan, MountError> {
+        let session = match &self.0 {
+            Way::Keeper(talk) => talk.show(dir),
+            Way::Manager(store) => store.show(dir),
+        }?;
+        let failed = |e| MountError::system(dir, "session", e);
+        if !session.resumed().map_err(failed)? {
+            tracing::debug!(dir = %dir.display(), "nobody has served this session yet");
+        }
+        let about = session.state.about().map_err(failed)?;
+        Ok(Orphan { session, about })
+    }
+
+    /// From now on this process serves the session on `dir`, and no other does.
+    pub(in super::super) fn take(&self, dir: &Path) -> Result<(), MountError> {
+        match &self.0 {
+            Way::Keeper(talk) => talk.take(dir),
+            Way::Manager(_) => Ok(()),
+        }
+    }
+
+    /// Has copies of `fds` kept for as long as the session on `dir`.
+    ///
+    /// # Errors
+    /// There is no such session, or no keeper any more.
+    pub fn hold(&self, dir: &Path, fds: &[BorrowedFd<'_>]) -> Result<(), MountError> {
+        match &self.0 {
+            Way::Keeper(talk) => talk.hold(dir, fds),
+            Way::Manager(store) => store.hold(dir, fds),
+        }
+    }
+
+    /// This process serves the session on `dir` no more; the next one may.
+    pub(in super::super) fn left(&self, dir: &Path) -> Result<(), MountError> {
+        match &self.0 {
+            Way::Keeper(talk) => talk.left(dir),
+            Way::Manager(_) => Ok(()),
+        }
+    }
+
+    /// The mount on `dir` is gone.
+    pub(in super::super) fn end(&self, dir: &Path) -> Result<(), MountError> {
+        match &self.0 {
+            Way::Keeper(talk) => talk.end(dir),
+            Way::Manager(store) => {
+                store.end(dir);
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes the mount on `dir` away, whatever its server does.
+    ///
+    /// # Errors
+    /// There is no such mount.
+    pub fn abort(&self, dir: &Path) -> Result<(), MountError> {
+        match &self.0 {
+            Way::Keeper(talk) => talk.abort(dir),
+            Way::Manager(store) => store.abort(dir),
+        }
+    }
 }

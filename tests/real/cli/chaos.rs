@@ -29,6 +29,20 @@ fn a_mount_survives_its_server() {
 }
 
 #[test]
+fn an_agent_is_upgraded_in_place() {
+    let small = ["--mib", "12", "--small", "60", "--workers", "1"];
+    let said = script(
+        "survive",
+        &[&["--upgrades", "4", "--seed", "7"][..], &small].concat(),
+    );
+    assert_eq!(
+        (&said["upgrades"], &said["wrong"], &said["errors"]),
+        (&4.into(), &0.into(), &0.into())
+    );
+    assert!(said["operations"].as_u64().unwrap() > 500, "{said}");
+}
+
+#[test]
 fn half_a_minute_of_everything() {
     let said = script("soak", &["0.5", "--seed", "7"]);
     assert_eq!(said["problems"], serde_json::json!([]));

@@ -44,13 +44,14 @@ impl Drop for Pods {
 }
 
 /// A driver under way, and a client of it.
-struct Csi {
-    server: Option<Running>,
+pub(super) struct Csi {
+    pub(super) server: Option<Running>,
     keeper: Option<Running>,
-    options: String,
+    /// How it is started.
+    pub(super) options: String,
     runtime: Runtime,
     pods: Pods,
-    bed: Bed,
+    pub(super) bed: Bed,
 }
 
 impl Csi {
@@ -59,9 +60,21 @@ impl Csi {
     }
 
     fn on(bed: Bed, kept: bool) -> Self {
-        let pods = Pods::new(bed.path("pods"));
         let socket = bed.path("csi.sock");
-        let mut options = format!("csi --node-id n --endpoint unix://{}", socket.display());
+        let options = format!("csi --node-id n --endpoint unix://{}", socket.display());
+        Self::by(bed, kept, options)
+    }
+
+    /// By the command line `options`, which listens on `csi.sock`.
+    pub(super) fn by(bed: Bed, kept: bool, options: String) -> Self {
+        let mut csi = Self::client(bed, kept, options);
+        csi.start();
+        csi
+    }
+
+    /// Of a server that something else starts.
+    pub(super) fn client(bed: Bed, kept: bool, mut options: String) -> Self {
+        let pods = Pods::new(bed.path("pods"));
         let keeper = kept.then(|| {
             let socket = bed.path("keeper.sock");
             let keeper = bed.start(&format!("keeper --socket {}", socket.display()));
@@ -74,19 +87,17 @@ impl Csi {
             .enable_all()
             .build()
             .unwrap();
-        let mut csi = Self {
+        Self {
             server: None,
             keeper,
             options,
             runtime,
             pods,
             bed,
-        };
-        csi.start();
-        csi
+        }
     }
 
-    fn start(&mut self) {
+    pub(super) fn start(&mut self) {
         let mut server = self.bed.start(&self.options);
         let begun = Instant::now();
         while self.try_node().is_none() {
@@ -97,7 +108,7 @@ impl Csi {
         self.server = Some(server);
     }
 
-    fn stop(&mut self, signal: Signal) {
+    pub(super) fn stop(&mut self, signal: Signal) {
         let server = self.server.take().unwrap();
         server.signal(signal);
         let done = server.done();
@@ -106,12 +117,12 @@ impl Csi {
         }
     }
 
-    fn pid(&self) -> u32 {
+    pub(super) fn pid(&self) -> u32 {
         let server = self.server.as_ref().unwrap();
         server.child.as_ref().unwrap().id()
     }
 
-    fn try_node(&self) -> Option<NodeClient<Channel>> {
+    pub(super) fn try_node(&self) -> Option<NodeClient<Channel>> {
         let address = format!("unix://{}", self.bed.path("csi.sock").display());
         let endpoint = tonic::transport::Endpoint::from_shared(address).unwrap();
         let channel = self.runtime.block_on(endpoint.connect()).ok()?;
@@ -126,14 +137,18 @@ impl Csi {
         self.try_node().unwrap()
     }
 
-    fn target(&self, volume: &str) -> String {
+    pub(super) fn target(&self, volume: &str) -> String {
         let dir = self.pods.0.join(volume);
         fs::create_dir_all(&dir).unwrap();
         dir.join("mount").to_str().unwrap().to_owned()
     }
 
     /// A request as the kubelet makes it for a volume of a pod.
-    fn asked(&self, volume: &str, attributes: &[(&str, &str)]) -> api::NodePublishVolumeRequest {
+    pub(super) fn asked(
+        &self,
+        volume: &str,
+        attributes: &[(&str, &str)],
+    ) -> api::NodePublishVolumeRequest {
         api::NodePublishVolumeRequest {
             volume_id: volume.into(),
             target_path: self.target(volume),
@@ -155,15 +170,24 @@ impl Csi {
         done.map(drop)
     }
 
+    /// As [`Csi::try_publish`], on a thread of its own.
+    pub(super) fn start_publishing(
+        &self,
+        asked: api::NodePublishVolumeRequest,
+    ) -> std::thread::JoinHandle<Result<(), Status>> {
+        let (mut node, runtime) = (self.node(), self.runtime.handle().clone());
+        std::thread::spawn(move || runtime.block_on(node.node_publish_volume(asked)).map(drop))
+    }
+
     /// Publishes `source` as `volume`; where.
-    fn publish(&self, volume: &str, source: &str) -> String {
+    pub(super) fn publish(&self, volume: &str, source: &str) -> String {
         let asked = self.asked(volume, &[("source", source)]);
         let target = asked.target_path.clone();
         self.try_publish(asked).unwrap();
         target
     }
 
-    fn unpublish(&self, volume: &str) {
+    pub(super) fn unpublish(&self, volume: &str) {
         let asked = api::NodeUnpublishVolumeRequest {
             volume_id: volume.into(),
             target_path: self.target(volume),
@@ -187,14 +211,14 @@ impl Csi {
     }
 
     /// Mounts of hearth in this bed.
-    fn mounts(&self) -> Vec<PathBuf> {
+    pub(super) fn mounts(&self) -> Vec<PathBuf> {
         let mut list = hearth::mount::mounted().unwrap();
         list.retain(|info| info.mountpoint.starts_with(self.bed.dir.path()));
         list.into_iter().map(|info| info.mountpoint).collect()
     }
 
     /// Nothing is mounted, pinned or recorded.
-    fn assert_empty(&self) {
+    pub(super) fn assert_empty(&self) {
         assert_eq!(self.mounts(), Vec::<PathBuf>::new());
         let run = self.bed.store().join("run/csi");
         assert_eq!(files_below(&run), [run.join("lock")]);
@@ -214,13 +238,13 @@ fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
 }
 
 /// The FUSE connections that are mounted on `target`.
-fn connections(target: &str) -> Vec<u32> {
+pub(super) fn connections(target: &str) -> Vec<u32> {
     let mut list = hearth::mount::mounted().unwrap();
     list.retain(|info| info.mountpoint == Path::new(target));
     list.into_iter().map(|info| info.connection).collect()
 }
 
-fn wait_for(what: &str, done: impl Fn() -> bool) {
+pub(super) fn wait_for(what: &str, done: impl Fn() -> bool) {
     let begun = Instant::now();
     while !done() {
         assert!(begun.elapsed() < Duration::from_secs(60), "{what}");

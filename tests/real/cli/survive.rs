@@ -49,12 +49,23 @@ print(rounds)
 ";
 
 /// A reader under way.
-struct Reader(Option<Child>, String);
+pub(super) struct Reader(Option<Child>, String);
 
 impl Reader {
-    fn start(dir: &str, truth: &Path, how: &str, seed: u64) -> Self {
+    pub(super) fn start(dir: &str, truth: &Path, how: &str, seed: u64) -> Self {
+        Self::by(&[], dir, truth, how, seed)
+    }
+
+    /// Started by `program` with its arguments.
+    pub(super) fn by(program: &[&str], dir: &str, truth: &Path, how: &str, seed: u64) -> Self {
         let arguments = [dir, truth.to_str().unwrap(), how, &seed.to_string()];
         let mut command = python(READER, &arguments);
+        if let [program, own @ ..] = program {
+            let mut outer = Command::new(program);
+            outer.args(own).arg(command.get_program());
+            outer.args(command.get_args());
+            command = outer;
+        }
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -66,7 +77,7 @@ impl Reader {
     }
 
     /// How often it came round.
-    fn done(mut self) -> u64 {
+    pub(super) fn done(mut self) -> u64 {
         let mut child = self.0.take().unwrap();
         drop(child.stdin.take());
         let done = Done::from(self.1.clone(), child.wait_with_output().unwrap());

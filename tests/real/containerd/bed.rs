@@ -109,6 +109,42 @@ impl Bed {
         self.wait_for("the snapshotter", |bed| bed.path("h.sock").exists());
     }
 
+    /// `hearth agent` with that face, and the keeper on `keeper`. Takes over from the one that runs, if one does.
+    pub(crate) fn start_agent(&mut self, keeper: &Path) {
+        let at = |name: &str| self.path(name).display().to_string();
+        let config = format!(
+            "[agent]\nkeeper = '{}'\nsocket = '{}'\n[admin]\nenabled = false\n\
+             [snapshotter]\nenabled = true\naddress = '{}'\nroot = '{}'\n",
+            keeper.display(),
+            at("agent.sock"),
+            at("h.sock"),
+            at("hearth"),
+        );
+        fs::write(self.path("agent.toml"), config).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hearth"));
+        command
+            .args(["-v", "--config"])
+            .arg(self.path("agent.toml"))
+            .arg("agent")
+            .env("HEARTH_STORE", self.path("store"))
+            .env("HOME", self.dir.path())
+            .env_remove("HEARTH_CONFIG")
+            .env_remove("HEARTH_LOG");
+        let new = self.spawn(command, "hearth.log");
+        if let Some(mut old) = self.snapshotter.replace(new) {
+            let begun = Instant::now();
+            let status = loop {
+                assert!(begun.elapsed() < LIMIT, "no end\n{}", self.logs());
+                if let Some(status) = old.try_wait().unwrap() {
+                    break status;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            };
+            assert!(status.success(), "{}", self.log("hearth.log"));
+        }
+        self.wait_for("the agent", |bed| bed.path("agent.sock").exists());
+    }
+
     /// Ends it as a service manager does.
     pub(crate) fn stop_snapshotter(&mut self) {
         let mut child = self.snapshotter.take().unwrap();

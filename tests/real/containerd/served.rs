@@ -174,6 +174,16 @@ async fn an_image_never_seen_runs_before_it_is_pulled() {
 /// killed, but a pause.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_on_an_arriving_image_outlives_the_snapshotter() {
+    outlives(false).await;
+}
+
+/// Nor does it of an agent from which another takes over; nor does containerd.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_on_an_arriving_image_outlives_an_upgrade() {
+    outlives(true).await;
+}
+
+async fn outlives(upgrade: bool) {
     let source = tempfile::tempdir().unwrap();
     let image = Image::make(source.path(), "outlived");
     let registry = registry(&image);
@@ -196,7 +206,10 @@ async fn a_container_on_an_arriving_image_outlives_the_snapshotter() {
         .unwrap();
     bed.wait_for("the keeper", |_| socket.exists());
     let arguments = [OsStr::new("--keeper"), socket.as_os_str()];
-    bed.start_snapshotter_with(&arguments);
+    match upgrade {
+        true => bed.start_agent(&socket),
+        false => bed.start_snapshotter_with(&arguments),
+    }
     bed.start_containerd();
     let mut kubelet = Kubelet::new(&bed).await;
     kubelet.pull(&app).await;
@@ -208,9 +221,14 @@ async fn a_container_on_an_arriving_image_outlives_the_snapshotter() {
         found.iter().any(|(_, kind)| kind.starts_with("fuse")),
         "{found:?}"
     );
-    bed.kill_snapshotter();
-    bed.start_snapshotter_with(&arguments);
-    bed.wait_connected();
+    match upgrade {
+        true => bed.start_agent(&socket),
+        false => {
+            bed.kill_snapshotter();
+            bed.start_snapshotter_with(&arguments);
+            bed.wait_connected();
+        }
+    }
     // Never read before, so it takes the new process.
     let seen = kubelet.exec(&one, LOOK).await;
     assert_eq!(seen, format!("{SEEN}outlivedtwo4711\n"));

@@ -1,0 +1,195 @@
+//! The units of `daemonset/systemd` under a real systemd, which keeps the mounts and sockets of the agent.
+//!
+//! It is process 1 of a PID namespace and has a mount namespace of its own, where its mounts are; so what looks
+//! at them is started there.
+
+use std::os::unix::net::UnixStream;
+
+use super::{
+    agent::{Client, get},
+    csi::{Csi, wait_for},
+    survive::Reader,
+    *,
+};
+
+const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/daemonset/systemd");
+
+/// Boots systemd with the unit of the agent and what is in `$1` besides.
+const BOOT: &str = r#"
+mount --make-rprivate /
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /etc/systemd/system
+mount -t tmpfs tmpfs /sys/fs/cgroup
+mkdir -p /run/systemd/system/hearth.service.d /run/systemd/system/test.target.wants /sys/fs/cgroup/systemd
+mount -t cgroup -o none,name=systemd cgroup /sys/fs/cgroup/systemd || mount -t cgroup2 cgroup2 /sys/fs/cgroup
+cp "$2/hearth.service" /run/systemd/system/
+cp "$1" /run/systemd/system/hearth.service.d/test.conf
+echo '[Unit]' > /run/systemd/system/test.target
+ln -s ../hearth.service /run/systemd/system/test.target.wants/
+exec env -i PATH="$PATH" container=test /lib/systemd/systemd --system --unit=test.target --log-target=console
+"#;
+
+/// A systemd under way; killed with all its processes when dropped.
+struct Systemd {
+    outer: Child,
+    first: String,
+}
+
+impl Systemd {
+    fn boot(bed: &Bed, options: &str) -> Self {
+        let conf = bed.path("test.conf");
+        let (program, home) = (env!("CARGO_BIN_EXE_hearth"), bed.dir.path().display());
+        let text = format!(
+            "[Unit]\nDefaultDependencies=no\n[Service]\nExecStart=\nExecStart={program} {options}\n\
+             Environment=HOME={home} HEARTH_STORE={}\nStandardError=append:{home}/log\n",
+            bed.store().display()
+        );
+        fs::write(&conf, text).unwrap();
+        let mut command = Command::new("unshare");
+        command
+            .args([
+                "--fork",
+                "--pid",
+                "--mount",
+                "--cgroup",
+                "--mount-proc",
+                "--kill-child",
+            ])
+            .args(["bash", "-c", BOOT, "boot"])
+            .args([conf.to_str().unwrap(), UNITS])
+            .stdin(Stdio::null())
+            .stdout(fs::File::create(bed.path("boot")).unwrap())
+            .stderr(fs::File::create(bed.path("boot.err")).unwrap());
+        let outer = command.spawn().unwrap();
+        let children = format!("/proc/{0}/task/{0}/children", outer.id());
+        let first = || {
+            fs::read_to_string(&children)
+                .unwrap_or_default()
+                .trim()
+                .to_owned()
+        };
+        wait_for("process 1", || !first().is_empty());
+        let first = first();
+        Self { outer, first }
+    }
+
+    /// How a program is started in its namespaces.
+    fn inside(&self) -> [&str; 6] {
+        ["nsenter", "-t", &self.first, "-m", "-p", "--"]
+    }
+
+    fn run(&self, program: &str, arguments: &[&str]) -> Done {
+        let tool = tool(program, arguments);
+        let [enter, own @ ..] = self.inside();
+        let mut command = Command::new(enter);
+        command
+            .args(own)
+            .arg(tool.get_program())
+            .args(tool.get_args());
+        Done::of(&mut command)
+    }
+
+    fn show(&self, property: &str) -> String {
+        let shown = self.run("systemctl", &["show", "hearth", "--value", "-p", property]);
+        shown.ok().trim().to_owned()
+    }
+}
+
+impl Drop for Systemd {
+    fn drop(&mut self) {
+        let _ = self.outer.kill();
+        let _ = self.outer.wait();
+    }
+}
+
+#[test]
+fn the_units_are_valid() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = env!("CARGO_BIN_EXE_hearth");
+    for unit in ["hearth.service", "hearth-keeper.service"] {
+        let text = fs::read_to_string(format!("{UNITS}/{unit}")).unwrap();
+        assert!(text.contains("ExecStart=/usr/local/bin/hearth "), "{text}");
+        let text = text.replace("/usr/local/bin/hearth", program);
+        fs::write(dir.path().join(unit), text).unwrap();
+        let at = dir.path().join(unit).display().to_string();
+        let done = Done::of(&mut tool("systemd-analyze", &["verify", "--man=no", &at]));
+        assert_eq!((done.code, &*done.err), (Some(0), ""), "{done:?}");
+    }
+    let bed = Bed::new();
+    bed.ok(&format!("--config {UNITS}/config.toml config --check"));
+}
+
+#[test]
+fn mounts_and_sockets_outlive_the_agent_as_a_service() {
+    let bed = Bed::new();
+    let web = Web::slow("1m");
+    let model = web.model("m", 12, 2);
+    let admin = servers::free_port();
+    let at = |name: &str| bed.path(name).display().to_string();
+    let config = format!(
+        "[agent]\nfdstore = true\nnode_name = 'n'\nsocket = '{}'\n[admin]\n\
+         address = '127.0.0.1:{admin}'\n[csi]\nenabled = true\nendpoint = '{}'\n",
+        at("agent.sock"),
+        at("csi.sock"),
+    );
+    fs::write(bed.path("config.toml"), config).unwrap();
+    let options = format!("--config {} agent", at("config.toml"));
+    let socket = bed.path("csi.sock");
+    let csi = Csi::client(bed, false, String::new());
+    let systemd = Systemd::boot(&csi.bed, &options);
+    let log = || fs::read_to_string(csi.bed.path("log")).unwrap_or_default();
+    let ready = || matches!(get(admin, "/readyz"), Ok((200, _)));
+    let begun = Instant::now();
+    while !ready() {
+        let boot = || fs::read_to_string(csi.bed.path("boot")).unwrap_or_default();
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "{}\n{}",
+            boot(),
+            log()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let sockets = systemd.show("NFileDescriptorStore");
+    assert_eq!(sockets, "2", "the port and the socket");
+    let target = csi.publish("v", &model);
+    let hows = ["sequential", "random_reads", "mapped", "metadata"];
+    let readers: Vec<_> = (1..)
+        .zip(hows)
+        .map(|(seed, how)| Reader::by(&systemd.inside(), &target, &web.path("m"), how, seed))
+        .collect();
+    let connects = Client::start(move || {
+        let connected = UnixStream::connect(&socket).map(drop);
+        std::thread::sleep(Duration::from_millis(1));
+        connected.map_err(|e| e.to_string())
+    });
+    let mut pid = systemd.show("MainPID");
+    for round in 0..5 {
+        std::thread::sleep(Duration::from_millis(400));
+        match round {
+            3 => systemd.run("systemctl", &["restart", "hearth"]),
+            _ => systemd.run(
+                "systemctl",
+                &["kill", "--kill-who=main", "-s", "KILL", "hearth"],
+            ),
+        }
+        .ok();
+        let next = || systemd.show("MainPID");
+        wait_for("another process", || ![&*pid, "0"].contains(&&*next()));
+        pid = next();
+        wait_for("ready", ready);
+        assert_eq!(csi.publish("v", &model), target);
+    }
+    for reader in readers {
+        assert!(reader.done() > 0, "{}", log());
+    }
+    assert!(connects.done() > 0);
+    let truth = web.path("m").display().to_string();
+    systemd.run("diff", &["-r", &target, &truth]).ok();
+    csi.unpublish("v");
+    wait_for("all of the mount is forgotten", || {
+        systemd.show("NFileDescriptorStore") == sockets
+    });
+    systemd.run("systemctl", &["stop", "hearth"]).ok();
+    assert_eq!(systemd.show("Result"), "success", "{}", log());
+}
