@@ -160,8 +160,8 @@ impl Node {
             ..self.engine.config().clone()
         };
         Self {
-            sources: self.sources.clone(),
             engine: Engine::new(Arc::clone(self.store()), config),
+            ..self.clone()
         }
     }
 

@@ -397,7 +397,7 @@ mod tests {
             let list = headers(authority);
             let block = encoder.encode(list.iter().map(|(n, v)| (&**n, &**v)));
             let stream = number as u32 * 2 + 1;
-            let flags = END_HEADERS | END_STREAM * (number % 2) as u8;
+            let flags = END_HEADERS | (END_STREAM * (number % 2) as u8);
             sent.extend(match number {
                 // With padding and a priority.
                 1 => {
