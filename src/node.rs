@@ -480,7 +480,7 @@ impl Node {
         progress: &Progress,
     ) -> Result<u64, NodeError> {
         let artifact = &resolved.artifact;
-        let hold = self.hold(&artifact.reference).await?;
+        let hold = self.hold_resolved(resolved).await?;
         let _room = match self.admit(artifact).await {
             Ok(room) => room,
             Err(error) => {
@@ -608,6 +608,24 @@ impl Node {
     pub async fn hold(&self, reference: &str) -> Result<Hold, NodeError> {
         let (store, reference) = (Arc::clone(self.store()), reference.to_owned());
         Ok(blocking(move || store.hold(&reference)).await?)
+    }
+
+    /// As [`Node::hold`], of what has just been resolved: recorded once more where another process has
+    /// removed it since. An image is more than its artifact, and is not.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn hold_resolved(&self, resolved: &Resolved) -> Result<Hold, NodeError> {
+        let name = &resolved.artifact.reference;
+        match self.hold(name).await {
+            Err(NodeError::Store(error))
+                if error.kind() == StoreErrorKind::NotFound && resolved.layers.is_none() =>
+            {
+                self.record(&resolved.artifact).await?;
+                self.hold(name).await
+            }
+            held => held,
+        }
     }
 
     /// As [`Node::hold`], for the generation `digest` of `reference`.

@@ -473,7 +473,11 @@ impl Mounted {
         };
         let artifact = &resolved.artifact;
         let mut holds = Vec::new();
-        match node.hold(&artifact.reference).await {
+        let held = match place.orphan {
+            None => node.hold_resolved(&resolved).await,
+            Some(_) => node.hold(&artifact.reference).await,
+        };
+        match held {
             Ok(hold) => holds.push(hold),
             // It was forgotten while it was mounted.
             Err(error) if place.orphan.is_none() => return Err(error.into()),
