@@ -211,6 +211,11 @@ fn disk_images_that_cannot_be_made_are_refused_before_the_first_byte() {
         "{error}"
     );
     assert!(!disk.exists());
+    let error = baker.fails(&format!(
+        "bake {model} --output {} --format erofs --reproducible",
+        disk.display()
+    ));
+    assert!(error.contains("without --reproducible"), "{error}");
     web.forget();
     baker.ok(&format!(
         "bake {model} --output {} --format erofs",
