@@ -121,7 +121,7 @@ pub(super) fn apply(
     fields(applied, &mut Vec::new(), &mut new);
     new.retain(|path| {
         let names = path.get(1).is_some_and(|p| IDENTITY.contains(&p.as_str()));
-        !matches!(path[0].as_str(), "apiVersion" | "kind") && !(path[0] == "metadata" && names)
+        !(matches!(path[0].as_str(), "apiVersion" | "kind") || path[0] == "metadata" && names)
     });
     let mut conflicts = Vec::new();
     for (other, theirs) in managed.iter().filter(|(other, _)| *other != manager) {
