@@ -159,6 +159,7 @@ impl Node {
         Self {
             sources: self.sources.clone(),
             engine: Engine::new(Arc::clone(self.store()), config),
+            rank: self.rank,
         }
     }
 
