@@ -72,7 +72,8 @@ impl NodeWarmer {
 #[async_trait]
 impl Warmer for NodeWarmer {
     async fn warm(&self, order: &Order, progress: &Progress) -> Result<(), WarmError> {
-        let mut node = self.node(order);
+        let rank = i8::try_from(order.priority.clamp(-100, 100)).unwrap_or_default();
+        let mut node = self.node(order).with_rank(rank);
         if let Some(keys) = &order.keys {
             node = node.with_credentials(Credentials::new(keys.clone()));
         }
