@@ -137,29 +137,27 @@ impl Node {
     /// This node with another policy of what may be served before the whole is verified. Both share the store.
     #[must_use]
     pub fn with_verify(&self, verify: VerifyPolicy) -> Self {
-        let config = fetch::Config {
+        self.with_config(fetch::Config {
             verify,
             ..self.engine.config().clone()
-        };
-        Self {
-            sources: self.sources.clone(),
-            engine: Engine::new(Arc::clone(self.store()), config),
-            rank: self.rank,
-        }
+        })
     }
 
     /// This node with at most so many bytes per second for background work, and little memory. Both share the store.
     #[must_use]
     pub fn with_bandwidth(&self, per_second: u64) -> Self {
-        let config = fetch::Config {
+        let config = self.engine.config().clone();
+        self.with_config(fetch::Config {
             warm_bandwidth: Some(ByteSize(per_second)),
-            memory: ByteSize(LIMITED_MEMORY.min(self.engine.config().memory.0)),
-            ..self.engine.config().clone()
-        };
+            memory: ByteSize(LIMITED_MEMORY.min(config.memory.0)),
+            ..config
+        })
+    }
+
+    fn with_config(&self, config: fetch::Config) -> Self {
         Self {
-            sources: self.sources.clone(),
             engine: Engine::new(Arc::clone(self.store()), config),
-            rank: self.rank,
+            ..self.clone()
         }
     }
 
