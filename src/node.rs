@@ -39,9 +39,6 @@ use crate::{
 /// Objects asked for at the same time; the engine orders and limits the fetching itself.
 const OBJECTS_AT_ONCE: usize = 64;
 
-/// Memory for the bytes in flight of what has a bandwidth of its own.
-const LIMITED_MEMORY: u64 = 16 << 20;
-
 /// Pauses of a background fetch whose origin cannot be reached.
 const FIRST_FILL_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_FILL_PAUSE: Duration = Duration::from_secs(60);
@@ -146,10 +143,11 @@ impl Node {
     /// This node with at most so many bytes per second for background work, and little memory. Both share the store.
     #[must_use]
     pub fn with_bandwidth(&self, per_second: u64) -> Self {
+        const MEMORY: u64 = 16 << 20;
         let config = self.engine.config().clone();
         self.with_config(fetch::Config {
             warm_bandwidth: Some(ByteSize(per_second)),
-            memory: ByteSize(LIMITED_MEMORY.min(config.memory.0)),
+            memory: ByteSize(MEMORY.min(config.memory.0)),
             ..config
         })
     }
