@@ -43,9 +43,6 @@ use crate::{
 /// Objects asked for at the same time; the engine orders and limits the fetching itself.
 const OBJECTS_AT_ONCE: usize = 64;
 
-/// Memory for the bytes in flight of what has a bandwidth of its own.
-const LIMITED_MEMORY: u64 = 16 << 20;
-
 /// Pauses of a background fetch whose origin cannot be reached.
 const FIRST_FILL_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_FILL_PAUSE: Duration = Duration::from_secs(60);
@@ -141,24 +138,25 @@ impl Node {
     /// This node with another policy of what may be served before the whole is verified. Both share the store.
     #[must_use]
     pub fn with_verify(&self, verify: VerifyPolicy) -> Self {
-        let config = fetch::Config {
+        self.with_config(fetch::Config {
             verify,
             ..self.engine.config().clone()
-        };
-        Self {
-            engine: Engine::new(Arc::clone(self.store()), config),
-            ..self.clone()
-        }
+        })
     }
 
     /// This node with at most so many bytes per second for background work, and little memory. Both share the store.
     #[must_use]
     pub fn with_bandwidth(&self, per_second: u64) -> Self {
-        let config = fetch::Config {
+        const MEMORY: u64 = 16 << 20;
+        let config = self.engine.config().clone();
+        self.with_config(fetch::Config {
             warm_bandwidth: Some(ByteSize(per_second)),
-            memory: ByteSize(LIMITED_MEMORY.min(self.engine.config().memory.0)),
-            ..self.engine.config().clone()
-        };
+            memory: ByteSize(MEMORY.min(config.memory.0)),
+            ..config
+        })
+    }
+
+    fn with_config(&self, config: fetch::Config) -> Self {
         Self {
             engine: Engine::new(Arc::clone(self.store()), config),
             ..self.clone()

@@ -289,7 +289,8 @@ impl Side {
                 let uid = owner.strip_prefix(OWNER).unwrap_or_default();
                 self.warmups.values().any(|w| is_of(w, uid))
             };
-            let unknown: Vec<String> = owners.into_iter().filter(|owner| !known(owner)).collect();
+            let owners = owners.into_iter().filter(|owner| owner.starts_with(OWNER));
+            let unknown: Vec<String> = owners.filter(|owner| !known(owner)).collect();
             if unknown.is_empty() {
                 return Ok::<(), WarmError>(());
             }
