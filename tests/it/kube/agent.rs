@@ -49,7 +49,8 @@ async fn a_pod_starts_a_prefetch_and_its_end_unpins() {
     });
     std::fs::write(path("kubeconfig"), kubeconfig.to_string()).unwrap();
     let config = format!(
-        "[admin]\nenabled = false\n[kube]\nenabled = true\n[kube.api]\nkubeconfig = {:?}\n",
+        "[agent]\nsocket = {:?}\n[admin]\nenabled = false\n[kube]\nenabled = true\n[kube.api]\nkubeconfig = {:?}\n",
+        path("agent.sock"),
         path("kubeconfig"),
     );
     std::fs::write(path("config.toml"), config).unwrap();
