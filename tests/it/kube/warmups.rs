@@ -317,10 +317,9 @@ async fn a_node_does_what_is_asked_and_no_more() {
     running.abort();
     let orders = store.orders.lock().len();
     let running = agent(&fake, "n1", Arc::clone(&store));
-    let version =
-        |fake: &Fake| fake.get(&cache_key("n1")).unwrap()["metadata"]["resourceVersion"].clone();
-    let before = version(&fake);
-    until("another report", || version(&fake) != before).await;
+    let reports = || fake.count("patch", "nodecaches/status");
+    let before = reports();
+    until("another report", || reports() > before).await;
     let again: Vec<String> = store.orders.lock()[orders..]
         .iter()
         .map(|o| o.reference.to_string())
