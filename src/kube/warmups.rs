@@ -516,7 +516,7 @@ async fn warm(side: Means, work: Work) -> Outcome {
         .collect()
         .await;
     results.sort_by_key(|(index, _)| *index);
-    Outcome::Warmed(results.into_iter().map(|(_, result)| result).collect())
+    Outcome::Warmed(results.into_iter().try_for_each(|(_, result)| result))
 }
 
 async fn warm_one(side: &Means, work: &Work, index: usize) -> Result<(), WarmError> {

@@ -331,6 +331,8 @@ mod tests {
     use super::*;
 
     type Headers = Vec<(Vec<u8>, Vec<u8>)>;
+    /// Stream, whether that ends with it, and the headers.
+    type List = (u32, bool, Headers);
 
     fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
@@ -350,7 +352,7 @@ mod tests {
     }
 
     /// The header lists and the other frames of what goes on.
-    fn read(mut out: &[u8]) -> (Vec<(u32, bool, Headers)>, Vec<Vec<u8>>) {
+    fn read(mut out: &[u8]) -> (Vec<List>, Vec<Vec<u8>>) {
         out = out.strip_prefix(PREFACE).unwrap();
         let (mut lists, mut others) = (Vec::new(), Vec::new());
         let mut block: Option<(u32, bool, Vec<u8>)> = None;

@@ -216,9 +216,7 @@ impl Memory {
     fn forget(&mut self, world: &World) {
         self.written
             .retain(|key, _| world.warmups.contains_key(key));
-        let live: HashSet<(&str, i64)> = (world.warmups.values())
-            .map(|warmup| identity(warmup))
-            .collect();
+        let live: HashSet<(&str, i64)> = (world.warmups.values()).map(identity).collect();
         self.admitted
             .retain(|(uid, generation), _| live.contains(&(uid.as_str(), *generation)));
     }
@@ -571,7 +569,7 @@ fn node_change(
         let entry = cache.and_then(|cache| cache.of(uid, generation));
         gate.spec.selects(node) && entry.is_none_or(|entry| entry.state != WarmState::Warm)
     };
-    let is_released = node.is_held() && cache.is_some() && !gates.iter().any(|gate| holds(gate));
+    let is_released = node.is_held() && cache.is_some() && !gates.iter().any(holds);
     let add: BTreeSet<String> = wanted
         .difference(&have)
         .map(|label| (*label).clone())

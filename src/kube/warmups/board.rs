@@ -357,7 +357,9 @@ impl Board {
     /// Least time between two reports, as the controller says for what is not done yet; `None` where nothing is.
     pub(super) fn report_interval(&self) -> Option<Duration> {
         let unsettled = self.jobs.values().filter(|job| {
-            !matches!(job.warmup.status.as_ref().and_then(|s| s.completion_time.as_ref()), Some(_) if matches!(job.state, State::Warm))
+            let status = job.warmup.status.as_ref();
+            let is_over = status.is_some_and(|status| status.completion_time.is_some());
+            !(is_over && matches!(job.state, State::Warm))
         });
         let seconds = unsettled.filter_map(|job| job.warmup.status.as_ref()?.report_seconds);
         seconds
