@@ -7,7 +7,7 @@
 //!
 //! A watch that ends goes on from the last version seen; one whose version is too old, or that fails repeatedly, begins
 //! again with a list. From time to time everything is listed anew, so that an event that got lost is not lost for good.
-//! Pauses between failures grow up to [`LONGEST`] and are jittered.
+//! Pauses between failures grow up to `LONGEST` and are jittered.
 
 use std::{collections::VecDeque, time::Duration};
 
