@@ -17,6 +17,10 @@ const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/daemonset/systemd");
 /// Boots systemd with the unit of the agent and what is in `$1` besides.
 const BOOT: &str = r#"
 mount --make-rprivate /
+# What other tests have mounted would go on here after they have unmounted it.
+tac /proc/self/mountinfo | while read -r _ _ _ _ dir _; do
+  case $dir in "$3"/*) ;; "$4"/*) umount -l "$dir" ;; esac
+done
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /etc/systemd/system
 mount -t tmpfs tmpfs /sys/fs/cgroup
@@ -56,7 +60,12 @@ impl Systemd {
                 "--kill-child",
             ])
             .args(["bash", "-c", BOOT, "boot"])
-            .args([conf.to_str().unwrap(), UNITS])
+            .args([
+                conf.to_str().unwrap(),
+                UNITS,
+                bed.dir.path().to_str().unwrap(),
+            ])
+            .arg(std::env::temp_dir())
             .stdin(Stdio::null())
             .stdout(fs::File::create(bed.path("boot")).unwrap())
             .stderr(fs::File::create(bed.path("boot.err")).unwrap());

@@ -291,8 +291,9 @@ fn s3_uses_keys_that_come_with_a_request() {
                 head.extend_from_slice(&part[..read]);
             }
             let answer = "HTTP/1.1 403 Forbidden\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
-            stream.write_all(answer.as_bytes()).unwrap();
+            // Before the answer: who has that looks at what was asked.
             tell.send(String::from_utf8(head).unwrap()).unwrap();
+            stream.write_all(answer.as_bytes()).unwrap();
         }
     });
     let keys = |id: &str, token: Option<&str>| Keys {
