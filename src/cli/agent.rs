@@ -6,9 +6,10 @@ use crate::daemon;
 /// Serve everything that this node offers, as the configuration says
 ///
 /// One process with all faces that are enabled: the snapshotter for containerd, the CSI driver for the kubelet,
-/// the registry mirror, and the port for probes and metrics. Runs until SIGTERM or SIGINT: then it takes no more
-/// requests, finishes those under way, leaves its mounts to the keeper, and ends. If a face cannot start, or
-/// fails, it ends with status 1, and is to be started again.
+/// the registry mirror, what pods and Warmups of a cluster ask for, its controller, and the port for probes and
+/// metrics. Runs until SIGTERM or SIGINT: then it takes no more requests, finishes those under way, leaves its
+/// mounts to the keeper, and ends. If a face cannot start, or fails, it ends with status 1, and is to be started
+/// again.
 ///
 /// Where one runs already, the new one takes over from it: sockets and mounts change hands while clients and readers
 /// go on, and the old one ends. If the new one cannot, it says why, and the old one goes on.

@@ -298,7 +298,7 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     anyhow::ensure!(
         !faces.is_empty(),
-        "no face is enabled in the configuration: say enabled = true in [snapshotter], [csi] or [mirror]"
+        "no face is enabled in the configuration: say enabled = true in [snapshotter], [csi], [mirror] or [kube]"
     );
     let (store, kept) = (parts.node.store().id().to_owned(), parts.kept());
     let mut predecessor = match &parts.door {
