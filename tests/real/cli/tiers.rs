@@ -12,6 +12,49 @@ mod disks;
 
 const OCI: &str = "application/vnd.oci.image";
 
+/// Has read the beginning of a file, and reads the rest when it is told.
+struct HalfWay {
+    child: Child,
+    out: std::io::BufReader<std::process::ChildStdout>,
+}
+
+impl HalfWay {
+    fn start(file: &str) -> Self {
+        const SCRIPT: &str = r#"
+import hashlib, sys
+with open(sys.argv[1], "rb", buffering=0) as file:
+    first = file.read(100000)
+    print("open", flush=True)
+    sys.stdin.readline()
+    rest = b"".join(iter(lambda: file.read(1 << 20), b""))
+    print(hashlib.sha256(first + rest).hexdigest())
+"#;
+        let mut child = tool("python3", &["-c", SCRIPT, file])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let out = std::io::BufReader::new(child.stdout.take().unwrap());
+        let mut reader = Self { child, out };
+        assert_eq!(reader.line(), "open");
+        reader
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut self.out, &mut line).unwrap();
+        line.trim().to_owned()
+    }
+
+    /// The SHA-256 of all of it.
+    fn digest(mut self) -> String {
+        std::io::Write::write_all(&mut self.child.stdin.take().unwrap(), b"\n").unwrap();
+        let digest = self.line();
+        assert!(self.child.wait().unwrap().success());
+        digest
+    }
+}
+
 /// An image of one layer for each directory; its reference.
 fn push(registry: &Registry, tag: &str, layers: &[&Path]) -> String {
     push_for(registry, tag, layers, "amd64")
@@ -243,24 +286,7 @@ fn a_tier_that_is_detached_or_damaged_is_fetched_instead() {
     web.forget();
     node.ok(&format!("{with} mount {model} {dir}"));
     let shard = |n: usize| format!("model-0000{n}-of-00002.safetensors");
-    let script = r#"
-import hashlib, sys, time
-with open(sys.argv[1], "rb", buffering=0) as file:
-    first = file.read(100000)
-    print("open", flush=True)
-    sys.stdin.readline()
-    rest = b"".join(iter(lambda: file.read(1 << 20), b""))
-    print(hashlib.sha256(first + rest).hexdigest())
-"#;
-    let mut reader = tool("python3", &["-c", script, &format!("{dir}/{}", shard(1))])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut out = std::io::BufReader::new(reader.stdout.take().unwrap());
-    let mut line = String::new();
-    std::io::BufRead::read_line(&mut out, &mut line).unwrap();
-    assert_eq!(line, "open\n");
+    let reader = HalfWay::start(&format!("{dir}/{}", shard(1)));
     assert!(web.content().is_empty(), "{:?}", web.content());
     bind.detach();
     // Longer than it is believed to be there.
@@ -269,11 +295,7 @@ with open(sys.argv[1], "rb", buffering=0) as file:
     let sum = Done::of(&mut tool("sha256sum", &[&format!("{dir}/{}", shard(2))])).ok();
     assert!(sum.starts_with(&digest(2)), "{sum}");
     assert!(web.sent() > 5 << 20, "a new open fetches");
-    std::io::Write::write_all(&mut reader.stdin.take().unwrap(), b"\n").unwrap();
-    line.clear();
-    std::io::BufRead::read_line(&mut out, &mut line).unwrap();
-    assert_eq!(line.trim(), digest(1), "who has it open reads on");
-    assert!(reader.wait().unwrap().success());
+    assert_eq!(reader.digest(), digest(1), "who has it open reads on");
     node.ok(&format!("{with} umount {dir}"));
 
     // Damaged there: found, reported, and fetched.

@@ -320,17 +320,6 @@ fn root_is_not_needed() {
     }
 }
 
-/// Prints "open" when it has begun to read a file, and the digest of it when it is told to go on.
-const READER: &str = r#"
-import hashlib, sys
-with open(sys.argv[1], "rb", buffering=0) as file:
-    first = file.read(100000)
-    print("open", flush=True)
-    sys.stdin.readline()
-    rest = b"".join(iter(lambda: file.read(1 << 20), b""))
-    print(hashlib.sha256(first + rest).hexdigest())
-"#;
-
 #[test]
 fn disks_come_and_go_while_a_mount_is_read() {
     let (web, baker, place) = (Web::new(), Bed::new(), Bed::new());
@@ -364,15 +353,7 @@ fn disks_come_and_go_while_a_mount_is_read() {
     });
     let shard = |n: usize| format!("model-0000{n}-of-00003.safetensors");
     let digest = |n: usize| Digest::of(&fs::read(web.path("m").join(shard(n))).unwrap()).hex();
-    let mut reader = tool("python3", &["-c", READER, &format!("{dir}/{}", shard(1))])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut out = std::io::BufReader::new(reader.stdout.take().unwrap());
-    let mut line = String::new();
-    std::io::BufRead::read_line(&mut out, &mut line).unwrap();
-    assert_eq!(line, "open\n");
+    let reader = HalfWay::start(&format!("{dir}/{}", shard(1)));
     assert!(web.content().is_empty(), "{:?}", web.content());
     // Who has a file open keeps the disk from being unmounted, and is told so.
     let busy = Done::of(&mut tool("umount", &[at.0.to_str().unwrap()]));
@@ -382,11 +363,7 @@ fn disks_come_and_go_while_a_mount_is_read() {
     let sum = Done::of(&mut tool("sha256sum", &[&format!("{dir}/{}", shard(2))])).ok();
     assert!(sum.starts_with(&digest(2)), "{sum}");
     assert!(web.sent() > 5 << 20, "a new open fetches");
-    std::io::Write::write_all(&mut reader.stdin.take().unwrap(), b"\n").unwrap();
-    line.clear();
-    std::io::BufRead::read_line(&mut out, &mut line).unwrap();
-    assert_eq!(line.trim(), digest(1), "who has it open reads on");
-    assert!(reader.wait().unwrap().success());
+    assert_eq!(reader.digest(), digest(1), "who has it open reads on");
     // And again, under another name.
     let again = mount(&disk, disks.join("two"));
     wait_for("the disk again", || {
