@@ -357,8 +357,9 @@ impl Node {
     async fn has_some(&self, artifact: &Arc<Artifact>) -> Result<bool, NodeError> {
         let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
         let some = blocking(move || {
+            let origin = artifact.origin();
             for object in artifact.stored().filter(|object| object.size > 0) {
-                if store.present_bytes(&object.id, object.size) > 0
+                if store.present_bytes(object.partial_id(&origin), object.size) > 0
                     || store.complete(&object.id)?.is_some()
                 {
                     return Ok(true);

@@ -602,9 +602,10 @@ impl Status {
         let store = self.node.store();
         let is_complete =
             |o: &crate::tree::Object| matches!(store.complete_sized(&o.id, o.size), Ok(Some(_)));
+        let origin = artifact.origin();
         let here = |o: &crate::tree::Object| match is_complete(o) {
             true => o.size,
-            false => store.present_bytes(&o.id, o.size),
+            false => store.present_bytes(o.partial_id(&origin), o.size),
         };
         let mount = self.mount.upgrade();
         MountStatus {

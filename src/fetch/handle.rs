@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     chunk::{self, CHUNK_SIZE},
-    digest::ObjectId,
+    digest::{ObjectId, PartialId},
     source::Source,
     store::{Complete, Lease, Partial, StoreErrorKind},
     tree::{Location, Object},
@@ -45,6 +45,8 @@ const LONGEST_READ: usize = 16 << 20;
 /// One object being read or fetched; shared by all its users in this process.
 pub struct Handle {
     object: Object,
+    /// What it is called in the store until it is verified.
+    part: PartialId,
     name: String,
     /// Where its bytes can be had; the one in use first.
     routes: Mutex<VecDeque<Arc<Route>>>,
@@ -140,6 +142,7 @@ impl Handle {
     pub(super) fn new(
         engine: &Arc<Inner>,
         object: &Object,
+        part: PartialId,
         source: &Arc<dyn Source>,
     ) -> Result<Arc<Self>, FetchError> {
         let location = object.recipe.location();
@@ -159,7 +162,7 @@ impl Handle {
         let state = match complete() {
             Ok(Some(complete)) => State::Complete(complete),
             Ok(None) if object.size <= CHUNK_SIZE => State::Small,
-            Ok(None) => match engine.store.partial(&object.id, object.size) {
+            Ok(None) => match engine.store.partial(part, object.size) {
                 // Another process may have completed it in between.
                 Ok(partial) => match complete() {
                     Ok(Some(complete)) => {
@@ -194,6 +197,7 @@ impl Handle {
             name,
             verifier: Verifier::new(object),
             object: object.clone(),
+            part,
             routes: Mutex::new(VecDeque::from([route(location, source)])),
             engine: Arc::downgrade(engine),
             state: RwLock::new(state),
@@ -404,7 +408,11 @@ impl Handle {
         self.or_through(filled, bytes).await
     }
 
-    // --- what flights and the dispatcher need ---
+    // --- what the engine, flights and the dispatcher need ---
+
+    pub(super) fn part(&self) -> &PartialId {
+        &self.part
+    }
 
     pub(super) fn object(&self) -> &Object {
         &self.object
@@ -425,8 +433,8 @@ impl Handle {
         self.routes.lock().rotate_left(1);
     }
 
-    /// Another user has the object, perhaps from elsewhere: what is asked for next comes from
-    /// there.
+    /// Another user has the object from the same origin, perhaps by other credentials: what is asked
+    /// for next comes by those.
     pub(super) fn also_from(&self, object: &Object, source: &Arc<dyn Source>) {
         let Some(location) = object.recipe.location() else {
             return;

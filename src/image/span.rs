@@ -193,6 +193,10 @@ impl Source for LayerSource {
         self.shared.inner.resolve(reference).await
     }
 
+    fn origin(&self) -> String {
+        self.shared.inner.origin()
+    }
+
     async fn layered(&self, reference: &Reference) -> Result<Option<Layered>, SourceError> {
         self.shared.inner.layered(reference).await
     }

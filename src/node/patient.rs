@@ -36,6 +36,10 @@ impl Source for Patient {
         self.0.resolve(reference).await
     }
 
+    fn origin(&self) -> String {
+        self.0.origin()
+    }
+
     async fn read(
         &self,
         location: &Location,

@@ -61,8 +61,8 @@ struct Sweep<'s> {
     _records: Option<FileLock>,
     /// Complete objects: bytes on the disk.
     objects: HashMap<Digest, u64>,
-    /// Partial objects: path without extension.
-    partials: HashMap<ObjectId, PathBuf>,
+    /// Partial objects: paths without extension, one for each who claims to have it.
+    partials: HashMap<ObjectId, BTreeSet<PathBuf>>,
     /// Artifacts, least recently used last.
     artifacts: Vec<Known>,
     /// How many artifacts lead to an id, and to a content.
@@ -164,7 +164,8 @@ impl<'s> Sweep<'s> {
         })?;
         for name in store.disk.list(&store.partial_dir())? {
             if let Some(id) = partial_id(&name) {
-                sweep.partials.insert(id, store.partial_stem(&id));
+                let stem = store.partial_dir().join(&name).with_extension("");
+                sweep.partials.entry(id).or_default().insert(stem);
             }
         }
         for (path, name) in sweep.files("indexes")? {
@@ -405,13 +406,16 @@ impl<'s> Sweep<'s> {
     }
 
     fn remove_partial(&mut self, id: &ObjectId) -> Result<()> {
-        let Some(stem) = self.partials.get(id) else {
-            return Ok(());
-        };
-        if let Some(freed) = self.store.remove_partial(stem, self.dry_run)? {
-            self.partials.remove(id);
-            self.report.partials += 1;
-            self.report.bytes += freed;
+        for stem in self.partials.remove(id).unwrap_or_default() {
+            match self.store.remove_partial(&stem, self.dry_run)? {
+                Some(freed) => {
+                    self.report.partials += 1;
+                    self.report.bytes += freed;
+                }
+                None => {
+                    self.partials.entry(*id).or_default().insert(stem);
+                }
+            }
         }
         Ok(())
     }
@@ -561,7 +565,8 @@ fn last<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) -> bool 
 /// The id in the name of a file of a partial object.
 pub(super) fn partial_id(name: &OsStr) -> Option<ObjectId> {
     let (stem, _) = name.to_str()?.rsplit_once('.')?;
-    let (kind, hex) = stem.split_once('-')?;
+    let (kind, rest) = stem.split_once('-')?;
+    let hex = rest.split_once('-').map_or(rest, |(hex, _claim)| hex);
     let digest = Digest::from_hex(hex).ok()?;
     match kind {
         "sha256" => Some(ObjectId::Sha256(digest)),

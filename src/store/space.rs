@@ -11,7 +11,7 @@ use std::{
 
 use super::{ByteSize, Result, Store, StoreError, StoreErrorKind, partial::Paths};
 use crate::{
-    digest::{Digest, ObjectId},
+    digest::{Digest, PartialId},
     disk::{Space, Stat},
     tree::Artifact,
 };
@@ -66,7 +66,7 @@ impl Reservation {
 #[derive(Debug)]
 pub(super) struct Wanted {
     pub(super) reference: String,
-    objects: BTreeMap<ObjectId, u64>,
+    objects: BTreeMap<PartialId, u64>,
     /// Beside the objects: bytes that have not arrived.
     bytes: AtomicU64,
 }
@@ -196,7 +196,8 @@ impl Store {
     /// # Errors
     /// [`StoreErrorKind::NoSpace`] with the arithmetic; nothing was evicted then.
     pub fn admit(self: &Arc<Self>, artifact: &Artifact) -> Result<Reservation> {
-        let sizes = artifact.stored().map(|o| (o.id, o.size));
+        let origin = artifact.origin();
+        let sizes = artifact.stored().map(|o| (o.partial_id(&origin), o.size));
         self.admit_wanted(Wanted {
             reference: artifact.reference.clone(),
             objects: sizes.collect(),
@@ -266,10 +267,10 @@ impl Store {
     }
 
     /// Bytes of `objects` that are not on the disk yet.
-    fn outstanding(&self, objects: &BTreeMap<ObjectId, u64>) -> Result<u64> {
+    fn outstanding(&self, objects: &BTreeMap<PartialId, u64>) -> Result<u64> {
         let mut sum = 0u64;
         for (id, size) in objects {
-            let content = self.content_of(id)?;
+            let content = self.content_of(&id.id)?;
             if let Some(digest) = content
                 && self
                     .stat_content(&digest)?

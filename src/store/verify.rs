@@ -461,7 +461,7 @@ impl Store {
             let Some(id) = partial_id(&name) else {
                 continue;
             };
-            let paths = Paths::of(&self.partial_stem(&id));
+            let paths = Paths::of(&self.partial_dir().join(&name).with_extension(""));
             if self.partial_dir().join(&name) == paths.map && !self.map_is_good(&id, &paths)? {
                 // Under the lock that opening takes: nobody reads it between check and removal.
                 let _structure = match repair {

@@ -388,7 +388,7 @@ async fn an_interrupted_warm_goes_on_where_it_stopped() {
     let mut present = 0;
     loop {
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let before = std::mem::replace(&mut present, store.present_bytes(&object.id, object.size));
+        let before = std::mem::replace(&mut present, store.present_bytes(bed.source.part(), object.size));
         if before == present && hearth::metrics::global().fetch_connections.get() == 0 {
             break;
         }
@@ -436,7 +436,7 @@ async fn two_engines_on_one_store_share_the_work() {
 async fn a_gap_that_nobody_fills_any_more_is_filled() {
     let bed = Bed::new(Scripted::new(170 * MIB));
     let (other, object) = (open(bed.dir.path()), bed.source.object());
-    let partial = other.partial(&object.id, object.size).unwrap();
+    let partial = other.partial(bed.source.part(), object.size).unwrap();
     let lease = partial.claim(1..2).unwrap().unwrap();
     let handle = bed.handle();
     let warm = tokio::spawn({
@@ -461,7 +461,7 @@ async fn what_another_process_discards_is_not_served_from_memory() {
     let read = handle.read(0, 1000).await.unwrap();
     assert!(read != bed.source.data.slice(0..1000), "not verified yet");
     let (other, object) = (open(bed.dir.path()), bed.source.object());
-    let partial = other.partial(&object.id, object.size).unwrap();
+    let partial = other.partial(bed.source.part(), object.size).unwrap();
     partial.discard(partial.generation()).unwrap();
     bed.source.serve_wrong_bytes(false);
     for chunk in 0..3 {
@@ -593,4 +593,47 @@ async fn what_came_by_another_way_is_not_fetched() {
         bed.check_whole().await;
         assert_eq!(bed.asked(), asked);
     }
+}
+
+/// An origin that claims to have a well-known digest, and gives bytes of its own but never the last: whoever
+/// has the content from elsewhere sees none of that, in this process or the next, nor is kept waiting.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_one_origin_claims_is_not_served_to_who_asked_another() {
+    let bed = Bed::new(Scripted::new(4 * MIB).at("hf://models/good/model"));
+    let liar = Scripted::new(4 * MIB).false_bytes().at("hf://models/bad/model");
+    let liar = Arc::new(liar.script((0..100).map(|_| Some(Fault::Hold(3 << 20)))));
+    let object = bed.source.object();
+    let theirs = bed.engine.open(&object, &liar.source()).unwrap();
+    check_read(&theirs, &liar, 0..3 * MIB).await;
+    // It claims another size, too.
+    let longer = hearth::tree::Object {
+        size: object.size + 1,
+        ..object.clone()
+    };
+    let other_size = bed.engine.open(&longer, &liar.source()).unwrap();
+    let next = Engine::new(open(bed.dir.path()), config());
+    for engine in [&bed.engine, &next] {
+        let handle = engine.open(&object, &bed.source.source()).unwrap();
+        for chunk in 0..4 {
+            check_read(&handle, &bed.source, chunk * MIB..chunk * MIB + 1000).await;
+        }
+    }
+    assert!(bed.source.requests().len() >= 2, "nothing was asked of it");
+    drop(next);
+    bed.check_whole().await;
+    // Now everybody has the verified one, and nobody a share in what was false.
+    check_read(&theirs, &bed.source, 0..3 * MIB).await;
+    assert!(theirs.complete().is_some());
+    drop(other_size);
+}
+
+/// What was brought of a verified object is everybody's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_verified_object_is_shared_between_origins() {
+    let bed = Bed::new(Scripted::new(3 * MIB).at("hf://models/a/one"));
+    bed.check_whole().await;
+    let other = Arc::new(Scripted::new(3 * MIB).at("oci://registry/two"));
+    let handle = bed.engine.open(&other.object(), &other.source()).unwrap();
+    check_read(&handle, &bed.source, 0..3 * MIB).await;
+    assert!(other.requests().is_empty());
 }

@@ -61,7 +61,7 @@ impl Handle {
         let looking = self.engine().ok()?.runtime.spawn_blocking(move || {
             let failed = |e| FetchError::store(&handle, &e);
             let store = Arc::clone(&handle.engine()?.store);
-            let partial = store.partial(handle.id(), handle.size()).map_err(failed)?;
+            let partial = store.partial(handle.part, handle.size()).map_err(failed)?;
             {
                 let mut state = handle.state.write();
                 if matches!(*state, State::Streamed) {

@@ -418,6 +418,8 @@ impl Handle {
                 };
                 metrics::global().store_objects_completed.add(1);
                 self.completed(&complete, partial);
+                // What others claim to have is the same, or was never true.
+                engine.came(self.id());
                 Ok(Some(complete))
             }
             // What was hashed is gone: of what is here now it says nothing.

@@ -228,6 +228,10 @@ impl Source for Origin {
         ))
     }
 
+    fn origin(&self) -> String {
+        "oci://registry/a".into()
+    }
+
     async fn read(&self, at: &Location, range: Range<u64>) -> Result<ByteStream, SourceError> {
         assert_eq!(at.path, Digest::of(&self.blob).to_string());
         self.requests.lock().push(range.clone());

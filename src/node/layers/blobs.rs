@@ -59,6 +59,10 @@ impl Source for Blobs {
         self.origin.resolve(reference).await
     }
 
+    fn origin(&self) -> String {
+        self.origin.origin()
+    }
+
     async fn read(
         &self,
         location: &Location,
