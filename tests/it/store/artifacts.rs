@@ -125,10 +125,82 @@ fn damaged_records_and_trees_count_as_absent() {
         }
         let report = store.verify(VerifyScope::All, true, |_| true).unwrap();
         assert_eq!(report.damaged.len(), 1);
-        assert!(!path.exists());
+        // The tree says what the record was.
+        let is_record = path == record_path(&store, "s3://b/p/");
+        assert_eq!(store.artifact("s3://b/p/").unwrap().is_some(), is_record);
         store.record(&artifact).unwrap();
         assert!(store.artifact("s3://b/p/").unwrap().is_some());
     }
+}
+
+/// One bad block, and nobody knows any more what a pinned artifact consists of.
+#[test]
+fn a_collection_keeps_what_a_damaged_record_may_lead_to() {
+    let (mine, other) = (content(1, 9000), content(2, 5000));
+    for located in [false, true] {
+        for victim in 0..if located { 3 } else { 2 } {
+            let dir = tempfile::tempdir().unwrap();
+            let store = open(dir.path());
+            let artifact = warm(&store, "hf://a/pinned@main", &[&mine], located);
+            store.pin("hf://a/pinned@main", "pod/a").unwrap();
+            let gone = warm(&store, "hf://a/gone@main", &[&other], false);
+            store.remove("hf://a/gone@main").unwrap();
+            let path = match victim {
+                0 => store.root().join("trees").join(artifact.digest().hex()),
+                1 => record_path(&store, "hf://a/pinned@main"),
+                _ => {
+                    let hex = artifact.objects[0].id.to_string().replace("located:", "");
+                    store.root().join("located").join(&hex[..2]).join(hex)
+                }
+            };
+            let bytes = fs::read(&path).unwrap();
+            fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+            let case = path.display();
+            for target in [None, Some(0)] {
+                let options = CollectOptions {
+                    target_bytes: target,
+                    dry_run: false,
+                };
+                let report = store.collect(&options).unwrap();
+                assert_eq!(report.objects, 0, "{case}");
+                assert!(object_path(&store, &mine).exists(), "{case}");
+            }
+            // Nor between the repair and the fetch that follows it.
+            store.verify(VerifyScope::All, true, |_| true).unwrap();
+            if victim < 2 {
+                store.collect(&CollectOptions::default()).unwrap();
+                assert!(object_path(&store, &mine).exists(), "{case}");
+                assert_eq!(
+                    store.artifact("hf://a/pinned@main").unwrap().is_some(),
+                    victim == 1,
+                    "{case}"
+                );
+            }
+            store.record(&artifact).unwrap();
+            let batch = [(artifact.objects[0].id, mine.clone().into())];
+            store.put(&batch).unwrap();
+            collect_to(&store, u64::MAX);
+            assert!(is_complete(&store, &artifact.objects[0]), "{case}");
+            assert!(!is_complete(&store, &gone.objects[0]), "{case}");
+        }
+    }
+}
+
+/// What is not pinned and cannot be opened goes first, and does not keep the disk full.
+#[test]
+fn what_cannot_be_read_is_evicted_where_space_is_needed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let (bad, good) = (content(1, 9000), content(2, 9000));
+    let artifact = warm(&store, "hf://a/bad@main", &[&bad], false);
+    warm(&store, "hf://a/good@main", &[&good], false);
+    age(&store, "hf://a/good@main", 1000);
+    fs::write(store.root().join("trees").join(artifact.digest().hex()), b"?").unwrap();
+    let used = store.usage().unwrap().bytes();
+    let report = collect_to(&store, used - 1);
+    assert_eq!(report.evicted, ["hf://a/bad@main"]);
+    assert!(!object_path(&store, &bad).exists());
+    assert!(object_path(&store, &good).exists());
 }
 
 #[test]
