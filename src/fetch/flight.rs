@@ -404,9 +404,17 @@ fn commit(
         handle.forget(index);
     }
     handle.arrived(&partial, index);
-    handle
+    let hashed = handle
         .verifier()
         .advance(handle.object(), &partial, handle.is_read());
+    if let Err(error) = hashed {
+        // Who wants the whole object fetches the chunk anew; where it cannot even be forgotten, nobody
+        // would get on.
+        handle.lost(&error);
+        if partial.generation() == generation {
+            return Err(error);
+        }
+    }
     if !engine.pool.is_roomy() {
         handle.verifier().withdraw(index);
     }

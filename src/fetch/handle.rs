@@ -31,7 +31,7 @@ use crate::{
     chunk::{self, CHUNK_SIZE},
     digest::{ObjectId, PartialId},
     source::Source,
-    store::{Complete, Lease, Partial, StoreErrorKind},
+    store::{Complete, Lease, Partial, StoreError, StoreErrorKind},
     tree::{Location, Object},
 };
 
@@ -86,6 +86,8 @@ pub struct Handle {
     /// Since when the disk is avoided: it is full, or fails.
     no_disk_since: Mutex<Option<Instant>>,
     since_checkpoint: AtomicU64,
+    /// What the disk said last of a chunk that it did not give back.
+    lost: Mutex<Option<FetchError>>,
     /// Single flight of small objects and of the final check.
     finishing: tokio::sync::Mutex<()>,
 }
@@ -220,6 +222,7 @@ impl Handle {
             streamed: AtomicBool::new(false),
             no_disk_since: Mutex::new(no_disk_since),
             since_checkpoint: AtomicU64::new(0),
+            lost: Mutex::default(),
             finishing: tokio::sync::Mutex::default(),
         }))
     }
@@ -514,6 +517,12 @@ impl Handle {
         {
             checkpoint(partial);
         }
+    }
+
+    /// The disk did not give back a chunk.
+    pub(super) fn lost(&self, error: &StoreError) {
+        *self.lost.lock() = Some(FetchError::store(self, error));
+        self.wake();
     }
 
     /// A flight is over.

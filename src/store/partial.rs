@@ -472,6 +472,26 @@ impl Partial {
         Ok(())
     }
 
+    /// The disk does not give back a chunk of `generation`: it is absent again, durably. Does nothing
+    /// where the generation is another by now, or the object complete.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn lose(&self, chunk: u64, generation: u32) -> Result<()> {
+        let _state = self.lock_state()?;
+        if self.live.finished() || self.live.generation() != generation {
+            return Ok(());
+        }
+        let mut map = self.durable()?;
+        if map.get(chunk) {
+            map.clear(chunk);
+            let bytes = map.map_file(&self.id, self.size);
+            self.store.write_durably(&self.paths.map, &bytes)?;
+        }
+        self.make_absent(std::iter::once(chunk));
+        Ok(())
+    }
+
     /// The chunks that the map file says are durable.
     fn durable(&self) -> Result<Bits> {
         read_map(&self.store, &self.paths.map, &self.id, self.size)

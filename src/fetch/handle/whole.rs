@@ -86,8 +86,12 @@ impl Handle {
                 .await?;
             match self.finish(&partial).await {
                 Ok(Some(complete)) => return Ok(complete),
-                // Somebody else has found it wrong, or its pages were lost.
-                Ok(None) => {}
+                // Somebody else has found it wrong, or a part of it was lost: once is an accident.
+                Ok(None) => match self.lost.lock().take() {
+                    Some(error) if lost => return Err(error),
+                    Some(_) => lost = true,
+                    None => {}
+                },
                 Err(error)
                     if error.kind() == FetchErrorKind::Corrupt && !self.was_wrong_twice() =>
                 {

@@ -3,8 +3,12 @@
 use std::{
     ffi::OsString,
     fs::File,
+    ops::Range,
     path::Path,
-    sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst},
+    },
 };
 
 use super::*;
@@ -19,6 +23,8 @@ struct Plan {
     from: AtomicU64,
     errno: AtomicI32,
     failed: AtomicBool,
+    /// Where objects on their way cannot be read, and whether they can be once that is written anew.
+    bad: Mutex<Option<(Range<u64>, bool)>>,
 }
 
 /// Wraps the real disk; never syncs.
@@ -42,6 +48,7 @@ impl FailingDisk {
             from: AtomicU64::new(u64::MAX),
             errno: AtomicI32::new(0),
             failed: AtomicBool::new(false),
+            bad: Mutex::default(),
         }))
     }
 
@@ -50,6 +57,12 @@ impl FailingDisk {
         self.0.errno.store(errno, SeqCst);
         self.0.failed.store(false, SeqCst);
         self.0.from.store(self.0.calls.load(SeqCst) + calls, SeqCst);
+    }
+
+    /// Bytes of objects on their way that cannot be read, nor written; `until_written`: the disk has
+    /// other sectors to put in their place.
+    pub(crate) fn bad_sectors(&self, bytes: Range<u64>, until_written: bool) {
+        *self.0.bad.lock().unwrap() = Some((bytes, until_written));
     }
 
     pub(crate) fn heal(&self) {
@@ -88,6 +101,16 @@ struct FailingFile {
 impl FailingFile {
     fn call(&self, call: Call) -> disk::Result<()> {
         self.disk.call(call, &self.path)
+    }
+
+    fn unusable(&self, what: &'static str) -> DiskError {
+        DiskError::new(what, &self.path, std::io::Error::from_raw_os_error(libc::EIO))
+    }
+
+    fn is_bad(&self, bad: &Option<(Range<u64>, bool)>, offset: u64, len: usize) -> bool {
+        let within = |bytes: &Range<u64>| offset < bytes.end && offset + len as u64 > bytes.start;
+        let is_data = self.path.extension().is_some_and(|e| e == "data");
+        is_data && bad.as_ref().is_some_and(|(bytes, _)| within(bytes))
     }
 }
 
@@ -157,6 +180,14 @@ impl DiskFile for FailingFile {
     }
     fn write_at(&self, data: &[u8], offset: u64) -> disk::Result<()> {
         let failed = self.call(Call::Write);
+        let mut bad = self.disk.0.bad.lock().unwrap();
+        if self.is_bad(&bad, offset, data.len()) {
+            *bad = bad.take().filter(|(_, until_written)| !until_written);
+            if bad.is_some() {
+                return Err(self.unusable("write"));
+            }
+        }
+        drop(bad);
         // What fails has written a part, of whole blocks where it went past the page cache.
         let part = match failed {
             Ok(()) => data,
@@ -189,6 +220,9 @@ impl DiskFile for FailingFile {
     }
     fn read_at(&self, buf: &mut [u8], offset: u64) -> disk::Result<()> {
         self.call(Call::Read)?;
+        if self.is_bad(&self.disk.0.bad.lock().unwrap(), offset, buf.len()) {
+            return Err(self.unusable("read"));
+        }
         self.inner.read_at(buf, offset)
     }
 }
