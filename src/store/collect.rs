@@ -398,8 +398,11 @@ impl<'s> Sweep<'s> {
         self.remove_unreferenced()
     }
 
-    /// Removes a record unless it is held.
+    /// Removes a record unless it is pinned by now, or held.
     fn forget(&self, record: &Record) -> Result<bool> {
+        if !self.store.pins(&record.reference)?.is_empty() {
+            return Ok(false);
+        }
         if self.store.tree_is_held(&record.digest)? {
             return Ok(false);
         }

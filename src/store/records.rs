@@ -441,6 +441,8 @@ impl Store {
     pub fn pin(&self, reference: &str, owner: &str) -> Result<()> {
         self.need_writable()?;
         let path = self.pin_path(reference, owner)?;
+        // A collection under way has looked at the pins already.
+        let _records = self.lock_records(Span::Shared)?;
         self.make_parent(&path)?;
         self.write_durably(&path, reference.as_bytes())
     }

@@ -452,3 +452,38 @@ fn a_collection_never_takes_what_a_warm_has_seen() {
     let usage = store.usage().unwrap();
     assert_eq!((usage.objects, usage.partials), (0, 0));
 }
+
+/// Who is told that something is pinned finds its content afterwards, or finds that it was gone before.
+#[test]
+fn a_pin_that_is_told_during_a_collection_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let contents: Vec<Vec<u8>> = (0..60).map(|seed| content(seed, 3000)).collect();
+    for round in 0..20 {
+        let name = |at: usize| format!("hf://a/b@{at}");
+        for (at, bytes) in contents.iter().enumerate() {
+            warm(&store, &name(at), &[bytes], false);
+        }
+        let collecting = std::thread::spawn({
+            let store = Arc::clone(&store);
+            move || collect_to(&store, 0)
+        });
+        std::thread::sleep(Duration::from_micros(300 * round));
+        let wanted: Vec<usize> = (0..contents.len()).step_by(7).collect();
+        let mut kept = Vec::new();
+        for &at in &wanted {
+            store.pin(&name(at), "pod/a").unwrap();
+            if store.artifact(&name(at)).unwrap().is_some() {
+                kept.push(at);
+            }
+        }
+        collecting.join().unwrap();
+        for at in kept {
+            assert!(store.artifact(&name(at)).unwrap().is_some(), "{round}: {at}");
+            assert!(object_path(&store, &contents[at]).exists(), "{round}: {at}");
+        }
+        for at in wanted {
+            store.unpin(&name(at), "pod/a").unwrap();
+        }
+    }
+}
