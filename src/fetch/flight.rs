@@ -14,8 +14,8 @@ use parking_lot::RwLock;
 use super::{
     Class, FetchError, Inner,
     buffer::{ChunkBuf, ChunkWriter},
-    handle::Handle,
-    retry::Retry,
+    handle::{Handle, Route},
+    retry::{Retry, is_of_origin},
 };
 use crate::{
     chunk, metrics,
@@ -178,18 +178,22 @@ impl<'a> Run<'a> {
         let mut retry = Retry::new(self.engine.config.patience, gave);
         let mut partly: Option<ChunkWriter> = None;
         loop {
-            let error = match self.request(&mut partly, &mut retry).await {
+            let route = self.handle.route();
+            let error = match self.request(&route, &mut partly, &mut retry).await {
                 Ok(()) => return Ok(()),
                 Err(Stop::Final(error)) => return Err(error),
                 Err(Stop::Source(error)) => error,
             };
             self.engine.throttled(&error);
-            let Some(pause) = retry.pause(&error) else {
-                // The same content may be had elsewhere.
-                if self.routes_tried + 1 < self.handle.routes() {
+            // The same content may be had elsewhere.
+            let has_others = self.routes_tried + 1 < self.handle.routes();
+            let at_once = has_others && is_of_origin(error.kind());
+            let Some(pause) = retry.pause(&error).filter(|_| !at_once) else {
+                if has_others {
                     self.routes_tried += 1;
-                    self.handle.next_route();
+                    self.handle.leave(&route);
                     tracing::debug!(%error, "trying another origin");
+                    retry = Retry::new(self.engine.config.patience, gave);
                     continue;
                 }
                 return Err(FetchError::source(self.handle, &error));
@@ -206,6 +210,7 @@ impl<'a> Run<'a> {
     /// Sends one request for all that is still to come and takes in its body.
     async fn request(
         &mut self,
+        route: &Route,
         partly: &mut Option<ChunkWriter>,
         retry: &mut Retry,
     ) -> Result<(), Stop> {
@@ -218,7 +223,7 @@ impl<'a> Run<'a> {
         let arrived = partly.as_ref().map_or(0, ChunkWriter::filled_len) as u64;
         let start = chunk::bytes(index, size).start + arrived;
         let mut body = self
-            .open(start..chunk::run_bytes(&(index..end), size).end)
+            .open(route, start..chunk::run_bytes(&(index..end), size).end)
             .await?;
         let _open = OpenRequest::new(self.engine);
         let mut expected = chunk::run_bytes(&(index..end), size).end - start;
@@ -318,8 +323,7 @@ impl<'a> Run<'a> {
     }
 
     /// Asks for the range; a demand request that stays without an answer is asked a second time.
-    async fn open(&self, range: std::ops::Range<u64>) -> Result<ByteStream, Stop> {
-        let route = self.handle.route();
+    async fn open(&self, route: &Route, range: std::ops::Range<u64>) -> Result<ByteStream, Stop> {
         let location = &route.location;
         let range = range.start + location.offset..range.end + location.offset;
         let asked = Instant::now();

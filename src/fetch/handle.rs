@@ -431,9 +431,12 @@ impl Handle {
         self.routes.lock().len()
     }
 
-    /// Uses another origin from now on.
-    pub(super) fn next_route(&self) {
-        self.routes.lock().rotate_left(1);
+    /// Uses another origin than `failed` from now on; where that is so already, nothing changes.
+    pub(super) fn leave(&self, failed: &Arc<Route>) {
+        let mut routes = self.routes.lock();
+        if routes.front().is_some_and(|r| Arc::ptr_eq(r, failed)) {
+            routes.rotate_left(1);
+        }
     }
 
     /// Another user has the object from the same origin, perhaps by other credentials: what is asked

@@ -637,3 +637,45 @@ async fn a_verified_object_is_shared_between_origins() {
     check_read(&handle, &bed.source, 0..3 * MIB).await;
     assert!(other.requests().is_empty());
 }
+
+/// One of two ways to the content is dead: however many fetches fail at once, none goes back to it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_origin_is_left_for_good() {
+    let bed = Bed::new(Scripted::new(40 * MIB));
+    let refuse = |kind| (0..1000).map(move |_| Some(Fault::Refuse(kind)));
+    for kind in [SourceErrorKind::NotFound, SourceErrorKind::Denied] {
+        let object = bed.source.object();
+        let dead = Arc::new(Scripted::new(40 * MIB).script(refuse(kind)));
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Engine::new(open(dir.path()), config());
+        let _good = engine.open(&object, &bed.source.source()).unwrap();
+        let handle = engine.open(&object, &dead.source()).unwrap();
+        let reads = (0..8u64).map(|at| {
+            let handle = Arc::clone(&handle);
+            async move { handle.read(at * 5 * MIB as u64, 1000).await }
+        });
+        for read in futures_util::future::join_all(reads).await {
+            read.unwrap();
+        }
+        let asked = dead.requests().len();
+        assert!(asked <= 16, "{asked} times");
+        check_read(&handle, &bed.source, 39 * MIB..39 * MIB + 1000).await;
+        handle.ensure(Class::Warm).await.unwrap();
+        assert_eq!(dead.requests().len(), asked, "{kind:?}: it was asked again");
+    }
+}
+
+/// What one origin gives is wrong, and another has the true content.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wrong_content_is_fetched_again_from_another_origin() {
+    for size in [1000, 3 * MIB] {
+        let bed = Bed::new(Scripted::new(size));
+        let wrong = Arc::new(Scripted::new(size));
+        wrong.serve_wrong_bytes(true);
+        let object = bed.source.object();
+        let _good = bed.handle();
+        let handle = bed.engine.open(&object, &wrong.source()).unwrap();
+        handle.ensure(Class::Warm).await.unwrap();
+        assert!(!wrong.requests().is_empty());
+    }
+}

@@ -16,7 +16,7 @@ use crate::{
     chunk,
     fetch::{
         Class, FetchError, FetchErrorKind, Inner,
-        retry::Retry,
+        retry::{Retry, is_of_origin},
         small::Urgency,
         verify::{Verdict, judge_bytes},
     },
@@ -264,10 +264,13 @@ impl Handle {
                 retry.progress();
                 self.trouble.is_over();
             }
-            let Some(pause) = retry.pause(&failure) else {
-                if routes_tried + 1 < self.routes() {
+            let has_others = routes_tried + 1 < self.routes();
+            let at_once = has_others && is_of_origin(failure.kind());
+            let Some(pause) = retry.pause(&failure).filter(|_| !at_once) else {
+                if has_others {
                     routes_tried += 1;
-                    self.next_route();
+                    self.leave(&route);
+                    retry = Retry::new(engine.config.patience, self.trouble.gave());
                     data.clear();
                     continue;
                 }
@@ -493,6 +496,8 @@ impl Handle {
 
     fn poison(&self, expected: &str, found: &str) -> FetchError {
         self.poisoned.store(true, Ordering::Relaxed);
+        // Another origin may have the true content.
+        self.leave(&self.route());
         metrics::global().fetch_corrupt_objects.add(1);
         let message = format!("the content is wrong: expected {expected}, received {found}");
         tracing::error!(object = %self.id(), path = %self.name, expected, found, "wrong content");
