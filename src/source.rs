@@ -55,6 +55,12 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// verified is for nobody who asked another.
     fn origin(&self) -> String;
 
+    /// Whether what is read here waits for other objects of the same engine, as files in a layer do for
+    /// the layer: such reads must not hold what those need.
+    fn waits_for_objects(&self) -> bool {
+        false
+    }
+
     /// Reads bytes `range` (absolute at the location: the caller has added `location.offset`) of
     /// the generation that `location` is pinned to. The range is never empty.
     ///

@@ -263,7 +263,7 @@ impl<'a> Run<'a> {
                         if !self.flight.take_on(index) {
                             return Ok(());
                         }
-                        self.buffer(index).await?
+                        self.buffer(route, index).await?
                     }
                 };
                 let n = writer.append(&frame);
@@ -281,13 +281,14 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    async fn buffer(&self, index: u64) -> Result<ChunkWriter, Stop> {
+    async fn buffer(&self, route: &Route, index: u64) -> Result<ChunkWriter, Stop> {
         let bytes = chunk::bytes(index, self.handle.size());
         let demand = self.flight.class == Class::Demand;
-        let writer = self
-            .engine
-            .pool
-            .take((bytes.end - bytes.start) as usize, demand);
+        let writer = self.engine.pool.take(
+            (bytes.end - bytes.start) as usize,
+            demand,
+            route.source.waits_for_objects(),
+        );
         let writer = writer.await.map_err(|e| {
             Stop::Final(FetchError::new(
                 self.handle,

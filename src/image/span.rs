@@ -197,6 +197,10 @@ impl Source for LayerSource {
         self.shared.inner.origin()
     }
 
+    fn waits_for_objects(&self) -> bool {
+        self.shared.inner.waits_for_objects()
+    }
+
     async fn layered(&self, reference: &Reference) -> Result<Option<Layered>, SourceError> {
         self.shared.inner.layered(reference).await
     }

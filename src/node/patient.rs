@@ -40,6 +40,10 @@ impl Source for Patient {
         self.0.origin()
     }
 
+    fn waits_for_objects(&self) -> bool {
+        self.0.waits_for_objects()
+    }
+
     async fn read(
         &self,
         location: &Location,

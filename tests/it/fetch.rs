@@ -2,11 +2,14 @@
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
+use futures_util::{StreamExt as _, stream};
 use hearth::{
     digest::{Digest, ObjectId},
     fetch::{Class, Config, Engine, FetchErrorKind, Handle, VerifyPolicy},
-    source::SourceErrorKind,
+    reference::Reference,
+    source::{ByteStream, Source, SourceError, SourceErrorKind},
     store::{self, Store},
+    tree::{Artifact, Location, Object, Recipe},
 };
 
 use crate::scripted_source::{Fault, Scripted};
@@ -606,7 +609,7 @@ async fn what_one_origin_claims_is_not_served_to_who_asked_another() {
     let theirs = bed.engine.open(&object, &liar.source()).unwrap();
     check_read(&theirs, &liar, 0..3 * MIB).await;
     // It claims another size, too.
-    let longer = hearth::tree::Object {
+    let longer = Object {
         size: object.size + 1,
         ..object.clone()
     };
@@ -678,4 +681,82 @@ async fn wrong_content_is_fetched_again_from_another_origin() {
         handle.ensure(Class::Warm).await.unwrap();
         assert!(!wrong.requests().is_empty());
     }
+}
+
+/// Reads through the engine, as files in a layer do.
+#[derive(Debug)]
+struct InLayer {
+    blob: Arc<Handle>,
+}
+
+#[async_trait::async_trait]
+impl Source for InLayer {
+    async fn resolve(&self, reference: &Reference) -> Result<Artifact, SourceError> {
+        let what = reference.to_string();
+        Err(SourceError::new(SourceErrorKind::NotFound, what, "is none"))
+    }
+
+    fn origin(&self) -> String {
+        "oci://registry/layers".into()
+    }
+
+    fn waits_for_objects(&self) -> bool {
+        true
+    }
+
+    async fn read(&self, _: &Location, range: Range<u64>) -> Result<ByteStream, SourceError> {
+        let blob = Arc::clone(&self.blob);
+        let pieces = stream::try_unfold(range.start, move |at| {
+            let (blob, end) = (Arc::clone(&blob), range.end);
+            async move {
+                let len = (end - at).min(100_000) as usize;
+                let piece = blob.read(at, len).await.map_err(|e| e.as_source())?;
+                let next = at + piece.len() as u64;
+                Ok((!piece.is_empty()).then_some((piece, next)))
+            }
+        });
+        Ok(pieces.boxed())
+    }
+}
+
+/// More cold readers of files in a layer than there are buffers: what a file holds is not what its layer
+/// needs to arrive.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_of_files_in_a_layer_do_not_wait_for_each_other() {
+    const FILE: usize = 3 * MIB;
+    let config = Config {
+        memory: store::ByteSize(8 << 20),
+        ..config()
+    };
+    let bed = Bed::with(
+        Scripted::new(13 * FILE).paced(64 << 10, Duration::from_millis(1)),
+        config,
+    );
+    let layer: Arc<dyn Source> = Arc::new(InLayer {
+        blob: bed.handle(),
+    });
+    let reads = (0..12).map(|at| {
+        let start = at * FILE + MIB / 2;
+        let data = bed.source.data.slice(start..start + FILE);
+        let object = Object {
+            id: ObjectId::Sha256(Digest::of(&data)),
+            size: FILE as u64,
+            git_sha1: None,
+            recipe: Recipe::Raw(Location {
+                path: format!("file {at}"),
+                generation: None,
+                offset: start as u64,
+            }),
+        };
+        let handle = bed.engine.open(&object, &layer).unwrap();
+        async move {
+            for chunk in 0..3 {
+                let read = handle.read((chunk * MIB) as u64, MIB).await.unwrap();
+                assert!(read == data.slice(chunk * MIB..(chunk + 1) * MIB));
+            }
+        }
+    });
+    let all = futures_util::future::join_all(reads);
+    let done = tokio::time::timeout(Duration::from_secs(60), all).await;
+    assert!(done.is_ok(), "they wait for each other");
 }

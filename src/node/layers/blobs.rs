@@ -63,6 +63,10 @@ impl Source for Blobs {
         self.origin.origin()
     }
 
+    fn waits_for_objects(&self) -> bool {
+        true
+    }
+
     async fn read(
         &self,
         location: &Location,
