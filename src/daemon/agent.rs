@@ -16,7 +16,10 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::handover::{Door, Predecessor, Successor};
+use super::{
+    handover::{Door, Predecessor, Successor},
+    tidy::tidy,
+};
 use crate::{
     admin::{Health, State},
     config::Config,
@@ -314,6 +317,9 @@ pub async fn run(
         tracing::info!(process, version, mounts = served.len(), "takes over");
     }
     let parts = Arc::new(parts);
+    // Ends with this function.
+    let mut house = JoinSet::new();
+    house.spawn(tidy(Arc::clone(parts.node.store())));
     let mut stop = std::pin::pin!(stop);
     let mut door = None;
     'again: loop {

@@ -242,6 +242,11 @@ impl Handle {
         &self.name
     }
 
+    /// What it is.
+    pub fn object(&self) -> &Object {
+        &self.object
+    }
+
     /// Bytes that are here, verified or not.
     pub fn present_bytes(&self) -> u64 {
         match &*self.state.read() {
@@ -415,10 +420,6 @@ impl Handle {
 
     pub(super) fn part(&self) -> &PartialId {
         &self.part
-    }
-
-    pub(super) fn object(&self) -> &Object {
-        &self.object
     }
 
     /// The origin in use.

@@ -118,6 +118,18 @@ impl Store {
         Ok(sweep.report)
     }
 
+    /// Whether a collection by the watermarks may have something to evict, as far as the file system alone
+    /// tells. It walks nothing.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn may_be_full(&self) -> Result<bool> {
+        let space = self.disk.space(&self.root)?;
+        // The store takes no more than all that is taken.
+        let most = space.total.saturating_sub(space.free);
+        Ok(self.watermark(most)? < most)
+    }
+
     /// What the store should take at most: `used` below the high watermark, else the low one.
     fn watermark(&self, used: u64) -> Result<u64> {
         let free = self.disk.space(&self.root)?.free;

@@ -151,6 +151,14 @@ impl Store {
         Ok(self.disk.space(&self.root)?.free)
     }
 
+    /// Whether less is free there than is to stay free.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn is_short(&self) -> Result<bool> {
+        Ok(self.free_bytes()? < self.config.min_free.0)
+    }
+
     /// The space on the file system of the store.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{Handle, State};
+use super::{Handle, LONGEST_READ, State};
 use crate::{
     fetch::{Class, FetchError, FetchErrorKind},
     metrics,
@@ -79,6 +79,19 @@ impl Handle {
                 None
             }
         }
+    }
+
+    /// As [`Handle::read`], but what is not here is not stored: there is no room for it.
+    ///
+    /// # Errors
+    /// As [`Handle::read`].
+    pub async fn read_past_disk(&self, offset: u64, len: usize) -> Result<Bytes, FetchError> {
+        let left = usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX);
+        let mut here = vec![0; len.min(left).min(LONGEST_READ)];
+        if here.is_empty() || self.try_read(offset, &mut here)? {
+            return Ok(here.into());
+        }
+        self.read_through(offset..offset + here.len() as u64).await
     }
 
     /// Reads without storing: the disk is full, or fails.

@@ -14,6 +14,7 @@ use futures_util::StreamExt as _;
 use super::{Handle, NOTHING_SERVED, State, Wrong, cannot_keep};
 use crate::{
     chunk,
+    digest::Digest,
     fetch::{
         Class, FetchError, FetchErrorKind, Inner,
         retry::{Retry, is_of_origin},
@@ -492,6 +493,11 @@ impl Handle {
 
     fn was_wrong_twice(&self) -> bool {
         self.wrong.lock().as_ref().is_some_and(|w| w.times >= 2)
+    }
+
+    /// The error of content that was passed on, and has another digest than it should.
+    pub fn is_wrong(&self, expected: &Digest, found: &Digest) -> FetchError {
+        self.poison(&expected.to_string(), &found.to_string())
     }
 
     fn poison(&self, expected: &str, found: &str) -> FetchError {
