@@ -347,7 +347,10 @@ impl<'s> Sweep<'s> {
         }
         let partials: Vec<ObjectId> = self.partials.keys().copied().collect();
         for id in partials {
-            if !self.ids.contains_key(&id) {
+            // What has become complete by another way is not needed any more.
+            let content = self.store.content_of(&id)?;
+            let complete = content.is_some_and(|content| self.objects.contains_key(&content));
+            if complete || !self.ids.contains_key(&id) {
                 self.remove_partial(&id)?;
             }
         }

@@ -487,3 +487,36 @@ fn a_pin_that_is_told_during_a_collection_counts() {
         }
     }
 }
+
+/// A part of something was here when the whole came by another way.
+#[test]
+fn what_is_left_of_a_complete_object_is_collected() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let bytes = content(1, 2 * MIB + 5);
+    for located in [false, true] {
+        let reference = format!("hf://a/b@{located}");
+        let artifact = artifact(&reference, &[&bytes], located);
+        store.record(&artifact).unwrap();
+        let id = artifact.objects[0].id;
+        for part in [
+            artifact.objects[0].partial_id("hf://models/a/b"),
+            artifact.objects[0].partial_id("hf://models/c/d"),
+        ] {
+            let partial = store.partial(part, bytes.len() as u64).unwrap();
+            if let Some(lease) = partial.claim(0..1).unwrap() {
+                lease.commit(0, &bytes[..MIB], WriteMode::Cached).unwrap();
+            }
+            store.collect(&CollectOptions::default()).unwrap();
+            drop(partial);
+        }
+        store.collect(&CollectOptions::default()).unwrap();
+        let parts = if located { 1 } else { 2 };
+        assert_eq!(store.usage().unwrap().partials, parts);
+        store.put(&[(id, bytes.clone().into())]).unwrap();
+        let report = store.collect(&CollectOptions::default()).unwrap();
+        assert_eq!((report.partials, report.objects), (parts, 0));
+        assert_eq!(store.usage().unwrap().partials, 0);
+        assert!(is_complete(&store, &artifact.objects[0]));
+    }
+}
