@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use super::{ByteSize, Result, Store, StoreError, StoreErrorKind, partial::Paths};
@@ -15,6 +16,11 @@ use crate::{
     disk::{Space, Stat},
     tree::Artifact,
 };
+
+/// How long a file system may take to show what was freed.
+const SHOWS_LATE: Duration = Duration::from_secs(10);
+/// How often it is asked meanwhile.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// What the store takes on its disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -262,7 +268,7 @@ impl Store {
                 let could = self.evict(missing, &admitted, true)?;
                 if could >= missing {
                     self.evict(missing, &admitted, false)?;
-                    room = self.room()?;
+                    room = self.room_for(needed)?;
                 }
                 if needed > room.available {
                     let own = needed - reserved;
@@ -291,6 +297,24 @@ impl Store {
             sum = sum.saturating_add(size.saturating_sub(there));
         }
         Ok(sum)
+    }
+
+    /// The room after an eviction. Some file systems show what was freed only after a while (XFS and btrfs
+    /// free in the background): waits for that.
+    fn room_for(&self, needed: u64) -> Result<Room> {
+        let deadline = Instant::now() + SHOWS_LATE;
+        let mut synced = false;
+        loop {
+            let room = self.room()?;
+            if needed <= room.available || Instant::now() > deadline {
+                return Ok(room);
+            }
+            if !std::mem::replace(&mut synced, true) {
+                self.open_root()?.sync_fs()?;
+                continue;
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
     }
 
     fn room(&self) -> Result<Room> {

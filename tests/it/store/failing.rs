@@ -23,8 +23,12 @@ struct Plan {
     from: AtomicU64,
     errno: AtomicI32,
     failed: AtomicBool,
+    /// A complete object was removed.
+    removed: AtomicBool,
     /// Where objects on their way cannot be read, and whether they can be once that is written anew.
     bad: Mutex<Option<(Range<u64>, bool)>>,
+    /// What is free: at first, how often that is said after something was removed, and then.
+    free: Mutex<Option<(u64, u32, u64)>>,
 }
 
 /// Wraps the real disk; never syncs.
@@ -48,7 +52,9 @@ impl FailingDisk {
             from: AtomicU64::new(u64::MAX),
             errno: AtomicI32::new(0),
             failed: AtomicBool::new(false),
+            removed: AtomicBool::new(false),
             bad: Mutex::default(),
+            free: Mutex::default(),
         }))
     }
 
@@ -63,6 +69,11 @@ impl FailingDisk {
     /// other sectors to put in their place.
     pub(crate) fn bad_sectors(&self, bytes: Range<u64>, until_written: bool) {
         *self.0.bad.lock().unwrap() = Some((bytes, until_written));
+    }
+
+    /// A file system that shows what was freed only when it was asked some times since.
+    pub(crate) fn frees_late(&self, free: u64, asked: u32, then: u64) {
+        *self.0.free.lock().unwrap() = Some((free, asked, then));
     }
 
     pub(crate) fn heal(&self) {
@@ -138,6 +149,9 @@ impl Disk for FailingDisk {
     }
     fn unlink(&self, path: &Path) -> disk::Result<bool> {
         self.call(Call::Remove, path)?;
+        if path.to_string_lossy().contains("objects/sha256") {
+            self.0.removed.store(true, SeqCst);
+        }
         RealDisk.unlink(path)
     }
     fn create_dir(&self, path: &Path) -> disk::Result<bool> {
@@ -164,7 +178,19 @@ impl Disk for FailingDisk {
         RealDisk.touch(path)
     }
     fn space(&self, path: &Path) -> disk::Result<Space> {
-        RealDisk.space(path)
+        let real = RealDisk.space(path)?;
+        let mut late = self.0.free.lock().unwrap();
+        let free = match &mut *late {
+            None => real.free,
+            Some((_, 0, then)) => *then,
+            Some((free, asked, _)) => {
+                if self.0.removed.load(SeqCst) {
+                    *asked -= 1;
+                }
+                *free
+            }
+        };
+        Ok(Space { free, ..real })
     }
     fn writable(&self, path: &Path) -> bool {
         RealDisk.writable(path)
@@ -386,4 +412,22 @@ fn at_calls(errno: i32, kind: StoreErrorKind, step: usize) {
             .unwrap_or_else(|error| panic!("{case}: then {error}"));
         goods.check_whole(&store, &case);
     }
+}
+
+/// XFS and btrfs free in the background: what an admission has evicted for is not refused meanwhile.
+#[test]
+fn space_that_shows_late_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FailingDisk::new();
+    let store = Store::open_on(Arc::new(disk.clone()), dir.path(), &config()).unwrap();
+    let old = artifact("hf://a/old@main", &[&content(1, 3 * MIB)], false);
+    store.record(&old).unwrap();
+    let batch = [(old.objects[0].id, content(1, 3 * MIB).into())];
+    drop(store.put(&batch).unwrap());
+    disk.frees_late(MIB as u64, 4, 5 * MIB as u64);
+    let new = artifact("hf://a/new@main", &[&content(2, 2 * MIB)], false);
+    store.record(&new).unwrap();
+    let room = store.admit(&new).unwrap();
+    assert!(store.artifact("hf://a/old@main").unwrap().is_none());
+    drop(room);
 }
