@@ -28,6 +28,9 @@ const WRITES_AHEAD: usize = 4;
 /// A demand fetch without an answer for this long gets a second request, at the least.
 const SHORTEST_HEDGE: Duration = Duration::from_millis(500);
 
+/// Bytes per second, at the least, of what a reader waits for.
+const LEAST_RATE: u64 = 4 << 10;
+
 /// What others see of a flight.
 pub(super) struct Flight {
     first: u64,
@@ -227,6 +230,7 @@ impl<'a> Run<'a> {
             .await?;
         let _open = OpenRequest::new(self.engine);
         let mut expected = chunk::run_bytes(&(index..end), size).end - start;
+        let mut flow = Flow::new(self.engine.config.stall_timeout, expected);
         while expected > 0 {
             // Between chunks only: what has begun to arrive is finished.
             if partly.is_none() {
@@ -237,12 +241,17 @@ impl<'a> Run<'a> {
                     return Ok(()); // the tail was given away
                 }
             }
+            let asked = Instant::now();
             let next = tokio::time::timeout(self.engine.config.stall_timeout, body.next());
             let mut frame = match next.await {
                 Ok(Some(frame)) => frame?,
                 Ok(None) => return Err(self.broken("the body ended early").into()),
                 Err(_) => return Err(self.broken("no bytes arrived for too long").into()),
             };
+            // Only the time that the origin takes counts, not that of the disk.
+            if !flow.goes_on(frame.len(), asked.elapsed()) && self.flight.is_urgent() {
+                return Err(self.broken("bytes arrive too slowly").into());
+            }
             if frame.is_empty() {
                 continue;
             }
@@ -254,8 +263,10 @@ impl<'a> Run<'a> {
             if self.flight.class == Class::Warm && !self.flight.is_urgent() {
                 self.engine.bandwidth.spend(frame.len()).await;
             }
-            retry.progress();
-            self.handle.last_trouble().is_over();
+            if flow.is_worth_it() {
+                retry.progress();
+                self.handle.last_trouble().is_over();
+            }
             while !frame.is_empty() {
                 let mut writer = match partly.take() {
                     Some(writer) => writer,
@@ -434,6 +445,48 @@ async fn finish_write(
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(FetchError::store(handle, &error)),
         Err(_) => Err(FetchError::cancelled(handle)),
+    }
+}
+
+/// How a body flows: one that trickles is as good as none.
+struct Flow {
+    window: Duration,
+    /// Bytes that have to come within a window; a body may have fewer.
+    least: u64,
+    came: u64,
+    /// In this window.
+    bytes: u64,
+    waited: Duration,
+}
+
+impl Flow {
+    fn new(window: Duration, expected: u64) -> Self {
+        let least = (LEAST_RATE as f64 * window.as_secs_f64()) as u64;
+        Self {
+            window,
+            least: least.clamp(1, expected.max(1)),
+            came: 0,
+            bytes: 0,
+            waited: Duration::ZERO,
+        }
+    }
+
+    /// Takes note of bytes that were waited for; false where too few have come for too long.
+    fn goes_on(&mut self, bytes: usize, waited: Duration) -> bool {
+        self.came += bytes as u64;
+        self.bytes += bytes as u64;
+        self.waited += waited;
+        if self.waited < self.window {
+            return true;
+        }
+        let enough = self.bytes >= self.least;
+        (self.bytes, self.waited) = (0, Duration::ZERO);
+        enough
+    }
+
+    /// Whether so much has come that the origin is worth its patience again.
+    fn is_worth_it(&self) -> bool {
+        self.came >= self.least
     }
 }
 

@@ -760,3 +760,19 @@ async fn readers_of_files_in_a_layer_do_not_wait_for_each_other() {
     let done = tokio::time::timeout(Duration::from_secs(60), all).await;
     assert!(done.is_ok(), "they wait for each other");
 }
+
+/// Now and then a few bytes: that is given up as no bytes are, where somebody waits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_trickling_body_holds_no_reader_for_good() {
+    let config = Config {
+        patience: Duration::from_secs(2),
+        ..config()
+    };
+    let trickle = Scripted::new(3 * MIB).paced(64, Duration::from_millis(100));
+    let bed = Bed::with(trickle, config);
+    let handle = bed.handle();
+    let read = tokio::time::timeout(Duration::from_secs(30), handle.read(900_000, 1000));
+    let error = read.await.expect("it waits for good").unwrap_err();
+    assert_eq!(error.kind(), FetchErrorKind::Unavailable);
+    assert!(error.to_string().contains("too slowly"), "{error}");
+}
