@@ -86,6 +86,8 @@ pub struct Handle {
     /// Since when the disk is avoided: it is full, or fails.
     no_disk_since: Mutex<Option<Instant>>,
     since_checkpoint: AtomicU64,
+    /// When another process that has claimed chunks was found to be slow.
+    slow_holder: Mutex<Option<Instant>>,
     /// What the disk said last of a chunk that it did not give back.
     lost: Mutex<Option<FetchError>>,
     /// Single flight of small objects and of the final check.
@@ -222,6 +224,7 @@ impl Handle {
             streamed: AtomicBool::new(false),
             no_disk_since: Mutex::new(no_disk_since),
             since_checkpoint: AtomicU64::new(0),
+            slow_holder: Mutex::default(),
             lost: Mutex::default(),
             finishing: tokio::sync::Mutex::default(),
         }))

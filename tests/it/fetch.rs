@@ -776,3 +776,44 @@ async fn a_trickling_body_holds_no_reader_for_good() {
     assert_eq!(error.kind(), FetchErrorKind::Unavailable);
     assert!(error.to_string().contains("too slowly"), "{error}");
 }
+
+/// Another process has claimed all that a reader wants and brings none of it: he waits for it once, not for
+/// each piece.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_process_is_waited_for_once() {
+    let bed = Bed::new(Scripted::new(60 * MIB));
+    let other = open(bed.dir.path());
+    let partial = other.partial(bed.source.part(), 60 * MIB as u64).unwrap();
+    let _lease = partial.claim(0..60).unwrap().unwrap();
+    let handle = bed.handle();
+    let reads = async {
+        for chunk in 0..60 {
+            check_read(&handle, &bed.source, chunk * MIB..chunk * MIB + 1000).await;
+        }
+    };
+    // Each for itself would take 12 s.
+    let all = tokio::time::timeout(Duration::from_secs(6), reads).await;
+    assert!(all.is_ok(), "each piece was waited for");
+}
+
+/// Others fetch what is first in the queue, slowly; what comes after it does not stand still for that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_others_fetch_does_not_hold_up_the_queue() {
+    let bed = Bed::new(Scripted::new(3 * MIB));
+    let other = open(bed.dir.path());
+    let mut held = Vec::new();
+    for size in 10..16 {
+        let source = Arc::new(Scripted::new(size * MIB));
+        let partial = other.partial(source.part(), (size * MIB) as u64).unwrap();
+        let lease = partial.claim(0..size as u64).unwrap().unwrap();
+        let handle = bed.engine.open(&source.object(), &source.source()).unwrap();
+        let warm = tokio::spawn(async move { handle.ensure(Class::Warm).await });
+        held.push((lease, warm));
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let whole = tokio::time::timeout(Duration::from_secs(20), bed.check_whole()).await;
+    assert!(whole.is_ok(), "it waits for the others");
+    for (_, warm) in held {
+        warm.abort();
+    }
+}
