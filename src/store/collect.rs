@@ -551,9 +551,9 @@ impl<'s> Sweep<'s> {
                 self.report.others += 1;
             }
         }
-        for (path, _) in self.files("roots")? {
-            let stem = path.file_stem().and_then(|stem| stem.to_str());
-            let digest = stem.and_then(|stem| Digest::from_hex(stem).ok());
+        for (path, name) in self.files("roots")? {
+            let name = name.to_str().and_then(|name| name.split('.').next());
+            let digest = name.and_then(|name| Digest::from_hex(name).ok());
             if digest.is_some_and(|d| !self.trees.contains(&d)) && self.remove_unlocked(&path)? {
                 self.report.others += 1;
             }
