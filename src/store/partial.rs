@@ -186,7 +186,15 @@ impl Partial {
             boot: store.boot,
             inode: stat.inode,
         };
-        let live = match open_live(store, &paths, &scope)? {
+        let live = match open_live(store, &paths, &scope) {
+            // Nobody else has it: as good as none.
+            Err(error) if sole => {
+                tracing::warn!(object = %id, %error, "the chunk words cannot be read: made anew");
+                None
+            }
+            live => live?,
+        };
+        let live = match live {
             Some(live) => live,
             None if sole => rebuild_live(store, &paths, &scope)?,
             None => {

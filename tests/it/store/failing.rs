@@ -27,6 +27,8 @@ struct Plan {
     removed: AtomicBool,
     /// Where objects on their way cannot be read, and whether they can be once that is written anew.
     bad: Mutex<Option<(Range<u64>, bool)>>,
+    /// A file that cannot be read until another takes its place.
+    bad_file: Mutex<Option<std::path::PathBuf>>,
     /// What is free: at first, how often that is said after something was removed, and then.
     free: Mutex<Option<(u64, u32, u64)>>,
 }
@@ -54,6 +56,7 @@ impl FailingDisk {
             failed: AtomicBool::new(false),
             removed: AtomicBool::new(false),
             bad: Mutex::default(),
+            bad_file: Mutex::default(),
             free: Mutex::default(),
         }))
     }
@@ -137,6 +140,9 @@ impl Disk for FailingDisk {
     }
     fn rename(&self, from: &Path, to: &Path) -> disk::Result<()> {
         self.call(Call::Write, to)?;
+        let mut bad = self.0.bad_file.lock().unwrap();
+        *bad = bad.take().filter(|bad| bad != to);
+        drop(bad);
         RealDisk.rename(from, to)
     }
     fn rename_new(&self, from: &Path, to: &Path) -> disk::Result<bool> {
@@ -246,6 +252,9 @@ impl DiskFile for FailingFile {
     }
     fn read_at(&self, buf: &mut [u8], offset: u64) -> disk::Result<()> {
         self.call(Call::Read)?;
+        if self.disk.0.bad_file.lock().unwrap().as_ref() == Some(&self.path) {
+            return Err(self.unusable("read"));
+        }
         if self.is_bad(&self.disk.0.bad.lock().unwrap(), offset, buf.len()) {
             return Err(self.unusable("read"));
         }
@@ -430,4 +439,29 @@ fn space_that_shows_late_is_waited_for() {
     let room = store.admit(&new).unwrap();
     assert!(store.artifact("hf://a/old@main").unwrap().is_none());
     drop(room);
+}
+
+/// The words that say which chunks are here are mapped: what of them cannot be read must not be.
+#[test]
+fn chunk_words_that_cannot_be_read_are_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FailingDisk::new();
+    let open = || Store::open_on(Arc::new(disk.clone()), dir.path(), &config()).unwrap();
+    let bytes = content(1, 3 * MIB);
+    let id = ObjectId::Sha256(Digest::of(&bytes));
+    let store = open();
+    let partial = store.partial(&id, bytes.len() as u64).unwrap();
+    let lease = partial.claim(0..2).unwrap().unwrap();
+    lease
+        .commit(0, &bytes[..2 * MIB], WriteMode::Cached)
+        .unwrap();
+    partial.checkpoint().unwrap();
+    let stem = dir.path().join("partial").join(id.to_string().replace(':', "-"));
+    *disk.0.bad_file.lock().unwrap() = Some(stem.with_extension("live"));
+    // Who has it open already goes on; another process does without.
+    let error = open().partial(&id, bytes.len() as u64).unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Io);
+    drop((lease, partial));
+    let again = open().partial(&id, bytes.len() as u64).unwrap();
+    assert_eq!(again.present_bytes(), 2 * MIB as u64, "from the durable map");
 }
