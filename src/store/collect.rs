@@ -542,6 +542,12 @@ impl<'s> Sweep<'s> {
                 self.report.others += 1;
             }
         }
+        // Whoever pins waits for the records lock.
+        for (path, _) in self.files("pins")? {
+            if store.disk.list(&path)?.is_empty() && !self.dry_run {
+                store.disk.remove_dir(&path)?;
+            }
+        }
         if !self.unreadable.is_empty() {
             return Ok(());
         }

@@ -392,6 +392,10 @@ impl Store {
             true => self.lock_tree(digest, Span::Shared, true)?,
             false => None,
         };
+        if tree.is_none() && self.writable && self.read_tree(digest)?.is_none() {
+            // Whoever serves it goes on, and fetches what is collected once more.
+            tracing::warn!(%digest, "the tree of what is held is missing: its content may be collected");
+        }
         Ok(Hold {
             reference: None,
             tree,
@@ -424,14 +428,21 @@ impl Store {
 
     /// Locks a file that is only read; `None` where it is missing, or taken and `wait` is false.
     fn lock_there(&self, path: &Path, how: Span, wait: bool) -> Result<Option<FileLock>> {
-        let file = match self.disk.open(path, Open::Read) {
-            Ok(file) => file,
-            Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let locked = lock_file(file.file(), how, wait)
-            .map_err(|error| StoreError::io(path.display(), &error))?;
-        Ok(locked.then(|| FileLock::new(file)))
+        let fail = |error| StoreError::io(path.display(), &error);
+        loop {
+            let file = match self.disk.open(path, Open::Read) {
+                Ok(file) => file,
+                Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            if !lock_file(file.file(), how, wait).map_err(fail)? {
+                return Ok(None);
+            }
+            // A lock on what was removed, or replaced, while it was waited for holds nothing.
+            if layout::linked(file.file()).map_err(fail)? {
+                return Ok(Some(FileLock::new(file)));
+            }
+        }
     }
 
     /// Keeps a reference, recorded or not, from eviction until [`Store::unpin`]. Durable.

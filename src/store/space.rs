@@ -188,8 +188,16 @@ impl Store {
         mut each: impl FnMut(Digest, PathBuf, Stat) -> Result<()>,
     ) -> Result<()> {
         for shard in self.disk.list(dir)? {
+            // Other names are not ours, whatever they are.
+            if shard.len() != 2 {
+                continue;
+            }
             let shard = dir.join(shard);
-            for name in self.disk.list(&shard)? {
+            let names = match self.disk.list(&shard) {
+                Err(error) if error.errno() == Some(libc::ENOTDIR) => continue,
+                names => names?,
+            };
+            for name in names {
                 let path = shard.join(&name);
                 let digest = name.to_str().and_then(|n| Digest::from_hex(n).ok());
                 if let Some(digest) = digest

@@ -261,3 +261,21 @@ async fn the_snapshotter_bears_a_disk_that_fails_at_any_call() {
         }
     }
 }
+
+/// A small object that the disk has no room for is verified all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_small_object_is_verified_past_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FailingDisk::new();
+    let engine = Engine::new(open(&disk, dir.path()), config());
+    let source = Arc::new(Scripted::new(9000).script([Some(Fault::Flip)]));
+    let handle = engine.open(&source.object(), &source.source()).unwrap();
+    disk.fail_after(0, libc::EIO);
+    let read = handle.read(0, 100).await.unwrap();
+    assert!(read == source.data.slice(0..100), "wrong bytes were served");
+    let wrong = Arc::new(Scripted::new(9001));
+    wrong.serve_wrong_bytes(true);
+    let handle = engine.open(&wrong.object(), &wrong.source());
+    let error = handle.unwrap().read(0, 100).await.unwrap_err();
+    assert_eq!(error.kind(), FetchErrorKind::Corrupt);
+}

@@ -286,6 +286,25 @@ impl Handle {
         Ok(data.into())
     }
 
+    /// The whole content of a small object, verified, and not stored.
+    pub(super) async fn receive_verified(&self) -> Result<Bytes, FetchError> {
+        self.held_off()?;
+        let mut wrong = None;
+        for _ in 0..2 {
+            let data = match self.size() {
+                0 => Bytes::new(),
+                size => self.receive(0..size, Class::Demand).await?,
+            };
+            match judge_bytes(&self.object, &data) {
+                Verdict::Good(..) => return Ok(data),
+                Verdict::Bad {
+                    expected, found, ..
+                } => wrong = Some(self.poison(&expected, &found)),
+            }
+        }
+        Err(wrong.unwrap_or_else(|| FetchError::cancelled(self)))
+    }
+
     /// The whole content of a small object, verified. On return it is complete, unless the disk is
     /// full; or, where somebody waits for the bytes, on its way into the store.
     pub(super) async fn small(self: &Arc<Self>, class: Class) -> Result<Bytes, FetchError> {

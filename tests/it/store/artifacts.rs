@@ -520,3 +520,27 @@ fn what_is_left_of_a_complete_object_is_collected() {
         assert!(is_complete(&store, &artifact.objects[0]));
     }
 }
+
+#[test]
+fn what_is_not_ours_among_the_objects_stands_in_nobodys_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let bytes = content(1, 100);
+    let artifact = warm(&store, "hf://a/b@main", &[&bytes], false);
+    for stray in ["README", "zz"] {
+        fs::write(store.root().join("objects/sha256").join(stray), b"stray").unwrap();
+    }
+    assert_eq!(store.usage().unwrap().objects, 1);
+    store.pin("hf://a/b@main", "a").unwrap();
+    store.collect(&CollectOptions::default()).unwrap();
+    assert!(store.verify(VerifyScope::All, true, |_| true).unwrap().damaged.is_empty());
+    assert!(is_complete(&store, &artifact.objects[0]));
+    // Nor do the places of pins stay that are gone.
+    let pins = || fs::read_dir(store.root().join("pins")).unwrap().count();
+    assert_eq!(pins(), 1);
+    store.unpin("hf://a/b@main", "a").unwrap();
+    store.collect(&CollectOptions::default()).unwrap();
+    assert_eq!(pins(), 0);
+    store.pin("hf://a/b@main", "a").unwrap();
+    assert_eq!(store.pins("hf://a/b@main").unwrap(), ["a"]);
+}
