@@ -231,6 +231,8 @@ impl Node {
         let objects = &resolved.artifact.objects;
         stream::iter(neighbourhoods(objects, profile))
             .map(|near| async move {
+                // The start is not over, whatever its readers find here already.
+                self.engine.touch();
                 if let Err(error) = self.prefetch_blob(layers, objects, &near).await {
                     tracing::debug!(%error, "the layer is not fetched ahead of its readers");
                 }

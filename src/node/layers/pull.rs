@@ -55,6 +55,18 @@ impl Pace {
         }
     }
 
+    /// Waits until those who read need the machine again, while it is theirs.
+    async fn disturbed(self, engine: &Engine) {
+        if let Self::Behind(until) = self
+            && tokio::time::timeout_at(until.into(), engine.used())
+                .await
+                .is_ok()
+        {
+            return;
+        }
+        std::future::pending().await
+    }
+
     /// Sets the priority of this thread, and of those that it starts.
     fn set(self) {
         if let Self::Behind(_) = self {
@@ -200,7 +212,7 @@ impl Node {
                     }
                 }
             };
-            let fetched = tokio::try_join!(handle.ensure(Class::Warm), feeding);
+            let fetched = tokio::try_join!(self.fetch(handle, pace), feeding);
             let unpacked = unpacked.await;
             fetched.map_err(fetch_failed(reference))?;
             let unpacked = unpacked.unwrap_or_else(|_| {
@@ -221,6 +233,17 @@ impl Node {
                     tracing::info!(%error, "unpacking once more, from the verified layer");
                     again = true;
                 }
+            }
+        }
+    }
+
+    /// Fetches all of a layer. What is under way when a reader comes is brought to its end.
+    async fn fetch(&self, handle: &Arc<Handle>, pace: Pace) -> Result<(), FetchError> {
+        loop {
+            pace.wait(&self.engine).await;
+            tokio::select! {
+                brought = handle.ensure(Class::Warm) => return brought.map(drop),
+                () = pace.disturbed(&self.engine) => {}
             }
         }
     }
