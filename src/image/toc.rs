@@ -284,7 +284,8 @@ impl TocLayer<'_> {
 /// of the other. `None` where both tell of the same files in the same order.
 ///
 /// A table leaves out where the content is in the tar; itself and the landmarks, which are in the
-/// tar; and parts of seconds (stargz-snapshotter, estargz, `formatModtime`).
+/// tar; and parts of seconds (stargz-snapshotter, estargz, `formatModtime`). Where it has the chunks
+/// of a file is not compared: a file that was put together of wrong ones has not its digest.
 pub fn difference(table: &LayerIndex, unpacked: &LayerIndex) -> Option<String> {
     let is_told = |entry: &&LayerEntry| {
         let is_own = match table.compression {
