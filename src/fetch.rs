@@ -256,6 +256,11 @@ impl Engine {
         self.inner.gate.quiet(quiet, deadline).await;
     }
 
+    /// Waits until somebody waits for bytes, or uses content, from now on.
+    pub async fn used(&self) {
+        self.inner.gate.used().await;
+    }
+
     /// Its settings.
     pub fn config(&self) -> &Config {
         &self.inner.config

@@ -320,6 +320,9 @@ impl Handle {
     /// gets it elsewhere.
     pub fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool, FetchError> {
         self.first_read.get_or_init(Instant::now);
+        if let Some(engine) = self.engine.upgrade() {
+            engine.gate.touch();
+        }
         match self.read_here(offset, buf) {
             Err(error) if error.kind() == FetchErrorKind::Disk => Ok(false),
             other => other,

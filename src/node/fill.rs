@@ -30,6 +30,8 @@ impl Node {
         let mut pace = Pace::Full;
         if resolved.layers.is_some() {
             pace = Pace::behind();
+            // It has not read anything yet.
+            self.engine.touch();
             pace.wait(&self.engine).await;
         }
         let _room = self.admit(&resolved.artifact).await?;

@@ -7,7 +7,10 @@ use futures_util::StreamExt as _;
 use crate::{
     digest::Digest,
     fetch::VerifyPolicy,
-    image::{ImageError, LayerIndex, toc::TocLayer},
+    image::{
+        ImageError, LayerIndex,
+        toc::{self, TocLayer},
+    },
     node::{Node, NodeError, blocking, joined},
     source::{Layer, Layered, Source, SourceError, SourceErrorKind},
     store::{Import, Store, StoreError, StoreErrorKind},
@@ -36,10 +39,43 @@ pub(super) struct Known {
 pub(super) enum Maker {
     /// It came of unpacking the layer here.
     Own = b'o' as isize,
-    /// The layer carries it, and the image's manifest has its digest.
+    /// The layer carries it, and the image's manifest has its digest: nobody here has checked it.
     Table = b't' as isize,
+    /// The layer carries it, and was unpacked here to the same.
+    CheckedTable = b'c' as isize,
     /// It was found beside the image: nobody here has checked it.
     Found = b'f' as isize,
+}
+
+impl Maker {
+    const fn of(mark: u8) -> Option<Self> {
+        Some(match mark {
+            b'o' => Self::Own,
+            b't' => Self::Table,
+            b'c' => Self::CheckedTable,
+            b'f' => Self::Found,
+            _ => return None,
+        })
+    }
+
+    /// Whether the layer is known to be what the index says.
+    pub(super) const fn is_checked(self) -> bool {
+        matches!(self, Self::Own | Self::CheckedTable)
+    }
+}
+
+impl Known {
+    /// What it says otherwise than the layer, of which unpacking gave `own`.
+    pub(super) fn refuted_by(&self, own: &LayerIndex) -> Option<String> {
+        match self.maker {
+            Maker::Own | Maker::CheckedTable => None,
+            Maker::Table => toc::difference(&self.index, own)
+                .map(|what| format!("its table of contents describes something else: {what}")),
+            Maker::Found => (!self.index.agrees_with(own)).then(|| {
+                "the index that was found beside the image describes something else".to_owned()
+            }),
+        }
+    }
 }
 
 /// Whether an image is known by an index that nobody here has checked yet.
@@ -51,7 +87,8 @@ pub(in crate::node) fn waits_for_a_check(store: &Store, image: &str) -> Result<b
         return Ok(false);
     };
     for layer in &image.layers {
-        if store.index_mark(&layer.blob)? == Some(Maker::Found as u8) {
+        let maker = store.index_mark(&layer.blob)?.and_then(Maker::of);
+        if maker.is_some_and(|maker| !maker.is_checked()) {
             return Ok(true);
         }
     }
@@ -84,11 +121,12 @@ impl Node {
             let Some(bytes) = store.index(&this.blob)? else {
                 return Ok(None);
             };
-            let (maker, encoded) = match bytes.split_first() {
-                Some((b'o', encoded)) => (Maker::Own, encoded),
-                Some((b't', encoded)) => (Maker::Table, encoded),
-                Some((b'f', encoded)) if !strict => (Maker::Found, encoded),
-                _ => return Ok(None),
+            let Some((mark, encoded)) = bytes.split_first() else {
+                return Ok(None);
+            };
+            let maker = Maker::of(*mark).filter(|maker| maker.is_checked() || !strict);
+            let Some(maker) = maker else {
+                return Ok(None);
             };
             match usable(encoded, &this) {
                 Ok(index) => Ok(Some(Known {
@@ -106,11 +144,15 @@ impl Node {
 
     /// Whether the index of `layer` needs no checking, or was checked by now.
     pub(super) async fn is_trusted(&self, layer: &Layer, known: &Known) -> Result<bool, NodeError> {
-        if known.maker != Maker::Found {
+        if known.maker.is_checked() {
             return Ok(true);
         }
         let now = self.index_of(layer).await?;
-        Ok(now.is_some_and(|now| now.maker == Maker::Own && now.index.agrees_with(&known.index)))
+        Ok(now.is_some_and(|now| match now.maker {
+            Maker::Own => known.refuted_by(&now.index).is_none(),
+            Maker::CheckedTable => now.index.agrees_with(&known.index),
+            Maker::Table | Maker::Found => false,
+        }))
     }
 
     /// Puts an index into the store.

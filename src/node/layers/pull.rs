@@ -55,6 +55,18 @@ impl Pace {
         }
     }
 
+    /// Waits until those who read need the machine again, while it is theirs.
+    async fn disturbed(self, engine: &Engine) {
+        if let Self::Behind(until) = self
+            && tokio::time::timeout_at(until.into(), engine.used())
+                .await
+                .is_ok()
+        {
+            return;
+        }
+        std::future::pending().await
+    }
+
     /// Sets the priority of this thread, and of those that it starts.
     fn set(self) {
         if let Self::Behind(_) = self {
@@ -68,8 +80,8 @@ impl Pace {
 /// A layer that was unpacked.
 struct Pulled {
     index: Arc<LayerIndex>,
-    /// Whether an index was believed that says something else.
-    was_misled: bool,
+    /// What an index that was believed says otherwise.
+    refuted: Option<String>,
 }
 
 impl Node {
@@ -104,14 +116,14 @@ impl Node {
             .try_collect()
             .await?;
         // Only now: each layer has its true index, and who asks again is not told of the next one.
-        if let Some(wrong) = pulled.iter().find(|pulled| pulled.was_misled) {
-            return Err(NodeError::Misled {
-                reference: reference.to_owned(),
-                layer: wrong.index.blob.to_string(),
-                why: "the index that was found beside the image describes something else; the \
-                      true one has taken its place"
-                    .into(),
-            });
+        for Pulled { index, refuted } in &pulled {
+            if let Some(why) = refuted {
+                return Err(NodeError::Misled {
+                    reference: reference.to_owned(),
+                    layer: index.blob.to_string(),
+                    why: format!("{why}; a true index has taken its place"),
+                });
+            }
         }
         Ok(pulled.into_iter().map(|pulled| pulled.index).collect())
     }
@@ -137,25 +149,28 @@ impl Node {
             index: Arc::new(index),
             maker: Maker::Own,
         };
-        let mut was_misled = false;
+        let refuted = believed.and_then(|believed| believed.refuted_by(&known.index));
+        if refuted.is_some() {
+            // First, so that nothing built on it is left when the true index is there.
+            let (store, name) = (Arc::clone(self.store()), reference.to_owned());
+            blocking(move || store.forget_resolution(&name)).await?;
+        }
         match believed {
-            // What is recorded reads the layer at the places of its own table.
-            Some(believed) if believed.maker == Maker::Table => {}
-            Some(believed)
-                if believed.maker == Maker::Found && !believed.index.agrees_with(&known.index) =>
-            {
-                // First, so that nothing built on it is left when the true index is there.
-                let (store, name) = (Arc::clone(self.store()), reference.to_owned());
-                blocking(move || store.forget_resolution(&name)).await?;
-                self.keep_index(&known).await?;
-                was_misled = true;
+            Some(believed) if refuted.is_none() && believed.maker == Maker::CheckedTable => {}
+            // What is recorded reads the layer at the places of its table, which is true.
+            Some(believed) if refuted.is_none() && believed.maker == Maker::Table => {
+                let checked = Known {
+                    index: Arc::clone(&believed.index),
+                    maker: Maker::CheckedTable,
+                };
+                self.keep_index(&checked).await?;
             }
             _ => self.keep_index(&known).await?,
         }
         shown.finished();
         Ok(Pulled {
             index: known.index,
-            was_misled,
+            refuted,
         })
     }
 
@@ -200,7 +215,7 @@ impl Node {
                     }
                 }
             };
-            let fetched = tokio::try_join!(handle.ensure(Class::Warm), feeding);
+            let fetched = tokio::try_join!(self.fetch(handle, pace), feeding);
             let unpacked = unpacked.await;
             fetched.map_err(fetch_failed(reference))?;
             let unpacked = unpacked.unwrap_or_else(|_| {
@@ -221,6 +236,17 @@ impl Node {
                     tracing::info!(%error, "unpacking once more, from the verified layer");
                     again = true;
                 }
+            }
+        }
+    }
+
+    /// Fetches all of a layer. What is under way when a reader comes is brought to its end.
+    async fn fetch(&self, handle: &Arc<Handle>, pace: Pace) -> Result<(), FetchError> {
+        loop {
+            pace.wait(&self.engine).await;
+            tokio::select! {
+                brought = handle.ensure(Class::Warm) => return brought.map(drop),
+                () = pace.disturbed(&self.engine) => {}
             }
         }
     }

@@ -167,7 +167,7 @@ fn content<'i>(index: &'i mut LayerIndex, path: &str) -> &'i mut FileContent {
 }
 
 /// What a read of `path` in the mount gives: the SHA-256, or the error's name.
-fn read(dir: &str, path: &str) -> String {
+pub(super) fn read(dir: &str, path: &str) -> String {
     let script = r#"
 import errno, hashlib, os, sys
 try: print(hashlib.sha256(open(os.path.join(sys.argv[1], sys.argv[2]), "rb").read()).hexdigest())
@@ -180,7 +180,7 @@ except OSError as e: print(errno.errorcode[e.errno])
 }
 
 /// Waits until the background fetch has stopped; its error.
-fn wait_error(bed: &Bed, dir: &str) -> String {
+pub(super) fn wait_error(bed: &Bed, dir: &str) -> String {
     let begun = Instant::now();
     loop {
         let status = bed.json(&format!("status {dir} --json"));
