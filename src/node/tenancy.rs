@@ -11,7 +11,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs, io,
+    fs,
+    io::{self, Write as _},
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -207,7 +208,8 @@ impl Tenancy {
 
 impl Node {
     /// To be called before `reference` is resolved with `keys`: what comes by them is not the node's to show. It says so
-    /// on the disk, unless the node has it already. Blocks nobody who has no keys of their own.
+    /// on the disk, and which generation, if any, the node had of its own by then: that one stays everybody's. Blocks
+    /// nobody who has no keys of their own.
     ///
     /// # Errors
     /// What the disk says.
@@ -218,14 +220,18 @@ impl Node {
         let (store, name) = (Arc::clone(self.store()), reference.to_string());
         Ok(super::blocking(move || {
             let path = guard_path(&store, &name);
-            if path.exists() || store.artifact(&name)?.is_some() {
+            if path.exists() {
                 return Ok(());
             }
+            let own = store.artifact(&name)?.map(|(_, own)| own.digest());
+            let own = own.map_or_else(String::new, |own| own.to_string());
             let made = || {
                 let dir = path.parent().unwrap_or(store.root());
                 run_dir(store.root())?;
                 fs::create_dir_all(dir)?;
-                fs::File::create(&path)?.sync_all()?;
+                let mut file = fs::File::create(&path)?;
+                file.write_all(own.as_bytes())?;
+                file.sync_all()?;
                 fs::File::open(dir)?.sync_all()
             };
             Ok(made().map_err(|e: io::Error| DiskError::new("write", &path, e))?)
@@ -248,20 +254,25 @@ impl Node {
         let proof = Proof::new(reference, keys);
         let now = Instant::now();
         let is_node = keys.is_none_or(|keys| !keys.alone && !keys.has_own());
-        let (store, name) = (Arc::clone(self.store()), reference.to_string());
-        let guard = super::blocking(move || Ok(guard_path(&store, &name).exists())).await?;
+        let artifact = &resolved.artifact;
+        let own = self.guarded(reference).await?;
+        let is_own = |own: &String| *own == artifact.digest().to_string();
+        let mut is_said = resolved.fresh;
         if !resolved.fresh {
             let may_use_node = keys.is_none_or(|keys| !keys.alone);
-            if (!guard && may_use_node) || self.tenancy().knows(&proof, now) {
+            if (own.as_ref().is_none_or(is_own) && may_use_node)
+                || self.tenancy().knows(&proof, now)
+            {
                 return Ok(());
             }
             // Of an image nothing but its manifest is asked for.
-            if self.layers(reference).await?.is_none() {
-                self.inspect(reference).await?;
-            }
+            is_said = match self.layers(reference).await? {
+                Some(layered) => layered.manifest.to_string() == artifact.revision,
+                None => self.inspect(reference).await?.digest() == artifact.digest(),
+            };
         }
         self.tenancy().note(proof, now);
-        if guard && is_node {
+        if own.is_some() && is_node && is_said {
             let (store, name) = (Arc::clone(self.store()), reference.to_string());
             super::blocking(move || {
                 let path = guard_path(&store, &name);
@@ -274,9 +285,24 @@ impl Node {
         }
         Ok(())
     }
+
+    /// The generation of `reference` that the node had of its own when it was guarded, empty for none; `None` where it is
+    /// not guarded.
+    async fn guarded(&self, reference: &Reference) -> Result<Option<String>, NodeError> {
+        let (store, name) = (Arc::clone(self.store()), reference.to_string());
+        Ok(super::blocking(move || {
+            let path = guard_path(&store, &name);
+            match fs::read_to_string(&path) {
+                Ok(own) => Ok(Some(own)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(DiskError::new("read", &path, error).into()),
+            }
+        })
+        .await?)
+    }
 }
 
-/// There where a reference came by the credentials of others than the node.
+/// There where a reference came by the credentials of others than the node; holds [`Node::guarded`].
 fn guard_path(store: &Store, reference: &str) -> PathBuf {
     let name = Digest::of(reference.as_bytes()).hex();
     store.root().join("run/guarded").join(name)

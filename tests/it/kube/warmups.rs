@@ -71,7 +71,7 @@ impl Warmer for Store {
         Ok(())
     }
 
-    async fn keep(&self, reference: &Reference, owner: &str) -> Result<bool, WarmError> {
+    async fn keep(&self, reference: &Reference, owner: &str, _: &str) -> Result<bool, WarmError> {
         let mut here = self.here.lock();
         Ok(here
             .get_mut(&reference.to_string())
@@ -262,6 +262,7 @@ async fn a_node_does_what_is_asked_and_no_more() {
         .cloned()
         .unwrap();
     assert_eq!((order.priority, order.bandwidth), (7, Some(1 << 20)));
+    assert_eq!(order.namespace, "d");
     let reported = |name: &str, state: &str| {
         let cache = fake.get(&cache_key("n1")).unwrap_or_default();
         let entries = cache["status"]["warmups"]
