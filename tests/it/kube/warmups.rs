@@ -340,6 +340,28 @@ async fn a_node_does_what_is_asked_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_example_opens_the_model_and_its_public_image() {
+    let fake = Fake::start().await;
+    node(&fake, "n1", false);
+    fake.edit(&Key::new("", "nodes", "", "n1"), |node| {
+        node["metadata"]["labels"]["nvidia.com/gpu.product"] = json!("NVIDIA-H200");
+    });
+    fake.put("", "secrets", super::example_secret());
+    let mut example = super::example("warmup.yaml").swap_remove(0);
+    example["spec"]["maxParallelNodes"] = json!(0);
+    fake.put(GROUP, "warmups", example);
+    let store = Arc::new(Store::default());
+    let running = agent(&fake, "n1", Arc::clone(&store));
+    until("both are brought", || store.here.lock().len() == 2).await;
+    for order in store.orders.lock().iter() {
+        let is_image = order.reference.to_string().starts_with("oci://");
+        let keys = order.keys.as_ref();
+        assert_eq!(keys.is_some_and(|keys| keys.hub_token.is_some()), !is_image);
+    }
+    running.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_controller_says_labels_lets_in_and_deletes() {
     let fake = Fake::start().await;
     node(&fake, "n1", true);
