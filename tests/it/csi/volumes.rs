@@ -234,9 +234,14 @@ async fn what_failed_for_good_is_left_by_nobody() {
     bed.models.state().fails = Some(ModelErrorKind::Denied);
     bed.published(asked.clone()).await.unwrap_err();
     let mut other = asked.clone();
-    other.volume_context.insert("verify".into(), "strict".into());
+    other
+        .volume_context
+        .insert("verify".into(), "strict".into());
     bed.published(other).await.unwrap_err();
-    assert_eq!((bed.marks.get().len(), bed.models.state().pins.len()), (1, 1));
+    assert_eq!(
+        (bed.marks.get().len(), bed.models.state().pins.len()),
+        (1, 1)
+    );
 }
 
 #[tokio::test]
