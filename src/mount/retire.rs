@@ -4,7 +4,8 @@
 //! fuser has no such thing, but reads and writes one fd number, which is given another meaning: one end of
 //! a socket pair. From the other end its threads get a DESTROY each, on which they end; answers that are
 //! still to come are passed on to the kernel. When all who could answer have let go of the fd,
-//! the pair says so: nothing is in hand any more. A thread that waits in a read of the connection is woken
+//! the pair says so: nothing is in hand any more. A long answer may not fit into the pair (unix(7), EMSGSIZE): whoever
+//! may not raise its bound loses that, so what is in hand stays noted for the next server. A thread that waits in a read of the connection is woken
 //! by a signal, and its read begins anew, at the socket.
 
 use std::{
@@ -18,7 +19,9 @@ use nix::{
     errno::Errno,
     sys::{
         signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
-        socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair},
+        socket::{
+            AddressFamily, Shutdown, SockFlag, SockType, setsockopt, shutdown, socketpair, sockopt,
+        },
     },
     unistd::write,
 };
@@ -60,6 +63,7 @@ pub(super) fn retire(
         None,
         SockFlag::SOCK_CLOEXEC,
     )?;
+    make_room(&theirs);
     listen_to_wake()?;
     for thread in 0..threads as u64 {
         write(&ours, &destroy(OURS | thread))?;
@@ -73,6 +77,8 @@ pub(super) fn retire(
             pass_on(&relay, &kernel);
             done.send(())
         })?;
+    // Whether an answer arrives is not known from here on.
+    server.state.keep_working();
     // SAFETY: the number is open, see above.
     let channel = unsafe { BorrowedFd::borrow_raw(channel) };
     replace(channel, theirs.as_fd())?;
@@ -98,6 +104,17 @@ pub(super) fn retire(
     }
     server.state.freeze();
     Ok(())
+}
+
+/// Has the longest answer fit into a packet, as far as this process may say so.
+fn make_room(socket: &OwnedFd) {
+    // What a packet needs beside its bytes is counted, too.
+    let room = 2 * BUFFER;
+    let made = setsockopt(socket, sockopt::SndBufForce, &room)
+        .or_else(|_| setsockopt(socket, sockopt::SndBuf, &room));
+    if let Err(error) = made {
+        tracing::debug!(%error, "long answers are lost");
+    }
 }
 
 /// Passes answers on to the kernel until there can be no more.
