@@ -98,6 +98,8 @@ struct Held {
     /// Without server since then.
     orphan: Instant,
     refuser: Option<Refuser>,
+    /// Its directory shows it no more: it is for whoever has something of it open.
+    detached: bool,
     _holds: Vec<OwnedFd>,
 }
 
@@ -212,7 +214,10 @@ impl Keeper {
             if held.server.is_some() || held.refuser.is_some() {
                 continue;
             }
-            let until = held.orphan + self.orphan_timeout;
+            // So far away that it never comes.
+            let Some(until) = held.orphan.checked_add(self.orphan_timeout) else {
+                continue;
+            };
             if now < until {
                 at(until);
                 continue;
@@ -310,7 +315,8 @@ impl Keeper {
                     None => held.server.is_none() && hung_up,
                 };
                 if gone {
-                    take_away(self.sessions.remove(at));
+                    let gone = self.remove(at);
+                    take_away(gone);
                 }
             }
         }
@@ -376,9 +382,12 @@ impl Keeper {
                 // What it served to its end, or not at all, is not served again.
                 let again = |held: &Held| held.servers > 0 && is_alive(&held.session);
                 let (again, gone): (Vec<_>, Vec<_>) = self.sessions.drain(..).partition(again);
-                gone.into_iter().for_each(take_away);
                 self.sessions = again;
                 child.died();
+                for held in gone {
+                    self.refuse_successor(&held);
+                    take_away(held);
+                }
             }
             _ => tracing::debug!(process = peer.process, "a peer is gone"),
         }
@@ -421,16 +430,18 @@ impl Keeper {
                 held._holds = fds;
                 (Answer::Done, Vec::new())
             }),
-            Request::Left { dir } => self.find(&dir.0).map(|held| {
+            Request::Left { dir, connection } => self.find_this(&dir.0, connection).map(|held| {
                 if held.server == Some(id) {
                     held.server = None;
                     held.orphan = Instant::now();
                 }
                 (Answer::Done, Vec::new())
             }),
-            Request::End { dir } => {
-                self.sessions
-                    .retain(|held| held.session.dir != dir.0 || held.server != Some(id));
+            Request::End { dir, connection } => {
+                let ended = |held: &Held| held.server == Some(id) && held.is(&dir.0, connection);
+                if let Some(at) = self.sessions.iter().position(ended) {
+                    self.remove(at);
+                }
                 Ok((Answer::Done, Vec::new()))
             }
             Request::Abort { dir } => self.abort(&dir.0),
@@ -469,7 +480,9 @@ impl Keeper {
 
     /// The first session behind `after`, in the order of mount points.
     fn next(&self, after: Option<&Path>) -> Answer {
-        let behind = |held: &&Held| after.is_none_or(|after| *held.session.dir > *after);
+        let behind = |held: &&Held| {
+            !held.detached && after.is_none_or(|after| *held.session.dir > *after)
+        };
         let next = self
             .sessions
             .iter()
@@ -487,9 +500,13 @@ impl Keeper {
             let message = format!("the keeper has {MAX_SESSIONS} mounts already");
             return Err(MountError::new(MountErrorKind::Keeper, dir, message));
         }
-        if self.sessions.iter().any(|held| held.session.dir == dir) {
-            let message = "the keeper has mounted here already";
-            return Err(MountError::new(MountErrorKind::Mounted, dir, message));
+        if let Ok(held) = self.find(dir) {
+            if table::shows(dir, held.session.connection) {
+                let message = "the keeper has mounted here already";
+                return Err(MountError::new(MountErrorKind::Mounted, dir, message));
+            }
+            tracing::warn!(dir = %dir.display(), connection = held.session.connection, "what was mounted here was detached");
+            held.detached = true;
         }
         let session = Session::mount(dir, options, about)?;
         tracing::info!(dir = %dir.display(), connection = session.connection, "mounted");
@@ -500,6 +517,7 @@ impl Keeper {
             servers: 0,
             orphan: Instant::now(),
             refuser: None,
+            detached: false,
             _holds: Vec::new(),
         };
         let shown = held.show();
@@ -544,9 +562,9 @@ impl Keeper {
     }
 
     fn abort(&mut self, dir: &Path) -> Answered {
-        let found = |held: &Held| held.session.dir == dir;
+        let found = |held: &Held| held.is(dir, None);
         let at = self.sessions.iter().position(found);
-        let held = self.sessions.remove(at.ok_or_else(|| unknown(dir))?);
+        let held = self.remove(at.ok_or_else(|| unknown(dir))?);
         abort(held.session.connection);
         take_away(held);
         if let Some(child) = &mut self.child {
@@ -557,10 +575,27 @@ impl Keeper {
     }
 
     fn find(&mut self, dir: &Path) -> Result<&mut Held, MountError> {
+        self.find_this(dir, None)
+    }
+
+    fn find_this(&mut self, dir: &Path, connection: Option<u32>) -> Result<&mut Held, MountError> {
         let mut sessions = self.sessions.iter_mut();
         sessions
-            .find(|held| held.session.dir == dir)
+            .find(|held| held.is(dir, connection))
             .ok_or_else(|| unknown(dir))
+    }
+
+    /// Forgets a session; who waits to serve it is told.
+    fn remove(&mut self, at: usize) -> Held {
+        let held = self.sessions.remove(at);
+        self.refuse_successor(&held);
+        held
+    }
+
+    fn refuse_successor(&mut self, gone: &Held) {
+        if let Some((peer, _)) = gone.successor {
+            self.answer(peer, &unknown(&gone.session.dir).into(), &[]);
+        }
     }
 
     fn answer(&mut self, id: u64, answer: &Answer, fds: &[BorrowedFd<'_>]) {
@@ -584,6 +619,12 @@ impl Held {
         let state = self.session.state.fd().map_err(failed)?;
         let connection = self.session.connection;
         Ok((Answer::Session { connection }, vec![fuse, state]))
+    }
+
+    /// Whether it is the session of this connection, or where none is given, the one that `dir` shows.
+    fn is(&self, dir: &Path, connection: Option<u32>) -> bool {
+        let meant = connection.map_or(!self.detached, |number| number == self.session.connection);
+        meant && self.session.dir == dir
     }
 
     fn give(&mut self, id: u64) {

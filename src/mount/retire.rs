@@ -44,14 +44,22 @@ const OURS: u64 = 1 << 62;
 /// Room for the longest answer.
 const BUFFER: usize = (1 << 20) + 65536;
 
+/// Whether what is in hand is waited for where it would be lost else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Haste {
+    None,
+    /// Nobody works on it any more.
+    Great,
+}
+
 /// Ends the `threads` threads that read number `channel`, and waits until all that they took is answered, or
 /// for long enough. What is answered after that is lost; where it can, the kernel sends it again to the next server.
 pub(super) fn retire(
     server: &Server,
     device: &Arc<Device>,
-    channel: RawFd,
-    threads: usize,
+    (channel, threads): (RawFd, usize),
     ended: &watch::Receiver<bool>,
+    haste: Haste,
 ) -> io::Result<()> {
     // As long as this is held, the number means what it meant when the session began.
     let Some(notifier) = server.notifier.lock().take() else {
@@ -88,7 +96,7 @@ pub(super) fn retire(
         wake_readers();
         std::thread::sleep(Duration::from_millis(2));
     }
-    let patience = match server.resend.load(Relaxed) {
+    let patience = match server.resend.load(Relaxed) || haste == Haste::Great {
         true => SHORT_PATIENCE,
         false => PATIENCE.saturating_sub(begun.elapsed()),
     };

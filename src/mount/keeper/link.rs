@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    super::{MountError, device, session::Session},
+    super::{MountError, MountErrorKind, device, session::Session, table},
     fdstore::{self, FdStore},
     talk::Talk,
     wire::Kept,
@@ -33,6 +33,12 @@ impl Orphan {
     /// What it serves, as its first server said.
     pub fn about(&self) -> &[u8] {
         &self.about
+    }
+
+    /// Whether it is what its directory shows. One that was detached may go on elsewhere, but whoever looks there sees
+    /// nothing of it.
+    pub fn is_mounted(&self) -> bool {
+        table::shows(&self.session.dir, self.session.connection)
     }
 }
 
@@ -123,6 +129,18 @@ impl Link {
         Ok(Orphan { session, about })
     }
 
+    /// The session of what is mounted on `dir`, where there is one that is kept: to go on with.
+    ///
+    /// # Errors
+    /// As [`Link::show`], but that there is none.
+    pub fn find(&self, dir: &Path) -> Result<Option<Orphan>, MountError> {
+        match self.show(dir) {
+            Ok(orphan) => Ok(Some(orphan).filter(Orphan::is_mounted)),
+            Err(error) if error.kind() == MountErrorKind::NotMounted => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// From now on this process serves the session on `dir`, and no other does.
     pub(in super::super) fn take(&self, dir: &Path) -> Result<(), MountError> {
         match &self.0 {
@@ -143,19 +161,19 @@ impl Link {
     }
 
     /// This process serves the session on `dir` no more; the next one may.
-    pub(in super::super) fn left(&self, dir: &Path) -> Result<(), MountError> {
+    pub(in super::super) fn left(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
         match &self.0 {
-            Way::Keeper(talk) => talk.left(dir),
+            Way::Keeper(talk) => talk.left(dir, connection),
             Way::Manager(_) => Ok(()),
         }
     }
 
     /// The mount on `dir` is gone.
-    pub(in super::super) fn end(&self, dir: &Path) -> Result<(), MountError> {
+    pub(in super::super) fn end(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
         match &self.0 {
-            Way::Keeper(talk) => talk.end(dir),
+            Way::Keeper(talk) => talk.end(dir, connection),
             Way::Manager(store) => {
-                store.end(dir);
+                store.end(dir, connection);
                 Ok(())
             }
         }

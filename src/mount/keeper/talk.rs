@@ -194,25 +194,21 @@ impl Talk {
     }
 
     /// This process serves the session on `dir` no more; the next one may.
-    pub(super) fn left(&self, dir: &Path) -> Result<(), MountError> {
-        self.tell(
-            dir,
-            &Request::Left {
-                dir: Dir(dir.into()),
-            },
-            &[],
-        )
+    pub(super) fn left(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
+        let request = Request::Left {
+            dir: Dir(dir.into()),
+            connection: Some(connection),
+        };
+        self.tell(dir, &request, &[])
     }
 
     /// The mount on `dir` is gone.
-    pub(super) fn end(&self, dir: &Path) -> Result<(), MountError> {
-        self.tell(
-            dir,
-            &Request::End {
-                dir: Dir(dir.into()),
-            },
-            &[],
-        )
+    pub(super) fn end(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
+        let request = Request::End {
+            dir: Dir(dir.into()),
+            connection: Some(connection),
+        };
+        self.tell(dir, &request, &[])
     }
 
     /// Has the keeper take the mount on `dir` away, whatever its server does.

@@ -46,13 +46,18 @@ pub(super) enum Request {
     Hold {
         dir: Dir,
     },
-    /// This server serves the session on `dir` no more; another will.
+    /// This server serves the session on `dir` no more; another will. The connection tells it from one that was
+    /// mounted there since; earlier versions do not say it.
     Left {
         dir: Dir,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        connection: Option<u32>,
     },
     /// The mount on `dir` is gone, and nobody is to serve it again.
     End {
         dir: Dir,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        connection: Option<u32>,
     },
     /// Take the mount on `dir` away, whatever its server does.
     Abort {

@@ -573,7 +573,7 @@ print(*sorted(set(said)))
     for unprivileged in [false, true] {
         let bed = Bed::new();
         // So slow that none is answered before it is told to end, and all are before it gives up.
-        let web = Web::slow("512k");
+        let web = Web::slow("2m");
         let model = web.model("m", 8, 1);
         let dir = bed.mount_dir("mnt");
         let config = bed.path("config.toml");
