@@ -53,6 +53,8 @@ pub struct Parts {
     pub keeper: Option<Arc<Link>>,
     /// What is listened on.
     pub sockets: Sockets,
+    /// Names under which the service manager had sockets of the process before this one.
+    listened: Vec<String>,
     pub health: Arc<Health>,
     /// Where the next agent asks this one to hand over, where it may.
     pub door: Option<PathBuf>,
@@ -139,6 +141,8 @@ impl Parts {
             (None, true) => Some(Link::managed(&mut passed)?),
             (None, false) => None,
         };
+        let listened = passed.iter().map(|(name, _)| name.clone());
+        let listened = listened.filter(|name| name.starts_with(LISTENS)).collect();
         let sockets = passed.into_iter().filter_map(|(name, socket)| {
             let (face, address) = name.strip_prefix(LISTENS)?.split_once('-')?;
             Some(Passed {
@@ -153,6 +157,7 @@ impl Parts {
             config,
             keeper: keeper.map(Arc::new),
             sockets,
+            listened,
             health: Arc::default(),
             door: None,
             note,
@@ -163,8 +168,20 @@ impl Parts {
     /// it is to.
     fn tell_ready(&self) -> std::io::Result<()> {
         if self.config.agent.fdstore {
-            for passed in self.sockets.pass()? {
-                let name = format!("{LISTENS}{}-{}", passed.face, address_id(&passed.address));
+            let sockets = self.sockets.pass()?.into_iter().map(|passed| {
+                let address = address_id(&passed.address);
+                (format!("{LISTENS}{}-{address}", passed.face), passed)
+            });
+            let sockets: BTreeMap<_, _> = sockets.collect();
+            // Nobody accepts any more where this process does not listen.
+            for name in self
+                .listened
+                .iter()
+                .filter(|name| !sockets.contains_key(*name))
+            {
+                service::forget(name)?;
+            }
+            for (name, passed) in sockets {
                 // It may have one of that name already, of the process before this one.
                 service::forget(&name)?;
                 service::store(&name, &[passed.socket.as_fd()])?;

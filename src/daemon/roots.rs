@@ -11,6 +11,8 @@
 //!
 //! A claimed image is pinned until containerd has removed its snapshots: the claim was for good.
 
+mod left;
+
 use std::{
     collections::{BTreeSet, HashMap},
     fs,
@@ -341,7 +343,7 @@ impl ImageRoots {
         let mounting = tokio::task::spawn_blocking(move || -> anyhow::Result<Mount> {
             let view = Arc::new(view);
             let orphan = match (orphan, &keeper) {
-                (None, Some(keeper)) => left_before(keeper, &dir, &about)?,
+                (None, Some(keeper)) => left::before(keeper, &dir, &about)?,
                 (orphan, _) => orphan,
             };
             if let (Some(orphan), Some(keeper)) = (orphan, &keeper) {
@@ -425,20 +427,6 @@ impl ImageRoots {
             }
         }
     }
-}
-
-/// What is kept of a mount on `dir` that could not be taken over before, if it is of the same; another goes, but for those
-/// who have it.
-fn left_before(keeper: &Link, dir: &Path, about: &About) -> Result<Option<Orphan>, MountError> {
-    let Some(orphan) = keeper.find(dir)? else {
-        return Ok(None);
-    };
-    let before = serde_json::from_slice::<About>(orphan.about()).ok();
-    if before.as_ref() == Some(about) {
-        return Ok(Some(orphan));
-    }
-    mount::unmount(dir, true)?;
-    Ok(None)
 }
 
 /// The images that somebody has pinned, as containerd calls them; a claim is no wish to keep them.
@@ -620,41 +608,16 @@ impl Roots for ImageRoots {
         for chain in adopted.iter().filter(|chain| !used.contains(chain)) {
             self.release(chain).await;
         }
-        let owners: BTreeSet<_> = claimed.iter().map(owner).collect();
-        let used: BTreeSet<_> = used.iter().map(|chain| self.dir(chain, "")).collect();
+        let owners = claimed.iter().map(owner).collect();
+        let used = used.iter().map(|chain| self.dir(chain, "")).collect();
         let (store, dir) = (Arc::clone(self.node.store()), self.dir.clone());
         let swept = tokio::task::spawn_blocking(move || {
-            let is_left = |mounted: &Path| {
-                let chain = mounted.parent().filter(|chain| chain.starts_with(&dir));
-                chain.is_some_and(|chain| !used.contains(chain))
-            };
-            let mut left = native::mounted()?;
-            left.retain(|mounted| is_left(mounted));
-            for root in left {
-                native::unmount(&root, true)?;
-                remove_dirs(&root);
-            }
-            let mut left = mount::mounted()?;
-            left.retain(|info| is_left(&info.mountpoint));
-            for info in left {
-                mount::unmount_forced(&info.mountpoint)?;
-                remove_dirs(&info.mountpoint);
-            }
-            for record in store.records()? {
-                for pin in record.pins {
-                    if is_owner(&pin) && !owners.contains(&pin) {
-                        store.unpin(&record.reference, &pin)?;
-                    }
-                }
-            }
-            anyhow::Ok(())
+            left::unmount(&dir, &used)?;
+            left::unpin(&store, &owners)
         });
-        match swept.await {
-            Ok(Err(error)) => tracing::warn!(
-                error = format!("{error:#}"),
-                "what an earlier process left stays"
-            ),
-            _ => {}
+        if let Ok(Err(error)) = swept.await {
+            let error = format!("{error:#}");
+            tracing::warn!(error, "what an earlier process left stays");
         }
     }
 
@@ -679,18 +642,6 @@ const CLAIMED: &str = "containerd-";
 /// The owner of the pin of a claimed chain.
 fn owner(chain: &Digest) -> String {
     format!("{CLAIMED}{}", &chain.hex()[..32])
-}
-
-/// Whether it is what [`owner`] makes.
-fn is_owner(pin: &str) -> bool {
-    let chain = pin.strip_prefix(CLAIMED).unwrap_or_default();
-    chain.len() == 32 && chain.bytes().all(|byte| byte.is_ascii_hexdigit())
-}
-
-/// Removes the directory of a mount that is gone, and that of its chain where there is no other.
-fn remove_dirs(mounted: &Path) {
-    let _ = fs::remove_dir(mounted);
-    let _ = mounted.parent().map(fs::remove_dir);
 }
 
 fn owner_of(inodes: &[Inode]) -> (u32, u32) {

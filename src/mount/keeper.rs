@@ -65,6 +65,8 @@ const LEAVE: Duration = Duration::from_secs(10);
 pub struct Settings {
     /// Where it listens, mode 0600.
     pub socket: Option<PathBuf>,
+    /// Whether it takes the place of a keeper that listens there.
+    pub replace: bool,
     /// How long readers wait for a server.
     pub orphan_timeout: Duration,
     /// Makes the server it runs; the keeper ends when its mount is gone.
@@ -121,7 +123,11 @@ impl Keeper {
     pub fn new(settings: Settings) -> Result<Self, MountError> {
         let path = settings.socket.as_deref();
         let failed = |e: io::Error| MountError::system(path.unwrap_or(Path::new("")), "keeper", e);
-        let listener = match path.map(Listener::bind).transpose() {
+        let listen = match settings.replace {
+            true => Listener::replace,
+            false => Listener::bind,
+        };
+        let listener = match path.map(listen).transpose() {
             // The server that it runs is connected already; others find no way in.
             Err(error) if settings.server.is_some() && takes_nothing(&error) => {
                 tracing::warn!(%error, "the keeper has no socket");
@@ -480,9 +486,8 @@ impl Keeper {
 
     /// The first session behind `after`, in the order of mount points.
     fn next(&self, after: Option<&Path>) -> Answer {
-        let behind = |held: &&Held| {
-            !held.detached && after.is_none_or(|after| *held.session.dir > *after)
-        };
+        let behind =
+            |held: &&Held| !held.detached && after.is_none_or(|after| *held.session.dir > *after);
         let next = self
             .sessions
             .iter()

@@ -434,13 +434,18 @@ impl Store {
         Ok(locked.then(|| FileLock::new(file)))
     }
 
-    /// Keeps a reference, recorded or not, from eviction until [`Store::unpin`]. Durable.
+    /// Keeps a reference, recorded or not, from eviction until [`Store::unpin`]. Durable. A pin that is there needs no
+    /// room on the disk.
     ///
     /// # Errors
     /// [`StoreErrorKind::Invalid`] for an owner that is empty or too long, and what the disk says.
     pub fn pin(&self, reference: &str, owner: &str) -> Result<()> {
         self.need_writable()?;
         let path = self.pin_path(reference, owner)?;
+        if self.disk.stat(&path)?.is_some() {
+            // Whoever made it may have been killed before it was durable.
+            return Ok(self.disk.sync_dir(&self.pin_dir(reference))?);
+        }
         self.make_parent(&path)?;
         self.write_durably(&path, reference.as_bytes())
     }

@@ -168,7 +168,10 @@ impl FdStore {
     pub(super) fn end(&self, dir: &Path, connection: u32) {
         let mut all = self.0.lock();
         // Another may have been mounted there since.
-        if all.get(dir).is_some_and(|held| held.connection == connection) {
+        if all
+            .get(dir)
+            .is_some_and(|held| held.connection == connection)
+        {
             all.remove(dir);
         }
         drop(all);

@@ -353,3 +353,20 @@ fn at_calls(errno: i32, kind: StoreErrorKind, step: usize) {
         goods.check_whole(&store, &case);
     }
 }
+
+#[test]
+fn a_pin_that_is_there_needs_no_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FailingDisk::new();
+    let root = dir.path().join("store");
+    let store = Store::open_on(Arc::new(disk.clone()), &root, &config()).unwrap();
+    store.pin("hf://a/b", "volume").unwrap();
+    // Its directory may be made durable once more.
+    disk.fail_after(1, libc::ENOSPC);
+    store.pin("hf://a/b", "volume").unwrap();
+    assert!(!disk.has_failed());
+    let error = store.pin("hf://a/b", "another").unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::NoSpace);
+    disk.heal();
+    assert_eq!(store.pins("hf://a/b").unwrap(), ["volume"]);
+}
