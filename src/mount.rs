@@ -308,7 +308,7 @@ impl Mount {
         let resend = Agreed::of(&answer).resend;
         server.resend.store(resend, Relaxed);
         if let Some(keeper) = &keeper {
-            keeper.take(&dir)?;
+            keeper.take(&session)?;
         }
         let distrusted = server.succeed(&session.device);
         session::connect(&fuse, &session.device, &session.state, &answer, resumed)

@@ -33,6 +33,11 @@ const STARTING: Duration = Duration::from_secs(60);
 /// How long its mounts may take after that.
 const ADOPTING: Duration = Duration::from_secs(30);
 
+/// How the keeper is called where faces are.
+const KEEPER: &str = "keeper";
+/// How often it is looked whether it is there.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// A face at work.
 pub type Running = Pin<Box<dyn Future<Output = anyhow::Result<()>> + Send>>;
 
@@ -331,6 +336,8 @@ pub async fn run(
         tracing::info!(process, version, mounts = served.len(), "takes over");
     }
     let parts = Arc::new(parts);
+    let mut aside = JoinSet::new();
+    aside.spawn(watch_keeper(Arc::clone(&parts)));
     let mut stop = std::pin::pin!(stop);
     let mut door = None;
     'again: loop {
@@ -422,6 +429,33 @@ pub async fn run(
             None => parts.sockets.close(),
         }
         return done.and(left);
+    }
+}
+
+/// Connects to the keeper again whenever it was lost. What is mounted goes on meanwhile; the agent is not ready.
+async fn watch_keeper(parts: Arc<Parts>) {
+    let Some(keeper) = &parts.keeper else { return };
+    let mut is_lost = false;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        if !keeper.is_lost() {
+            continue;
+        }
+        let lost = Arc::clone(keeper);
+        match tokio::task::spawn_blocking(move || lost.revive()).await {
+            Ok(Ok(())) => {
+                tracing::info!("the keeper is back");
+                parts.health.set(KEEPER, State::Serving);
+                is_lost = false;
+            }
+            Ok(Err(error)) => {
+                if !std::mem::replace(&mut is_lost, true) {
+                    tracing::error!(%error, "the keeper is gone: what is mounted goes on");
+                }
+                parts.health.set(KEEPER, State::Starting(error.to_string()));
+            }
+            Err(_) => return,
+        }
     }
 }
 

@@ -16,6 +16,7 @@
 
 mod child;
 mod fdstore;
+mod line;
 mod link;
 mod refuse;
 mod talk;
@@ -27,6 +28,7 @@ use std::{
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -48,7 +50,12 @@ pub use self::{
     link::{Link, Orphan},
     wire::{Kept, PROTOCOL},
 };
-use super::{MountError, MountErrorKind, device, session::Session, table};
+use super::{
+    MountError, MountErrorKind, device,
+    session::{Device, Session},
+    state::State,
+    table,
+};
 use crate::{
     disk::takes_nothing,
     socket::packet::{self, Listener, MsgFlags},
@@ -451,6 +458,7 @@ impl Keeper {
                 Ok((Answer::Done, Vec::new()))
             }
             Request::Abort { dir } => self.abort(&dir.0),
+            Request::Give { dir, connection } => self.accept_session(id, &dir.0, connection, fds),
         };
         match answered {
             Ok((answer, fds)) => {
@@ -480,6 +488,7 @@ impl Keeper {
         let answer = Answer::Welcome {
             keeper: std::process::id(),
             version: env!("HEARTH_VERSION").into(),
+            takes: true,
         };
         Ok((answer, Vec::new()))
     }
@@ -500,7 +509,8 @@ impl Keeper {
         }))
     }
 
-    fn open(&mut self, id: u64, dir: &Path, options: device::Options, about: &[u8]) -> Answered {
+    /// Makes sure that a session on `dir` may begin.
+    fn make_room(&mut self, dir: &Path) -> Result<(), MountError> {
         if self.sessions.len() >= MAX_SESSIONS {
             let message = format!("the keeper has {MAX_SESSIONS} mounts already");
             return Err(MountError::new(MountErrorKind::Keeper, dir, message));
@@ -513,18 +523,40 @@ impl Keeper {
             tracing::warn!(dir = %dir.display(), connection = held.session.connection, "what was mounted here was detached");
             held.detached = true;
         }
+        Ok(())
+    }
+
+    /// Keeps what `id` serves, as the keeper before this one did.
+    fn accept_session(
+        &mut self,
+        id: u64,
+        dir: &Path,
+        connection: u32,
+        fds: Vec<OwnedFd>,
+    ) -> Answered {
+        self.make_room(dir)?;
+        let failed = |e| MountError::system(dir, "session", e);
+        let Ok([fuse, state]) = <[OwnedFd; 2]>::try_from(fds) else {
+            return Err(failed(io::Error::from(io::ErrorKind::InvalidData)));
+        };
+        let session = Session {
+            dir: dir.to_owned(),
+            connection,
+            device: Arc::new(Device::new(fuse)),
+            state: Arc::new(State::open(state).map_err(failed)?),
+        };
+        tracing::info!(dir = %dir.display(), connection, "kept from now on");
+        let mut held = Held::new(session, id);
+        held.servers = 1;
+        self.sessions.push(held);
+        Ok((Answer::Done, Vec::new()))
+    }
+
+    fn open(&mut self, id: u64, dir: &Path, options: device::Options, about: &[u8]) -> Answered {
+        self.make_room(dir)?;
         let session = Session::mount(dir, options, about)?;
         tracing::info!(dir = %dir.display(), connection = session.connection, "mounted");
-        let held = Held {
-            session,
-            server: Some(id),
-            successor: None,
-            servers: 0,
-            orphan: Instant::now(),
-            refuser: None,
-            detached: false,
-            _holds: Vec::new(),
-        };
+        let held = Held::new(session, id);
         let shown = held.show();
         self.sessions.push(held);
         shown
@@ -618,6 +650,19 @@ impl Keeper {
 type Answered = Result<(Answer, Vec<OwnedFd>), MountError>;
 
 impl Held {
+    fn new(session: Session, server: u64) -> Self {
+        Self {
+            session,
+            server: Some(server),
+            successor: None,
+            servers: 0,
+            orphan: Instant::now(),
+            refuser: None,
+            detached: false,
+            _holds: Vec::new(),
+        }
+    }
+
     fn show(&self) -> Answered {
         let failed = |e| MountError::system(&self.session.dir, "session", e);
         let fuse = self.session.device.fd().map_err(failed)?;

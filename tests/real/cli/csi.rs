@@ -46,7 +46,7 @@ impl Drop for Pods {
 /// A driver under way, and a client of it.
 pub(super) struct Csi {
     pub(super) server: Option<Running>,
-    keeper: Option<Running>,
+    pub(super) keeper: Option<Running>,
     /// How it is started.
     pub(super) options: String,
     runtime: Runtime,
