@@ -43,6 +43,7 @@ use crate::{
     config::Config,
     daemon::{self, Face, Parts},
     fetch::Engine,
+    limits,
     node::{Node, NodeError},
     reference::{Reference, redact},
     source::Sources,
@@ -301,6 +302,7 @@ impl Context {
         faces: &[Face],
         door: Option<PathBuf>,
     ) -> anyhow::Result<ExitCode> {
+        limits::raise_open_files();
         let runtime = self.runtime()?;
         let done = runtime.block_on(async {
             let mut parts = Parts::new(self.node()?, config, output::note)?;

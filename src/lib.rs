@@ -20,6 +20,7 @@ pub mod fs;
 pub mod r#gen;
 pub mod image;
 pub mod kube;
+pub mod limits;
 pub mod metrics;
 pub mod mirror;
 pub mod mount;

@@ -36,6 +36,11 @@ const STARTING: Duration = Duration::from_secs(60);
 /// How long its mounts may take after that.
 const ADOPTING: Duration = Duration::from_secs(30);
 
+/// How the keeper is called where faces are.
+const KEEPER: &str = "keeper";
+/// How often it is looked whether it is there.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// A face at work.
 pub type Running = Pin<Box<dyn Future<Output = anyhow::Result<()>> + Send>>;
 
@@ -56,6 +61,8 @@ pub struct Parts {
     pub keeper: Option<Arc<Link>>,
     /// What is listened on.
     pub sockets: Sockets,
+    /// Names under which the service manager had sockets of the process before this one.
+    listened: Vec<String>,
     pub health: Arc<Health>,
     /// Where the next agent asks this one to hand over, where it may.
     pub door: Option<PathBuf>,
@@ -142,6 +149,8 @@ impl Parts {
             (None, true) => Some(Link::managed(&mut passed)?),
             (None, false) => None,
         };
+        let listened = passed.iter().map(|(name, _)| name.clone());
+        let listened = listened.filter(|name| name.starts_with(LISTENS)).collect();
         let sockets = passed.into_iter().filter_map(|(name, socket)| {
             let (face, address) = name.strip_prefix(LISTENS)?.split_once('-')?;
             Some(Passed {
@@ -156,6 +165,7 @@ impl Parts {
             config,
             keeper: keeper.map(Arc::new),
             sockets,
+            listened,
             health: Arc::default(),
             door: None,
             note,
@@ -166,8 +176,20 @@ impl Parts {
     /// it is to.
     fn tell_ready(&self) -> std::io::Result<()> {
         if self.config.agent.fdstore {
-            for passed in self.sockets.pass()? {
-                let name = format!("{LISTENS}{}-{}", passed.face, address_id(&passed.address));
+            let sockets = self.sockets.pass()?.into_iter().map(|passed| {
+                let address = address_id(&passed.address);
+                (format!("{LISTENS}{}-{address}", passed.face), passed)
+            });
+            let sockets: BTreeMap<_, _> = sockets.collect();
+            // Nobody accepts any more where this process does not listen.
+            for name in self
+                .listened
+                .iter()
+                .filter(|name| !sockets.contains_key(*name))
+            {
+                service::forget(name)?;
+            }
+            for (name, passed) in sockets {
                 // It may have one of that name already, of the process before this one.
                 service::forget(&name)?;
                 service::store(&name, &[passed.socket.as_fd()])?;
@@ -317,9 +339,10 @@ pub async fn run(
         tracing::info!(process, version, mounts = served.len(), "takes over");
     }
     let parts = Arc::new(parts);
-    // Ends with this function.
-    let mut house = JoinSet::new();
-    house.spawn(tidy(Arc::clone(parts.node.store())));
+    // They end with this function.
+    let mut aside = JoinSet::new();
+    aside.spawn(tidy(Arc::clone(parts.node.store())));
+    aside.spawn(watch_keeper(Arc::clone(&parts)));
     let mut stop = std::pin::pin!(stop);
     let mut door = None;
     'again: loop {
@@ -411,6 +434,33 @@ pub async fn run(
             None => parts.sockets.close(),
         }
         return done.and(left);
+    }
+}
+
+/// Connects to the keeper again whenever it was lost. What is mounted goes on meanwhile; the agent is not ready.
+async fn watch_keeper(parts: Arc<Parts>) {
+    let Some(keeper) = &parts.keeper else { return };
+    let mut is_lost = false;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        if !keeper.is_lost() {
+            continue;
+        }
+        let lost = Arc::clone(keeper);
+        match tokio::task::spawn_blocking(move || lost.revive()).await {
+            Ok(Ok(())) => {
+                tracing::info!("the keeper is back");
+                parts.health.set(KEEPER, State::Serving);
+                is_lost = false;
+            }
+            Ok(Err(error)) => {
+                if !std::mem::replace(&mut is_lost, true) {
+                    tracing::error!(%error, "the keeper is gone: what is mounted goes on");
+                }
+                parts.health.set(KEEPER, State::Starting(error.to_string()));
+            }
+            Err(_) => return,
+        }
     }
 }
 

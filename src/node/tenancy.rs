@@ -125,6 +125,16 @@ impl Tenancy {
         }
     }
 
+    /// Whether the origin has said yes to these keys, not long ago.
+    pub fn has_accepted(&self, reference: &Reference, keys: &Keys) -> bool {
+        self.knows(&Proof::new(reference, Some(keys)), Instant::now())
+    }
+
+    /// The origin says yes to these keys.
+    pub fn accept(&self, reference: &Reference, keys: &Keys) {
+        self.note(Proof::new(reference, Some(keys)), Instant::now());
+    }
+
     fn knows(&self, proof: &Proof, now: Instant) -> bool {
         let life = Duration::from_secs(self.config.remember_seconds);
         let accepted = self.accepted.lock();
@@ -147,8 +157,8 @@ impl Tenancy {
         accepted.insert(proof, now);
     }
 
-    /// Counts an artifact that `user` keeps for `namespace`. `known`: it was counted by an earlier process, and is not
-    /// refused any more.
+    /// Counts an artifact that `user` keeps for `namespace`; whether that is new. `known`: it was counted by an earlier
+    /// process, and is not refused any more.
     ///
     /// # Errors
     /// It is more than the namespace may have; then nothing is counted.
@@ -158,7 +168,7 @@ impl Tenancy {
         user: &str,
         (reference, digest, bytes): (&str, Digest, u64),
         known: bool,
-    ) -> Result<(), OverQuota> {
+    ) -> Result<bool, OverQuota> {
         let mut kept = self.kept.lock();
         let of = kept.entry(namespace.to_owned()).or_default();
         let key = (user.to_owned(), reference.to_owned());
@@ -186,8 +196,7 @@ impl Tenancy {
                 bytes,
             });
         }
-        of.insert(key, (digest, bytes));
-        Ok(())
+        Ok(of.insert(key, (digest, bytes)).is_none())
     }
 
     /// `user` keeps nothing any more but the references that `keep` holds for.

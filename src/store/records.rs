@@ -445,7 +445,8 @@ impl Store {
         }
     }
 
-    /// Keeps a reference, recorded or not, from eviction until [`Store::unpin`]. Durable.
+    /// Keeps a reference, recorded or not, from eviction until [`Store::unpin`]. Durable. A pin that is there needs no
+    /// room on the disk.
     ///
     /// # Errors
     /// [`StoreErrorKind::Invalid`] for an owner that is empty or too long, and what the disk says.
@@ -454,6 +455,10 @@ impl Store {
         let path = self.pin_path(reference, owner)?;
         // A collection under way has looked at the pins already.
         let _records = self.lock_records(Span::Shared)?;
+        if self.disk.stat(&path)?.is_some() {
+            // Whoever made it may have been killed before it was durable.
+            return Ok(self.disk.sync_dir(&self.pin_dir(reference))?);
+        }
         self.make_parent(&path)?;
         self.write_durably(&path, reference.as_bytes())
     }

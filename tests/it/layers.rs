@@ -14,7 +14,7 @@ const LAYERS: &[&[&str]] = &[
     &["image"],
     &["store", "source"],
     &["disk", "tree", "socket"],
-    &["reference", "digest", "chunk"],
+    &["reference", "digest", "chunk", "limits"],
 ];
 /// Imported by any room, imports none.
 const GROUND: &[&str] = &["metrics", "gen"];

@@ -464,4 +464,19 @@ fn chunk_words_that_cannot_be_read_are_made_anew() {
     drop((lease, partial));
     let again = open().partial(&id, bytes.len() as u64).unwrap();
     assert_eq!(again.present_bytes(), 2 * MIB as u64, "from the durable map");
+#[test]
+fn a_pin_that_is_there_needs_no_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FailingDisk::new();
+    let root = dir.path().join("store");
+    let store = Store::open_on(Arc::new(disk.clone()), &root, &config()).unwrap();
+    store.pin("hf://a/b", "volume").unwrap();
+    // Its directory may be made durable once more.
+    disk.fail_after(1, libc::ENOSPC);
+    store.pin("hf://a/b", "volume").unwrap();
+    assert!(!disk.has_failed());
+    let error = store.pin("hf://a/b", "another").unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::NoSpace);
+    disk.heal();
+    assert_eq!(store.pins("hf://a/b").unwrap(), ["volume"]);
 }

@@ -9,7 +9,10 @@ use serde_json::json;
 
 use crate::pushed::{INDEX, MANIFEST, Registry, gzip, tar};
 
-use super::*;
+use super::{
+    csi::{Csi, wait_for},
+    *,
+};
 
 const KIND: &str = "application/vnd.hearth.index.v1";
 const LAYER_INDEX: &str = "application/vnd.hearth.layer-index.v1";
@@ -408,4 +411,25 @@ print(look(), hashlib.sha256(open(path, "rb").read(3 << 19)).hexdigest())
     assert_same(&dir, image.dir.path());
     bed.ok(&format!("umount {dir}"));
     bed.ok("verify --all");
+}
+
+/// A volume shows nothing of it any more either, and is what it should be once it is published again.
+#[test]
+fn a_volume_that_was_forged_is_refused_until_it_is_published_again() {
+    let image = Pushed::new();
+    image.forge(|index| entry(index, "bin/tool").meta.mode = 0o6755);
+    let csi = Csi::new();
+    let target = csi.publish("v", &image.reference);
+    wait_for("found out", || read(&target, "top/salt") == "EIO");
+    let condition = csi.stats("v").volume_condition.unwrap();
+    let layer = Digest::of(&image.layers[0]).to_string();
+    assert!(
+        condition.abnormal && condition.message.contains(&layer),
+        "{condition:?}"
+    );
+    assert_eq!(csi.publish("v", &image.reference), target);
+    assert_same(&target, image.dir.path());
+    image.assert_recorded_truly(&csi.bed);
+    csi.unpublish("v");
+    csi.assert_empty();
 }

@@ -100,6 +100,13 @@ async fn a_warmed_image_runs_without_its_registry_and_without_fuse() {
     assert_eq!(seen, format!("{SEEN}warmedtwo4711\n"));
     assert_eq!(all_reads(&registry, &image), before);
 
+    // Somebody unmounts the root: who runs on it goes on, and the next one has one again.
+    unmount_below(&store.join("run"));
+    assert_eq!(kubelet.exec(&two, "cat /data/salt").await, "warmed");
+    let three = kubelet.run(&pod, "three", &app).await;
+    let seen = kubelet.exec(&three, LOOK).await;
+    assert_eq!(seen, format!("{SEEN}warmedtwo4711\n"));
+
     kubelet.remove_pod(&pod).await;
     kubelet.remove_image(&app).await;
     kubelet.remove_image(&pause).await;
@@ -112,6 +119,36 @@ async fn a_warmed_image_runs_without_its_registry_and_without_fuse() {
         serde_json::from_slice::<serde_json::Value>(&listed).unwrap(),
         serde_json::json!([])
     );
+
+    // Killed with the last snapshot gone, and what belongs to it not: the next process sees to that.
+    run(&mut hearth(
+        &store,
+        &format!("warm oci://{app} oci://{pause}"),
+    ));
+    kubelet.pull(&app).await;
+    let pod = kubelet.run_pod().await;
+    kubelet.run(&pod, "four", &app).await;
+    assert!(!mounts(&store.join("run")).is_empty());
+    bed.kill_snapshotter();
+    for record in fs::read_dir(bed.path("hearth/m")).unwrap() {
+        fs::remove_file(record.unwrap().path()).unwrap();
+    }
+    bed.start_snapshotter();
+    assert_eq!(mounts(&store.join("run")), []);
+    let listed = run(&mut hearth(&store, "list --json"));
+    let listed: serde_json::Value = serde_json::from_slice(&listed).unwrap();
+    for image in listed.as_array().unwrap() {
+        assert_eq!(image["pins"], serde_json::json!([]));
+    }
+}
+
+/// Detaches whatever is mounted below `dir`.
+fn unmount_below(dir: &Path) {
+    let found = mounts(dir);
+    assert!(!found.is_empty());
+    for (dir, _) in found {
+        run(Command::new("umount").args(["-l", &dir]));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
