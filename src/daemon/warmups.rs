@@ -22,6 +22,7 @@ use crate::{
     reference::Reference,
     source::Credentials,
     store::{Record, StoreErrorKind},
+    telemetry::{self, span},
 };
 
 /// How long what was found complete, and what the store takes, is believed.
@@ -78,7 +79,10 @@ impl Warmer for NodeWarmer {
             node = node.with_credentials(Credentials::new(keys.clone()));
         }
         let pin = order.owner.as_deref();
-        let warmed = node.warm(&order.reference, pin, progress).await;
+        let span =
+            span!("warmup", hearth.warmup.name = order.warmup, hearth.reference = %order.reference);
+        let warming = node.warm(&order.reference, pin, progress);
+        let warmed = telemetry::within(span, NodeError::about, warming).await;
         warmed.map(drop).map_err(|error| failed(&error))
     }
 
