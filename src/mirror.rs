@@ -95,16 +95,8 @@ async fn respond(shared: Arc<(Node, Option<String>)>, request: Request<Incoming>
     let span = span(&request);
     let answering = answer(node, default_registry.as_deref(), &request);
     let answer = answering.instrument(span.clone()).await;
-    telemetry::count(
-        &span,
-        "http.response.status_code",
-        answer.status().as_u16().into(),
-    );
-    if answer.status().is_server_error() {
-        let status = answer.status();
-        telemetry::text(&span, "error.type", status.as_str());
-    }
     let status = answer.status().as_u16();
+    telemetry::responded(&span, status);
     let metrics = metrics::global();
     metrics.mirror_answer.observe(asked.elapsed());
     match status {

@@ -155,6 +155,15 @@ pub(crate) fn answered<T>(answer: &Result<T, tonic::Status>) {
     }
 }
 
+/// Tells the span of an HTTP request that it is answered with `status`.
+pub(crate) fn responded(span: &Span, status: u16) {
+    count(span, "http.response.status_code", status.into());
+    if status >= 500 {
+        text(span, "error.type", &status.to_string());
+        span.set_status(Status::error(""));
+    }
+}
+
 /// `NotFound` as `NOT_FOUND`.
 fn screaming(name: &str) -> String {
     let mut text = String::new();
