@@ -141,12 +141,15 @@ struct Connection(TcpStream);
 
 impl Connection {
     fn to(address: &str) -> Self {
-        Self(TcpStream::connect(address).unwrap())
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        Self(stream)
     }
 
     /// The status and body of an answer.
     fn get(&mut self, path: &str, headers: &str) -> (u16, String) {
-        write!(self.0, "GET {path} HTTP/1.1\r\nhost: h\r\n{headers}\r\n").unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: h\r\n{headers}\r\n");
+        self.0.write_all(request.as_bytes()).unwrap();
         let mut bytes = Vec::new();
         loop {
             let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -210,7 +213,6 @@ async fn the_start_of_a_pod_is_a_trace() {
         kubeconfig.path()
     );
     let reference = origin.url("/model");
-    let secret = format!("{reference}?token={SECRET}");
     let url = collector.url();
     let headers = format!("authorization=Bearer%20{SECRET},x-tenant=t");
     let variables = [
@@ -223,11 +225,14 @@ async fn the_start_of_a_pod_is_a_trace() {
         ("KUBE_NODE_NAME", "n1"),
     ];
     let put = |ready| {
-        let annotations = json!({"hearth.dev/prefetch": secret});
+        let annotations = json!({"hearth.dev/prefetch": reference});
         fake.put("", "pods", pod(&annotations, ready));
     };
     let (start, log) = tokio::task::block_in_place(|| {
         let agent = Agent::start(&config, &variables);
+        until("it knows the pods", || {
+            agent.get("admin", "/readyz", "").contains("kube: serving")
+        });
         put(false);
         until("it is here", || {
             agent.metric("hearth_store_objects_completed_total") > 0
@@ -382,6 +387,8 @@ fn without_an_answer_spans_are_dropped_and_counted() {
         let variables = [
             ("OTEL_EXPORTER_OTLP_ENDPOINT", &*endpoint),
             ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=hunter2hunter2"),
+            // Not of every request.
+            ("HEARTH_LOG", "info"),
             // Longer than this test has patience.
             ("OTEL_EXPORTER_OTLP_TIMEOUT", "60000"),
         ];

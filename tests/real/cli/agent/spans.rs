@@ -28,7 +28,9 @@ fn requests_and_upgrades_have_spans() {
     let model = web.model("m", 8, 1);
     let collector = Collector::start(Mode::Takes);
     let mut agent = Agent::with(&format!("[trace]\nendpoint = '{}'\n", collector.url()));
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    // One that runs by itself: clients are to hear that the server ends.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
         .enable_all()
         .build()
         .unwrap();
