@@ -28,6 +28,7 @@ use std::{
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use tracing::Instrument as _;
 
 pub use self::{
     error::{CsiError, CsiErrorKind},
@@ -606,7 +607,7 @@ impl Driver {
 async fn finish<T: Send + 'static>(
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
-    match tokio::spawn(work).await {
+    match tokio::spawn(work.in_current_span()).await {
         Ok(done) => done,
         Err(failed) => Err(CsiError::new(CsiErrorKind::Internal, failed.to_string())),
     }

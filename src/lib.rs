@@ -30,4 +30,5 @@ pub mod snapshotter;
 pub mod socket;
 pub mod source;
 pub mod store;
+pub mod telemetry;
 pub mod tree;

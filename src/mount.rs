@@ -59,7 +59,11 @@ pub use self::{
     stats::Stats,
     table::{MountInfo, mounted},
 };
-use crate::{fs::View, metrics};
+use crate::{
+    fs::View,
+    metrics,
+    telemetry::{self, span},
+};
 
 /// How long a server may take to answer whether it lives.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -256,7 +260,13 @@ impl Mount {
         keeper: &Arc<Link>,
     ) -> Result<Self, MountError> {
         let keeper = Some(keeper.clone());
-        Self::serve(orphan.session, view, config, runtime, keeper)
+        let dir = orphan.session.dir.display();
+        let span = span!("adopt mount", hearth.mount.dir = %dir, hearth.reference = view.artifact().reference);
+        let served = span.in_scope(|| Self::serve(orphan.session, view, config, runtime, keeper));
+        if let Err(error) = &served {
+            telemetry::fail(&span, format!("{:?}", error.kind()), error);
+        }
+        served
     }
 
     /// Serves what was just mounted; takes it away again where that fails.

@@ -77,6 +77,11 @@ enum LayoutArg {
 }
 
 impl Args {
+    /// Whether this process serves it, and starts no other one that does.
+    pub(super) fn serves(&self) -> bool {
+        self.foreground && !self.keep
+    }
+
     /// How to mount, for another process.
     fn options(&self) -> Vec<OsString> {
         let layout = match self.layout {

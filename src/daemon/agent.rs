@@ -15,6 +15,7 @@ use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
 };
+use tracing::Span;
 
 use super::{
     handover::{Door, Predecessor, Successor},
@@ -26,6 +27,7 @@ use crate::{
     mount::keeper::Link,
     node::Node,
     socket::{Passed, Sockets, address_id, service},
+    telemetry::{self, span},
 };
 
 /// How the service manager calls the sockets that it keeps: this, the face, `-`, and the id of the address.
@@ -331,11 +333,25 @@ pub async fn run(
         None => None,
     };
     let mut served = BTreeMap::new();
+    let mut taking = Span::none();
     if let Some(predecessor) = &predecessor {
-        let goes_on = "the agent that runs has a mount that this version cannot serve: it goes on";
-        served = parts.served().await.context(goes_on)?;
-        parts.sockets = Sockets::with(predecessor.hand_over().await?);
         let (process, version) = (predecessor.process, &predecessor.version);
+        taking = span!(
+            "take over",
+            hearth.other.pid = process,
+            hearth.other.version = version
+        );
+        let goes_on = "the agent that runs has a mount that this version cannot serve: it goes on";
+        let asked = async {
+            let served = parts.served().await.context(goes_on)?;
+            anyhow::Ok((served, predecessor.hand_over().await?))
+        };
+        let given = asked.await.inspect_err(|error| {
+            telemetry::fail(&taking, "Refused".to_owned(), error.as_ref());
+        });
+        let (mounts, sockets) = given?;
+        (served, parts.sockets) = (mounts, Sockets::with(sockets));
+        telemetry::count(&taking, "hearth.mounts", served.len() as u64);
         tracing::info!(process, version, mounts = served.len(), "takes over");
     }
     let parts = Arc::new(parts);
@@ -377,6 +393,7 @@ pub async fn run(
                         };
                     }
                     predecessor.take().into_iter().for_each(Predecessor::release);
+                    taking = Span::none();
                     parts.sockets.close_unused();
                     if let Err(error) = parts.tell_ready() {
                         break Err(anyhow::Error::new(error).context("the service manager"));
@@ -385,6 +402,7 @@ pub async fn run(
                 successor = next(door.as_ref()), if started => {
                     let (process, version) = (successor.process, &*successor.version);
                     tracing::info!(process, version, "hands over");
+                    let giving = span!("hand over", hearth.other.pid = process, hearth.other.version = version);
                     if !group.stop(faces).await {
                         successor.refuse("what is under way in the agent that runs takes too long");
                         // Only then are records free; who connects meanwhile waits.
@@ -403,6 +421,7 @@ pub async fn run(
                         if serves {
                             parts.sockets.leave();
                             group.leave().await?;
+                            drop(giving);
                             tracing::info!(process, "handed over");
                             return match parts.config.agent.linger {
                                 true => stop.await,
@@ -410,6 +429,8 @@ pub async fn run(
                             };
                         }
                     }
+                    let failed = anyhow::anyhow!("the agent that wanted to take over failed");
+                    telemetry::fail(&giving, "Refused".to_owned(), &*failed);
                     tracing::error!(process, "the agent that wanted to take over failed: this one goes on");
                     let _ = group.leave().await;
                     continue 'again;
@@ -418,6 +439,9 @@ pub async fn run(
         };
         if let Err(error) = service::notify("STOPPING=1", &[]) {
             tracing::warn!(%error, "the service manager is not told");
+        }
+        if let (Err(error), Some(_)) = (&done, &predecessor) {
+            telemetry::fail(&taking, "Failed".to_owned(), error.as_ref());
         }
         // What is listened on may be for the next process, or for the one before.
         let passed = given || predecessor.is_some() || parts.config.agent.fdstore;

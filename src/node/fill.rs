@@ -8,6 +8,7 @@ use super::{Node, NodeError, Progress, Resolved, blocking, layers::Pace, slices}
 use crate::{
     fetch::{Class, FetchError, FetchErrorKind},
     store::Complete,
+    telemetry::{self, span},
     tree::{Artifact, Object},
 };
 
@@ -27,6 +28,13 @@ impl Node {
     /// # Errors
     /// The first error that waiting does not mend; where not all of it fits.
     pub async fn fill(&self, resolved: &Resolved, progress: &Progress) -> Result<(), NodeError> {
+        let artifact = &resolved.artifact;
+        let span = span!("fill", hearth.reference = artifact.reference);
+        telemetry::count(&span, "hearth.bytes.total", artifact.size());
+        telemetry::within(span, NodeError::about, self.fill_now(resolved, progress)).await
+    }
+
+    async fn fill_now(&self, resolved: &Resolved, progress: &Progress) -> Result<(), NodeError> {
         let mut pace = Pace::Full;
         if resolved.layers.is_some() {
             pace = Pace::behind();

@@ -19,6 +19,7 @@ use crate::{
     },
     source::{Layer, Source},
     store::{Import, StoreError},
+    telemetry::{self, span},
     tree::{Artifact, Tree},
 };
 
@@ -109,7 +110,19 @@ impl Node {
         progress.begin_named(&Arc::new(blobs), names, self.store());
         let mut pulls = Vec::with_capacity(layers.len());
         for (at, &layer) in layers.iter().enumerate() {
-            pulls.push(self.pull_shown(reference, at, layer, (origin, import), progress, pace));
+            let pull = self.pull_shown(reference, at, layer, (origin, import), progress, pace);
+            // Made when it begins: not all of them do at once.
+            pulls.push(async move {
+                let (layer, _) = layer;
+                let span = span!(
+                    "pull layer",
+                    hearth.reference = reference,
+                    hearth.layer.digest = %layer.blob,
+                    hearth.layer.bytes = layer.size,
+                    hearth.layer.media_type = layer.media_type
+                );
+                telemetry::within(span, NodeError::about, pull).await
+            });
         }
         let pulled: Vec<Pulled> = stream::iter(pulls)
             .buffered(LAYERS_AT_ONCE)

@@ -1,6 +1,8 @@
 //! `hearth agent`: all faces in one process; probes; a new one that takes over from an old one while readers and
 //! clients go on; refusals that leave the old one serving; the service manager as keeper.
 
+mod spans;
+
 use std::{
     io::{Read as _, Write as _},
     net::TcpStream,
@@ -43,10 +45,15 @@ fn config(bed: &Bed, admin: u16, mirror: u16) -> String {
 
 impl Agent {
     fn new() -> Self {
+        Self::with("")
+    }
+
+    /// With `more` in the configuration.
+    fn with(more: &str) -> Self {
         let bed = Bed::new();
         let (admin, mirror) = (servers::free_port(), servers::free_port());
         let path = bed.path("config.toml");
-        fs::write(&path, config(&bed, admin, mirror)).unwrap();
+        fs::write(&path, config(&bed, admin, mirror) + more).unwrap();
         bed.ok(&format!("--config {} config --check", path.display()));
         let options = format!("--config {} -v agent", path.display());
         let csi = Csi::by(bed, true, options);
