@@ -39,9 +39,7 @@ pub(super) async fn tidy(store: Arc<Store>) {
 /// Collects by the watermarks where that may free something; `recently`: only where less is free than is to
 /// stay free.
 fn collect(store: &Store, recently: bool) -> Result<Option<CollectReport>, StoreError> {
-    let is_due = store.writable()
-        && store.may_be_full()?
-        && (!recently || store.is_short()?);
+    let is_due = store.writable() && store.may_be_full()? && (!recently || store.is_short()?);
     match is_due {
         true => store.collect(&CollectOptions::default()).map(Some),
         false => Ok(None),

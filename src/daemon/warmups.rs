@@ -22,11 +22,8 @@ use crate::{
     reference::Reference,
     source::Credentials,
     store::{Record, StoreErrorKind},
-<<<<<<< HEAD
-    tree::Artifact,
-=======
     telemetry::{self, span},
->>>>>>> otlp
+    tree::Artifact,
 };
 
 /// How long what was found complete, and what the store takes, is believed.
@@ -93,17 +90,13 @@ impl Warmer for NodeWarmer {
         };
         let resolved = warmed.await.map_err(|error| failed(&error))?;
         let pin = order.owner.as_deref();
-<<<<<<< HEAD
         if let Some(owner) = pin {
             charge(tenancy, &order.namespace, owner, &resolved.artifact, false)?;
         }
-        let warmed = node.warm_known(&resolved, pin, progress).await;
-=======
         let span =
             span!("warmup", hearth.warmup.name = order.warmup, hearth.reference = %order.reference);
-        let warming = node.warm(&order.reference, pin, progress);
+        let warming = node.warm_known(&resolved, pin, progress);
         let warmed = telemetry::within(span, NodeError::about, warming).await;
->>>>>>> otlp
         warmed.map(drop).map_err(|error| failed(&error))
     }
 

@@ -201,7 +201,10 @@ mod tests {
         for _ in 0..4 {
             held.push(pool.take(1, false, false).await.unwrap());
         }
-        let full = tokio::time::timeout(std::time::Duration::from_millis(20), pool.take(1, false, false));
+        let full = tokio::time::timeout(
+            std::time::Duration::from_millis(20),
+            pool.take(1, false, false),
+        );
         assert!(full.await.is_err());
         pool.take(1, true, false).await.unwrap();
     }

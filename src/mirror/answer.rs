@@ -217,10 +217,7 @@ impl Passed {
                 Ok(_) => self.hash = None,
                 // What has passed tells, too.
                 Err(error)
-                    if matches!(
-                        error.kind(),
-                        FetchErrorKind::NoSpace | FetchErrorKind::Disk
-                    ) =>
+                    if matches!(error.kind(), FetchErrorKind::NoSpace | FetchErrorKind::Disk) =>
                 {
                     kept = false;
                 }

@@ -85,11 +85,7 @@ impl Store {
     /// # Errors
     /// [`StoreErrorKind::Invalid`] for a size that is not the one in use or larger than
     /// [`MAX_OBJECT`], [`StoreErrorKind::ReadOnly`], [`StoreErrorKind::NoSpace`], and what the disk says.
-    pub fn partial(
-        self: &Arc<Self>,
-        id: impl Into<PartialId>,
-        size: u64,
-    ) -> Result<Arc<Partial>> {
+    pub fn partial(self: &Arc<Self>, id: impl Into<PartialId>, size: u64) -> Result<Arc<Partial>> {
         let id = id.into();
         self.need_writable()?;
         let mut partials = self.partials.lock();

@@ -92,7 +92,10 @@ impl Store {
             tracing::warn!(path = %path.display(), "the metadata of a root is damaged, or of another version: made anew");
             let (old, used) = (self.old_root_image(digest), self.is_locked(&path)?);
             if used && self.is_locked(&old)? {
-                let message = format!("{} and an older one are damaged, and mounted", path.display());
+                let message = format!(
+                    "{} and an older one are damaged, and mounted",
+                    path.display()
+                );
                 return Err(StoreError::new(StoreErrorKind::Damaged, message));
             }
             // Who runs on it keeps it, and its lock is still to be found.
