@@ -391,7 +391,10 @@ async fn an_interrupted_warm_goes_on_where_it_stopped() {
     let mut present = 0;
     loop {
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let before = std::mem::replace(&mut present, store.present_bytes(bed.source.part(), object.size));
+        let before = std::mem::replace(
+            &mut present,
+            store.present_bytes(bed.source.part(), object.size),
+        );
         if before == present && hearth::metrics::global().fetch_connections.get() == 0 {
             break;
         }
@@ -603,7 +606,9 @@ async fn what_came_by_another_way_is_not_fetched() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_one_origin_claims_is_not_served_to_who_asked_another() {
     let bed = Bed::new(Scripted::new(4 * MIB).at("hf://models/good/model"));
-    let liar = Scripted::new(4 * MIB).false_bytes().at("hf://models/bad/model");
+    let liar = Scripted::new(4 * MIB)
+        .false_bytes()
+        .at("hf://models/bad/model");
     let liar = Arc::new(liar.script((0..100).map(|_| Some(Fault::Hold(3 << 20)))));
     let object = bed.source.object();
     let theirs = bed.engine.open(&object, &liar.source()).unwrap();
@@ -732,9 +737,7 @@ async fn readers_of_files_in_a_layer_do_not_wait_for_each_other() {
         Scripted::new(13 * FILE).paced(64 << 10, Duration::from_millis(1)),
         config,
     );
-    let layer: Arc<dyn Source> = Arc::new(InLayer {
-        blob: bed.handle(),
-    });
+    let layer: Arc<dyn Source> = Arc::new(InLayer { blob: bed.handle() });
     let reads = (0..12).map(|at| {
         let start = at * FILE + MIB / 2;
         let data = bed.source.data.slice(start..start + FILE);

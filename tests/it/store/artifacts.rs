@@ -195,7 +195,11 @@ fn what_cannot_be_read_is_evicted_where_space_is_needed() {
     let artifact = warm(&store, "hf://a/bad@main", &[&bad], false);
     warm(&store, "hf://a/good@main", &[&good], false);
     age(&store, "hf://a/good@main", 1000);
-    fs::write(store.root().join("trees").join(artifact.digest().hex()), b"?").unwrap();
+    fs::write(
+        store.root().join("trees").join(artifact.digest().hex()),
+        b"?",
+    )
+    .unwrap();
     let used = store.usage().unwrap().bytes();
     let report = collect_to(&store, used - 1);
     assert_eq!(report.evicted, ["hf://a/bad@main"]);
@@ -479,7 +483,10 @@ fn a_pin_that_is_told_during_a_collection_counts() {
         }
         collecting.join().unwrap();
         for at in kept {
-            assert!(store.artifact(&name(at)).unwrap().is_some(), "{round}: {at}");
+            assert!(
+                store.artifact(&name(at)).unwrap().is_some(),
+                "{round}: {at}"
+            );
             assert!(object_path(&store, &contents[at]).exists(), "{round}: {at}");
         }
         for at in wanted {
@@ -533,7 +540,13 @@ fn what_is_not_ours_among_the_objects_stands_in_nobodys_way() {
     assert_eq!(store.usage().unwrap().objects, 1);
     store.pin("hf://a/b@main", "a").unwrap();
     store.collect(&CollectOptions::default()).unwrap();
-    assert!(store.verify(VerifyScope::All, true, |_| true).unwrap().damaged.is_empty());
+    assert!(
+        store
+            .verify(VerifyScope::All, true, |_| true)
+            .unwrap()
+            .damaged
+            .is_empty()
+    );
     assert!(is_complete(&store, &artifact.objects[0]));
     // Nor do the places of pins stay that are gone.
     let pins = || fs::read_dir(store.root().join("pins")).unwrap().count();

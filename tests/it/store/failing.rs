@@ -118,7 +118,11 @@ impl FailingFile {
     }
 
     fn unusable(&self, what: &'static str) -> DiskError {
-        DiskError::new(what, &self.path, std::io::Error::from_raw_os_error(libc::EIO))
+        DiskError::new(
+            what,
+            &self.path,
+            std::io::Error::from_raw_os_error(libc::EIO),
+        )
     }
 
     fn is_bad(&self, bad: &Option<(Range<u64>, bool)>, offset: u64, len: usize) -> bool {
@@ -456,14 +460,23 @@ fn chunk_words_that_cannot_be_read_are_made_anew() {
         .commit(0, &bytes[..2 * MIB], WriteMode::Cached)
         .unwrap();
     partial.checkpoint().unwrap();
-    let stem = dir.path().join("partial").join(id.to_string().replace(':', "-"));
+    let stem = dir
+        .path()
+        .join("partial")
+        .join(id.to_string().replace(':', "-"));
     *disk.0.bad_file.lock().unwrap() = Some(stem.with_extension("live"));
     // Who has it open already goes on; another process does without.
     let error = open().partial(&id, bytes.len() as u64).unwrap_err();
     assert_eq!(error.kind(), StoreErrorKind::Io);
     drop((lease, partial));
     let again = open().partial(&id, bytes.len() as u64).unwrap();
-    assert_eq!(again.present_bytes(), 2 * MIB as u64, "from the durable map");
+    assert_eq!(
+        again.present_bytes(),
+        2 * MIB as u64,
+        "from the durable map"
+    );
+}
+
 #[test]
 fn a_pin_that_is_there_needs_no_room() {
     let dir = tempfile::tempdir().unwrap();

@@ -706,7 +706,10 @@ fn pipes_on_a_tier_hold_up_nobody() {
     bake(dir.path(), "tier", &[("s3://b/a", &[b"a"])]);
     bake(dir.path(), "other", &[("s3://b/b", &[b"b"])]);
     let tier = dir.path().join("tier");
-    let mut paths = vec![dir.path().join("other/hearth.json"), object_path(&tier, b"a")];
+    let mut paths = vec![
+        dir.path().join("other/hearth.json"),
+        object_path(&tier, b"a"),
+    ];
     for below in ["artifacts", "trees"] {
         let names = fs::read_dir(tier.join(below)).unwrap();
         paths.extend(names.map(|name| name.unwrap().path()));
