@@ -77,6 +77,12 @@ impl ImageRecord {
         }
         chains
     }
+
+    /// How many of its lowest layers have this chain id together.
+    pub fn layers_of(&self, chain: &Digest) -> Option<usize> {
+        let at = self.chain_ids().iter().position(|id| id == chain);
+        at.map(|at| at + 1)
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -257,24 +263,31 @@ impl Store {
         Ok(images)
     }
 
-    /// An image whose lowest `n` layers have this chain id, and `n`. Reads a few small files,
-    /// however many images there are.
+    /// An image whose lowest `n` layers have this chain id, and `n`: one that has no more layers, if there is one, since
+    /// only that is recorded as it is to be shown. Reads a few small files, however many images there are.
     ///
     /// # Errors
     /// What the disk says.
     pub fn image_by_chain(&self, chain: &Digest) -> Result<Option<(ImageRecord, usize)>> {
+        let mut part = None;
         for name in self
             .read_chain(&self.chain_path(chain))?
             .unwrap_or_default()
         {
             let path = self.root.join(format!("images/{}.json", name.hex()));
             if let Some(image) = self.read_image(&path)?.here()
-                && let Some(at) = image.chain_ids().iter().position(|id| id == chain)
+                && let Some(count) = image.layers_of(chain)
             {
-                return Ok(Some((image, at + 1)));
+                match count == image.layers.len() {
+                    true => return Ok(Some((image, count))),
+                    false => part = part.or(Some((image, count))),
+                }
             }
         }
-        Ok(self.on_tiers(|tier| tier.store.image_by_chain(chain)))
+        match part {
+            Some(part) => Ok(Some(part)),
+            None => Ok(self.on_tiers(|tier| tier.store.image_by_chain(chain))),
+        }
     }
 
     /// The paths of all image records.
