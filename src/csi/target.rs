@@ -101,7 +101,10 @@ impl Targets for Binds {
             true => protect(target, flags),
             false => Err(CsiError::new(
                 CsiErrorKind::Unavailable,
-                format!("model {} was unmounted meanwhile: ask again", model.reference),
+                format!(
+                    "model {} was unmounted meanwhile: ask again",
+                    model.reference
+                ),
             )),
         };
         bound.inspect_err(|_| {
