@@ -3,7 +3,7 @@
 //! ```text
 //! <root>/images/<sha256 of reference>.json   the image of a reference, with a checksum
 //! <root>/images/lock                         flock: held to write chains
-//! <root>/chains/<hex of chain id>            names of records above, newest first: a hint
+//! <root>/chains/<hex of chain id>            names of records above, one that ends there first: a hint
 //! ```
 //!
 //! The record of an image lives as long as the artifact record of its reference, whose name it
@@ -212,11 +212,14 @@ impl Store {
         let _chains = self.lock(&lock, Span::Exclusive)?;
         let mut batch = Batch::new(self);
         let own = Digest::of(reference.as_bytes());
-        for chain in image.chain_ids() {
-            let path = self.chain_path(&chain);
+        let chains = image.chain_ids();
+        for chain in &chains {
+            let path = self.chain_path(chain);
             let mut names = self.read_chain(&path)?.unwrap_or_default();
             if !names.contains(&own) {
-                names.insert(0, own);
+                // An image that ends here is not displaced by those that stand on it.
+                let at = usize::from(chains.last() != Some(chain));
+                names.insert(at.min(names.len()), own);
                 batch.add_record(chain_text(&names).as_bytes(), path)?;
             }
         }
