@@ -548,6 +548,7 @@ impl<'s> Sweep<'s> {
                 store.disk.remove_dir(&path)?;
             }
         }
+        self.remove_images()?;
         if !self.unreadable.is_empty() {
             return Ok(());
         }
@@ -564,7 +565,6 @@ impl<'s> Sweep<'s> {
                 self.report.others += 1;
             }
         }
-        self.remove_images()?;
         let mut stale = Vec::new();
         store.each_sharded(&store.root.join("located"), |key, path, _| {
             let id = ObjectId::Located(key);
