@@ -34,6 +34,7 @@ mod models;
 mod mounts;
 mod offline;
 mod private;
+mod sanity;
 mod secrets;
 mod survive;
 mod systemd;
