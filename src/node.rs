@@ -17,10 +17,10 @@ mod slices;
 mod status;
 mod tenancy;
 mod unpack;
+mod visitors;
 
 use std::sync::Arc;
 
-use self::layers::Layers;
 pub use self::{
     bake::Planned,
     error::NodeError,
@@ -30,6 +30,7 @@ pub use self::{
     status::{ArtifactStatus, FileStatus, Place},
     tenancy::{OverQuota, Tenancy, TenancyConfig},
 };
+use self::{layers::Layers, visitors::Visitors};
 use crate::{
     digest::Digest,
     fetch::{self, Engine, FetchErrorKind, VerifyPolicy},
@@ -95,6 +96,7 @@ pub struct Node {
     /// Of what is warmed; see [`Node::with_rank`].
     rank: i8,
     tenancy: Arc<Tenancy>,
+    visitors: Arc<Visitors>,
 }
 
 impl Node {
@@ -105,6 +107,7 @@ impl Node {
             engine,
             rank: 0,
             tenancy: Arc::default(),
+            visitors: Arc::default(),
         }
     }
 
@@ -163,7 +166,7 @@ impl Node {
 
     fn with_config(&self, config: fetch::Config) -> Self {
         Self {
-            engine: Engine::new(Arc::clone(self.store()), config),
+            engine: self.engine.beside(config),
             ..self.clone()
         }
     }
