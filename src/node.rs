@@ -18,6 +18,7 @@ mod slices;
 mod status;
 mod tenancy;
 mod unpack;
+mod visitors;
 
 use std::sync::Arc;
 
@@ -30,7 +31,7 @@ pub use self::{
     status::{ArtifactStatus, FileStatus, Place},
     tenancy::{OverQuota, Tenancy, TenancyConfig},
 };
-use self::{hold::MAX_REMOVALS, layers::Layers};
+use self::{hold::MAX_REMOVALS, layers::Layers, visitors::Visitors};
 use crate::{
     digest::Digest,
     fetch::{self, Engine, FetchErrorKind, VerifyPolicy},
@@ -96,6 +97,7 @@ pub struct Node {
     /// Of what is warmed; see [`Node::with_rank`].
     rank: i8,
     tenancy: Arc<Tenancy>,
+    visitors: Arc<Visitors>,
 }
 
 impl Node {
@@ -106,6 +108,7 @@ impl Node {
             engine,
             rank: 0,
             tenancy: Arc::default(),
+            visitors: Arc::default(),
         }
     }
 
@@ -164,7 +167,7 @@ impl Node {
 
     fn with_config(&self, config: fetch::Config) -> Self {
         Self {
-            engine: Engine::new(Arc::clone(self.store()), config),
+            engine: self.engine.beside(config),
             ..self.clone()
         }
     }

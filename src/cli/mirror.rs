@@ -6,8 +6,9 @@ use crate::daemon;
 /// Serve registries to container runtimes, through the store
 ///
 /// A pull-through mirror, to be read only: what is in the store comes from there, also when the registry
-/// is down; everything else is fetched once, verified and kept. It asks nobody for credentials and serves
-/// what this node may read: let nobody else reach it. Runs until SIGTERM or SIGINT.
+/// is down; everything else is fetched once, verified and kept. What this node may read it serves to everybody
+/// who reaches it; what came by the credentials of others, to those whose own the registry accepts. Runs until
+/// SIGTERM or SIGINT.
 #[derive(clap::Args)]
 #[command(after_long_help = "\
 For containerd, in /etc/containerd/certs.d/registry.example/hosts.toml (the directory is `config_path` of

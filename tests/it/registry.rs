@@ -28,6 +28,7 @@ use crate::scripted::{Reply, Scripted, Seen};
 
 mod auth;
 mod manifests;
+mod mirror;
 mod passing;
 mod removed;
 mod ways;

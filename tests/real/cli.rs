@@ -35,6 +35,7 @@ mod mounts;
 mod namespaces;
 mod offline;
 mod private;
+mod sanity;
 mod secrets;
 mod survive;
 mod systemd;
