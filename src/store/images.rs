@@ -3,7 +3,7 @@
 //! ```text
 //! <root>/images/<sha256 of reference>.json   the image of a reference, with a checksum
 //! <root>/images/lock                         flock: held to write chains
-//! <root>/chains/<hex of chain id>            names of records above, newest first: a hint
+//! <root>/chains/<hex of chain id>            names of records above, one that ends there first: a hint
 //! ```
 //!
 //! The record of an image lives as long as the artifact record of its reference, whose name it
@@ -76,6 +76,12 @@ impl ImageRecord {
             });
         }
         chains
+    }
+
+    /// How many of its lowest layers have this chain id together.
+    pub fn layers_of(&self, chain: &Digest) -> Option<usize> {
+        let at = self.chain_ids().iter().position(|id| id == chain);
+        at.map(|at| at + 1)
     }
 }
 
@@ -206,11 +212,14 @@ impl Store {
         let _chains = self.lock(&lock, Span::Exclusive)?;
         let mut batch = Batch::new(self);
         let own = Digest::of(reference.as_bytes());
-        for chain in image.chain_ids() {
-            let path = self.chain_path(&chain);
+        let chains = image.chain_ids();
+        for chain in &chains {
+            let path = self.chain_path(chain);
             let mut names = self.read_chain(&path)?.unwrap_or_default();
             if !names.contains(&own) {
-                names.insert(0, own);
+                // An image that ends here is not displaced by those that stand on it.
+                let at = usize::from(chains.last() != Some(chain));
+                names.insert(at.min(names.len()), own);
                 batch.add_record(chain_text(&names).as_bytes(), path)?;
             }
         }
@@ -257,24 +266,31 @@ impl Store {
         Ok(images)
     }
 
-    /// An image whose lowest `n` layers have this chain id, and `n`. Reads a few small files,
-    /// however many images there are.
+    /// An image whose lowest `n` layers have this chain id, and `n`: one that has no more layers, if there is one, since
+    /// only that is recorded as it is to be shown. Reads a few small files, however many images there are.
     ///
     /// # Errors
     /// What the disk says.
     pub fn image_by_chain(&self, chain: &Digest) -> Result<Option<(ImageRecord, usize)>> {
+        let mut part = None;
         for name in self
             .read_chain(&self.chain_path(chain))?
             .unwrap_or_default()
         {
             let path = self.root.join(format!("images/{}.json", name.hex()));
             if let Some(image) = self.read_image(&path)?.here()
-                && let Some(at) = image.chain_ids().iter().position(|id| id == chain)
+                && let Some(count) = image.layers_of(chain)
             {
-                return Ok(Some((image, at + 1)));
+                match count == image.layers.len() {
+                    true => return Ok(Some((image, count))),
+                    false => part = part.or(Some((image, count))),
+                }
             }
         }
-        Ok(self.on_tiers(|tier| tier.store.image_by_chain(chain)))
+        match part {
+            Some(part) => Ok(Some(part)),
+            None => Ok(self.on_tiers(|tier| tier.store.image_by_chain(chain))),
+        }
     }
 
     /// The paths of all image records.
