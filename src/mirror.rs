@@ -63,7 +63,8 @@ pub async fn serve(
         invites: config.address.ip().is_loopback(),
     });
     let answer = move |request| respond(Arc::clone(&shared), request);
-    web::serve(listener, config.max_connections, stop, answer).await
+    let most = (config.max_connections, web::Full::Waits);
+    web::serve(listener, most, stop, answer).await
 }
 
 /// What all requests share.
