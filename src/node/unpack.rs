@@ -23,6 +23,8 @@ pub(super) enum UnpackError {
     Image(ImageError),
     /// Its files cannot be kept.
     Store(StoreError),
+    /// It unpacks to this, and not to what the image says of it.
+    DiffId(Digest),
 }
 
 impl From<ImageError> for UnpackError {
@@ -110,9 +112,7 @@ fn decode(
     if let Some(diff_id) = layer.diff_id
         && diff_id != decoded.diff_id
     {
-        let found = decoded.diff_id;
-        let why = format!("it unpacks to {found}, the image's configuration says {diff_id}");
-        return Err(in_layer(ImageError::corrupt(why)));
+        return Err(UnpackError::DiffId(decoded.diff_id));
     }
     sink.send(Event::Done)?;
     Ok((decoded, unpacker))

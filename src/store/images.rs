@@ -77,6 +77,12 @@ impl ImageRecord {
         }
         chains
     }
+
+    /// How many of its lowest layers have this chain id together.
+    pub fn layers_of(&self, chain: &Digest) -> Option<usize> {
+        let at = self.chain_ids().iter().position(|id| id == chain);
+        at.map(|at| at + 1)
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -263,18 +269,29 @@ impl Store {
     /// # Errors
     /// What the disk says.
     pub fn image_by_chain(&self, chain: &Digest) -> Result<Option<(ImageRecord, usize)>> {
-        for name in self
-            .read_chain(&self.chain_path(chain))?
-            .unwrap_or_default()
-        {
+        Ok(self.images_by_chain(chain)?.into_iter().next())
+    }
+
+    /// As [`Store::image_by_chain`], several of them, the newest first, those of tiers last. Whether
+    /// an image has layers of these diff ids is for the caller to know: its configuration says so.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn images_by_chain(&self, chain: &Digest) -> Result<Vec<(ImageRecord, usize)>> {
+        let names = self.read_chain(&self.chain_path(chain))?;
+        let mut images = Vec::new();
+        for name in names.into_iter().flatten().take(MAX_NAMES) {
             let path = self.root.join(format!("images/{}.json", name.hex()));
             if let Some(image) = self.read_image(&path)?.here()
-                && let Some(at) = image.chain_ids().iter().position(|id| id == chain)
+                && let Some(count) = image.layers_of(chain)
             {
-                return Ok(Some((image, at + 1)));
+                images.push((image, count));
             }
         }
-        Ok(self.on_tiers(|tier| tier.store.image_by_chain(chain)))
+        for tier in &self.usable_tiers() {
+            images.extend(tier.or_nothing(tier.store.images_by_chain(chain)));
+        }
+        Ok(images)
     }
 
     /// The paths of all image records.

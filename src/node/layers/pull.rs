@@ -8,7 +8,7 @@ use std::{
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::mpsc;
 
-use super::{Known, Maker, blob_of, fetch_failed};
+use super::{Known, Maker, blob_of, fetch_failed, indexes::refuted};
 use crate::{
     digest::{Digest, ObjectId},
     fetch::{Class, Engine, FetchError, Handle},
@@ -140,17 +140,23 @@ impl Node {
         let mut was_misled = false;
         match believed {
             // What is recorded reads the layer at the places of its own table.
-            Some(believed) if believed.maker == Maker::Table => {}
+            Some(believed) if matches!(believed.maker, Maker::Table | Maker::CheckedTable) => {
+                let checked = Known {
+                    maker: Maker::CheckedTable,
+                    ..believed.clone()
+                };
+                self.keep_index(reference, &checked).await?;
+            }
             Some(believed)
                 if believed.maker == Maker::Found && !believed.index.agrees_with(&known.index) =>
             {
                 // First, so that nothing built on it is left when the true index is there.
                 let (store, name) = (Arc::clone(self.store()), reference.to_owned());
                 blocking(move || store.forget_resolution(&name)).await?;
-                self.keep_index(&known).await?;
+                self.keep_own_index(reference, &known).await?;
                 was_misled = true;
             }
-            _ => self.keep_index(&known).await?,
+            _ => self.keep_own_index(reference, &known).await?,
         }
         shown.finished();
         Ok(Pulled {
@@ -211,11 +217,22 @@ impl Node {
             match unpacked {
                 Ok(index) => return Ok(index),
                 Err(UnpackError::Store(error)) => return Err(error.into()),
+                Err(UnpackError::DiffId(found)) if again => {
+                    if let Err(error) = self.keep_refuted(reference, layer, found).await {
+                        tracing::warn!(%error, "what is refuted could not be forgotten");
+                    }
+                    return Err(refuted(reference, layer, &found));
+                }
                 Err(UnpackError::Image(error)) if again => {
                     return Err(NodeError::Image {
                         reference: reference.to_owned(),
                         source: error,
                     });
+                }
+                Err(UnpackError::DiffId(found)) => {
+                    let layer = layer.blob;
+                    tracing::info!(%layer, %found, "unpacking once more, from the verified layer");
+                    again = true;
                 }
                 Err(UnpackError::Image(error)) => {
                     tracing::info!(%error, "unpacking once more, from the verified layer");

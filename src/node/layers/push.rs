@@ -73,7 +73,7 @@ impl Node {
         };
         let mut blobs = Vec::with_capacity(layers.layers.len());
         for layer in &layers.layers {
-            let Some(known) = self.index_of(layer).await? else {
+            let Some(known) = self.index_of(&reference.to_string(), layer).await? else {
                 return Err(NodeError::Unknown(format!(
                     "the index of layer {}",
                     layer.blob
