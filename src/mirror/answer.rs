@@ -18,7 +18,7 @@ use crate::{
     fetch::{FetchErrorKind, Handle},
     node::{Node, NodeError},
     reference::{Locator, OciRef, Reference},
-    source::SourceErrorKind,
+    source::{SourceErrorKind, VIA},
 };
 
 pub(super) type Answer = Response<UnsyncBoxBody<Bytes, std::io::Error>>;
@@ -59,6 +59,11 @@ pub(super) async fn answer<B>(
 ) -> Answer {
     let head = request.method() == Method::HEAD;
     let given = match request.method() {
+        _ if asks_itself(node, request.headers()) => Err(Refusal::new(
+            StatusCode::NOT_FOUND,
+            "NAME_UNKNOWN",
+            "this is the mirror of the node that asks: it has nothing that the node has not",
+        )),
         &Method::GET | &Method::HEAD => give(node, default_registry, request, head).await,
         _ => Err(Refusal::new(
             StatusCode::METHOD_NOT_ALLOWED,
@@ -71,6 +76,12 @@ pub(super) async fn answer<B>(
     let name = HeaderName::from_static("docker-distribution-api-version");
     answer.headers_mut().insert(name, version);
     answer
+}
+
+/// Whether it is this node that asks, since its registries have this mirror.
+fn asks_itself(node: &Node, headers: &HeaderMap) -> bool {
+    let via = headers.get(VIA);
+    via.is_some_and(|via| via.as_bytes() == node.store().id().as_bytes())
 }
 
 async fn give<B>(
