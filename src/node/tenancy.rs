@@ -12,7 +12,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs, io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -26,7 +26,7 @@ use crate::{
     disk::DiskError,
     reference::Reference,
     source::Keys,
-    store::{ByteSize, Store, run_dir},
+    store::{ByteSize, Store, StoreError, run_dir},
 };
 
 /// Answers of origins that are remembered.
@@ -218,7 +218,7 @@ impl Node {
         let (store, name) = (Arc::clone(self.store()), reference.to_string());
         Ok(super::blocking(move || {
             let path = guard_path(&store, &name);
-            if path.exists() || store.artifact(&name)?.is_some() {
+            if is_guarded(&path)? || store.artifact(&name)?.is_some() {
                 return Ok(());
             }
             let made = || {
@@ -249,7 +249,7 @@ impl Node {
         let now = Instant::now();
         let is_node = keys.is_none_or(|keys| !keys.alone && !keys.has_own());
         let (store, name) = (Arc::clone(self.store()), reference.to_string());
-        let guard = super::blocking(move || Ok(guard_path(&store, &name).exists())).await?;
+        let guard = super::blocking(move || is_guarded(&guard_path(&store, &name))).await?;
         if !resolved.fresh {
             let may_use_node = keys.is_none_or(|keys| !keys.alone);
             if (!guard && may_use_node) || self.tenancy().knows(&proof, now) {
@@ -282,10 +282,29 @@ fn guard_path(store: &Store, reference: &str) -> PathBuf {
     store.root().join("run/guarded").join(name)
 }
 
+/// Whether a reference is guarded. What cannot be seen is no "no".
+fn is_guarded(path: &Path) -> Result<bool, StoreError> {
+    let there = path.try_exists();
+    Ok(there.map_err(|error| DiskError::new("look at", path, error))?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::reference::Secret;
+
+    #[test]
+    fn a_guard_that_cannot_be_seen_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!is_guarded(&dir.path().join("none")).unwrap());
+        let there = dir.path().join("there");
+        fs::write(&there, "").unwrap();
+        assert!(is_guarded(&there).unwrap());
+        // A component that is no directory is as good as any error: root may read everything.
+        let looped = dir.path().join("loop");
+        std::os::unix::fs::symlink("loop", &looped).unwrap();
+        assert!(is_guarded(&looped.join("x")).is_err());
+    }
 
     fn reference(name: &str) -> Reference {
         format!("hf://o/{name}").parse().unwrap()
