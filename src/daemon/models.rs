@@ -99,7 +99,10 @@ impl Fill {
         let shown = Arc::clone(&progress);
         let task = tokio::spawn(async move {
             tokio::time::sleep(HEAD_START).await;
-            match node.fill(&resolved, &shown).await {
+            let waits = |error: &NodeError| {
+                tell.send_replace(Filling::Failed(of_node(error)));
+            };
+            match node.fill(&resolved, &shown, waits).await {
                 Ok(()) => tell.send_replace(Filling::Done),
                 Err(error) if error.is_cancelled() => return,
                 Err(error) => {
