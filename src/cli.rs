@@ -38,15 +38,20 @@ use std::{
 
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser, Subcommand};
+use tracing_subscriber::{
+    EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 use crate::{
     config::Config,
     daemon::{self, Face, Parts},
     fetch::Engine,
+    limits,
     node::{Node, NodeError},
     reference::{Reference, redact},
     source::{self, Asker, Sources},
     store::Store,
+    telemetry::{self, Traces},
 };
 
 /// Keeps model weights warm on this node, and serves them before they have arrived.
@@ -116,6 +121,20 @@ enum Command {
     DemoLoad(demo::LoadArgs),
 }
 
+impl Command {
+    /// What serves for long has spans: its name where they are collected.
+    fn serves(&self) -> Option<&'static str> {
+        match self {
+            Self::Agent(_) => Some("agent"),
+            Self::Snapshotter(_) => Some("snapshotter"),
+            Self::Csi(_) => Some("csi"),
+            Self::Mirror(_) => Some("mirror"),
+            Self::Mount(args) if args.serves() => Some("mount"),
+            _ => None,
+        }
+    }
+}
+
 /// What every command gets.
 struct Context {
     config: Config,
@@ -136,9 +155,13 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return wrong_usage(&error),
     };
-    init_tracing(cli.verbose);
     let command = cli.command;
     let made = Context::new(cli.store, cli.config, cli.verbose);
+    let traces = match (&made, command.serves()) {
+        (Ok(context), Some(name)) => context.traces(name),
+        _ => (None, Vec::new()),
+    };
+    let traces = init_tracing(cli.verbose, traces);
     let done = made.and_then(|context| match command {
         Command::Inspect(args) => inspect::run(&context, args),
         Command::Warm(args) => warm::run(&context, args),
@@ -164,14 +187,18 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&context, args),
         Command::DemoLoad(args) => demo::load(&args),
     });
-    match done {
+    let code = match done {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             output::error(&error);
             ExitCode::from(1)
         }
+    };
+    if let Some(traces) = traces {
+        traces.end();
     }
+    code
 }
 
 /// Lets all threads share a few arenas of the allocator: glibc gives each of them one of its own,
@@ -209,26 +236,38 @@ fn wrong_usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(error.exit_code() as u8)
 }
 
-fn init_tracing(verbose: u8) {
+/// Begins the log, and spans where they are collected; says there what is wrong with them.
+fn init_tracing(verbose: u8, (traces, wrong): (Option<Traces>, Vec<String>)) -> Option<Traces> {
     let level = match verbose {
         0 => "warn",
         1 => "hearth=info,warn",
         _ => "hearth=debug,info",
     };
-    let filter = tracing_subscriber::EnvFilter::try_from_env("HEARTH_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
-    let format = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let mut filter =
+        EnvFilter::try_from_env("HEARTH_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    // Spans are for the collector.
+    if let Ok(off) = format!("{}=off", telemetry::TARGET).parse() {
+        filter = filter.add_directive(off);
+    }
+    let format = tracing_subscriber::fmt::layer()
         .with_writer(output::LogWriter)
         .with_ansi(false)
         .with_target(false)
         .compact();
     // A person knows what time it is.
-    if verbose == 0 && std::io::stderr().is_terminal() {
-        format.without_time().init();
-    } else {
-        format.init();
+    let log = match verbose == 0 && std::io::stderr().is_terminal() {
+        true => format.without_time().boxed(),
+        false => format.boxed(),
+    };
+    let log = tracing_subscriber::registry().with(log.with_filter(filter));
+    match &traces {
+        Some(traces) => log.with(traces.layer()).init(),
+        None => log.init(),
     }
+    for why in wrong {
+        tracing::warn!("{why}");
+    }
+    traces
 }
 
 /// Whether whoever read our output has gone away: `hearth list | head`.
@@ -262,6 +301,25 @@ impl Context {
             config_path,
             verbose,
         })
+    }
+
+    /// Spans of the command `name`, where they are collected; and what is wrong with that.
+    fn traces(&self, name: &str) -> (Option<Traces>, Vec<String>) {
+        let mut wrong = Vec::new();
+        let agent = &self.config.agent;
+        let mut about = vec![
+            ("hearth.command", name.to_owned()),
+            ("host.name", agent.node_name()),
+        ];
+        if agent.node_name.is_some() || std::env::var_os("KUBE_NODE_NAME").is_some() {
+            about.push(("k8s.node.name", agent.node_name()));
+        }
+        let traces = Traces::start(&self.config.trace, &about, |why| wrong.push(why));
+        let traces = traces.unwrap_or_else(|error| {
+            wrong.push(format!("no spans are exported: {error}"));
+            None
+        });
+        (traces, wrong)
     }
 
     /// What another process of this program needs to have the same context.
@@ -308,6 +366,7 @@ impl Context {
         faces: &[Face],
         door: Option<PathBuf>,
     ) -> anyhow::Result<ExitCode> {
+        limits::raise_open_files();
         let runtime = self.runtime()?;
         let done = runtime.block_on(async {
             let mut parts = Parts::new(self.node()?, config, output::note)?;

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     admin, csi, fetch, kube, mirror, mount, node, snapshotter, source,
     store::{self, TierConfig},
+    telemetry,
 };
 
 /// Longest configuration file read, in bytes.
@@ -31,6 +32,8 @@ pub struct Config {
     pub kube: kube::Config,
     /// What namespaces may see and keep.
     pub tenancy: node::TenancyConfig,
+    /// Where spans go.
+    pub trace: telemetry::Config,
     /// Read-only tiers below the store, in the order in which they are looked at.
     #[serde(rename = "tier", skip_serializing_if = "Vec::is_empty")]
     pub tiers: Vec<TierConfig>,
@@ -128,6 +131,7 @@ impl Config {
         let config: Self = toml::from_str(text).map_err(|e| e.to_string())?;
         let checked = config.tiers.iter().try_for_each(TierConfig::check);
         checked.map_err(|e| e.to_string())?;
+        config.trace.check().map_err(|e| e.to_string())?;
         Ok(config)
     }
 
@@ -190,6 +194,7 @@ mod tests {
             "[[tier]]\nlabel = \"more than 16 bytes\"\n",
             "[[tier]]\nlabel = \"a/b\"\n",
             "[[tier]]\npath = \"/t\"\nverify_rate = 0\n",
+            "[trace]\nendpoint = \"collector:4318\"\n",
             "x",
             "[",
         ] {

@@ -28,6 +28,7 @@ use std::{
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use tracing::Instrument as _;
 
 pub use self::{
     error::{CsiError, CsiErrorKind},
@@ -112,8 +113,6 @@ struct State {
 struct Begun {
     model: Model,
     record: Published,
-    /// Whether this call made the record.
-    new: bool,
 }
 
 /// The right to change a volume.
@@ -215,13 +214,17 @@ impl Driver {
         if self.published(&record.claim.id()).as_ref() != Some(record) {
             return Ok(());
         }
+        if self.is_gone(&record.claim.target).await {
+            tracing::info!(volume = record.claim.volume, "its pod is gone");
+            return self.remove(record).await;
+        }
         let (model, record) = self.reopen(record, &record.want()?).await?;
         drop(change);
         if record.claim.mode == Mode::Complete {
             let complete = self.models.complete(&model.id).await;
             complete.map_err(|e| CsiError::of_model(&record.claim.volume, &e))?;
         }
-        self.complete(&model, &record, false).await
+        self.complete(&model, &record).await
     }
 
     fn published(&self, id: &str) -> Option<Published> {
@@ -260,21 +263,26 @@ impl Driver {
     /// A target where something else is; what the origin or the system says.
     pub(crate) async fn publish(self: &Arc<Self>, asked: Publish) -> Result<()> {
         let asked = Arc::new(asked);
-        let (this, begun) = (Arc::clone(self), Arc::clone(&asked));
-        let begun = finish(async move { this.begin(&begun).await }).await?;
-        let Begun { model, record, new } = begun;
-        if asked.want.mode == Mode::Complete
-            && let Err(error) = self.models.complete(&model.id).await
-        {
-            let error = CsiError::of_model(&asked.volume, &error);
-            if new && !error.kind().may_pass() {
-                let this = Arc::clone(self);
-                finish(async move { this.give_up(&record).await }).await?;
+        let done = self.publish_all(&asked).await;
+        if done.as_ref().is_err_and(|error| !error.kind().may_pass()) {
+            let this = Arc::clone(self);
+            let given_up = finish(async move { this.give_up(&Claim::new(&asked)).await });
+            if let Err(error) = given_up.await {
+                tracing::warn!(%error, "a failed publication is left");
             }
-            return Err(error);
+        }
+        done
+    }
+
+    async fn publish_all(self: &Arc<Self>, asked: &Arc<Publish>) -> Result<()> {
+        let (this, begun) = (Arc::clone(self), Arc::clone(asked));
+        let Begun { model, record } = finish(async move { this.begin(&begun).await }).await?;
+        if asked.want.mode == Mode::Complete {
+            let complete = self.models.complete(&model.id).await;
+            complete.map_err(|error| CsiError::of_model(&asked.volume, &error))?;
         }
         let this = Arc::clone(self);
-        finish(async move { this.complete(&model, &record, new).await }).await
+        finish(async move { this.complete(&model, &record).await }).await
     }
 
     /// Opens the model of a volume and records that it is published.
@@ -297,11 +305,7 @@ impl Driver {
                 ));
             }
             let (model, record) = self.reopen(&before, &asked.want).await?;
-            return Ok(Begun {
-                model,
-                record,
-                new: false,
-            });
+            return Ok(Begun { model, record });
         }
         self.check_outside(&asked.target)?;
         self.check_target(asked)?;
@@ -314,11 +318,7 @@ impl Driver {
             self.let_go(&record).await;
             return Err(error);
         }
-        Ok(Begun {
-            model,
-            record,
-            new: true,
-        })
+        Ok(Begun { model, record })
     }
 
     /// The model of what is published, opened again where that is needed.
@@ -348,12 +348,7 @@ impl Driver {
     }
 
     /// Mounts the target of what was begun, unless it was unpublished meanwhile.
-    async fn complete(
-        self: &Arc<Self>,
-        model: &Model,
-        record: &Published,
-        new: bool,
-    ) -> Result<()> {
+    async fn complete(self: &Arc<Self>, model: &Model, record: &Published) -> Result<()> {
         let _change = self.change(&record.claim.volume).await?;
         if self.published(&record.claim.id()).as_ref() != Some(record) {
             return Err(CsiError::new(
@@ -361,22 +356,20 @@ impl Driver {
                 format!("volume {} was unpublished meanwhile", record.claim.volume),
             ));
         }
-        let attached = self.attach(model, record).await;
-        if attached.is_err()
-            && new
-            && let Err(error) = self.remove(record).await
-        {
-            tracing::warn!(volume = record.claim.volume, %error, "a failed publication is left");
-        }
-        attached
+        self.attach(model, record).await
     }
 
-    /// Takes back what was begun and cannot be completed.
-    async fn give_up(self: &Arc<Self>, record: &Published) -> Result<()> {
-        let _change = self.change(&record.claim.volume).await?;
-        match self.published(&record.claim.id()).as_ref() == Some(record) {
-            true => self.remove(record).await,
-            false => Ok(()),
+    /// Takes back what was begun, by this call or an earlier one, and cannot be completed: after an error that is final
+    /// the kubelet does not unpublish. What is mounted is left alone: a pod may use it.
+    async fn give_up(self: &Arc<Self>, claim: &Claim) -> Result<()> {
+        let _change = self.change(&claim.volume).await?;
+        match self.published(&claim.id()) {
+            Some(record)
+                if record.claim.is_same(claim) && !self.is_mounted(&claim.target).await =>
+            {
+                self.remove(&record).await
+            }
+            _ => Ok(()),
         }
     }
 
@@ -426,6 +419,18 @@ impl Driver {
         blocking(move || targets.is_attached(&model, &target))
             .await
             .unwrap_or(false)
+    }
+
+    async fn is_mounted(&self, target: &Path) -> bool {
+        let (targets, target) = (Arc::clone(&self.targets), target.to_owned());
+        let mounted = blocking(move || targets.is_mounted(&target)).await;
+        mounted.unwrap_or(true)
+    }
+
+    async fn is_gone(&self, target: &Path) -> bool {
+        let (targets, target) = (Arc::clone(&self.targets), target.to_owned());
+        let gone = blocking(move || targets.is_gone(&target)).await;
+        gone.unwrap_or(false)
     }
 
     async fn attach(&self, model: &Model, record: &Published) -> Result<()> {
@@ -602,7 +607,7 @@ impl Driver {
 async fn finish<T: Send + 'static>(
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
-    match tokio::spawn(work).await {
+    match tokio::spawn(work.in_current_span()).await {
         Ok(done) => done,
         Err(failed) => Err(CsiError::new(CsiErrorKind::Internal, failed.to_string())),
     }

@@ -9,6 +9,7 @@ mod handover;
 mod kube;
 mod models;
 mod roots;
+mod tidy;
 mod warmups;
 
 use std::path::PathBuf;

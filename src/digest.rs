@@ -105,6 +105,44 @@ impl ObjectId {
     }
 }
 
+/// The name of an object on its way. Until it was verified its digest is a mere claim: what one origin
+/// says has a digest, and a size, is kept apart from what others say of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PartialId {
+    /// What it is to become.
+    pub id: ObjectId,
+    /// Tells apart who claims that; none where the id tells it.
+    claim: Option<[u8; 16]>,
+}
+
+impl PartialId {
+    /// The name of what `origin` says is `size` bytes with this id.
+    pub fn claimed(id: ObjectId, size: u64, origin: &str) -> Self {
+        let claim = id.sha256().map(|_| {
+            let mut claim = [0; 16];
+            let digest = Digest::of(format!("{size} {origin}").as_bytes());
+            claim.copy_from_slice(&digest.0[..16]);
+            claim
+        });
+        Self { id, claim }
+    }
+
+    /// Who claims it, as text; none where the id tells it.
+    pub fn claim(&self) -> Option<String> {
+        self.claim.map(|claim| to_hex(&claim))
+    }
+}
+
+/// Of an object that nobody else can claim to have.
+impl From<&ObjectId> for PartialId {
+    fn from(id: &ObjectId) -> Self {
+        Self {
+            id: *id,
+            claim: None,
+        }
+    }
+}
+
 impl fmt::Display for ObjectId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -89,8 +89,11 @@ pub type Result<T> = std::result::Result<T, DiskError>;
 /// How to open a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Open {
-    /// To read; it must be there.
+    /// To read; it must be there, a plain file: whoever brought a disk may have put a pipe there, which
+    /// would never be opened, or a link to what is not on it.
     Read,
+    /// A directory, to sync what is below it.
+    Dir,
     /// To read and write; it must be there.
     Write,
     /// To read and write; made, mode 0600, where it is not there.
@@ -206,7 +209,8 @@ impl Disk for RealDisk {
         let mut options = OpenOptions::new();
         options.read(true).mode(0o600);
         match how {
-            Open::Read => &mut options,
+            Open::Read => options.custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW),
+            Open::Dir => options.custom_flags(libc::O_DIRECTORY),
             Open::Write => options.write(true),
             Open::Create => options.write(true).create(true),
             Open::New => options.write(true).create_new(true).mode(COMPLETE_MODE),
@@ -217,6 +221,9 @@ impl Disk for RealDisk {
             .map_err(|e| DiskError::new("open", path, e))?;
         let path = path.to_owned();
         let file = RealFile { file, path };
+        if how == Open::Read && !file.file.metadata().map_err(file.fail("stat"))?.is_file() {
+            return Err(file.fail("open")(io::Error::other("it is no plain file")));
+        }
         if how == Open::New {
             let meta = file.file.metadata().map_err(file.fail("stat"))?;
             if meta.mode() & 0o7777 != COMPLETE_MODE {

@@ -160,7 +160,8 @@ struct Inner {
     queue: Queue,
     small: SmallObjects,
     small_slots: Semaphore,
-    handles: Mutex<HashMap<ObjectId, Weak<Handle>>>,
+    /// By id: one for each who claims to have it.
+    handles: Mutex<HashMap<ObjectId, Vec<Weak<Handle>>>>,
     /// Smoothed time to the first answer, in microseconds.
     answer_micros: AtomicU64,
 }
@@ -187,7 +188,8 @@ impl Engine {
         Self { inner }
     }
 
-    /// The handle of `object`; the same one for equal ids while somebody holds it.
+    /// The handle of `object`; while somebody holds it the same one for equal ids from the same origin:
+    /// what is not verified is for nobody else.
     ///
     /// # Errors
     /// Where the store cannot be read or written.
@@ -196,8 +198,10 @@ impl Engine {
         object: &Object,
         source: &Arc<dyn Source>,
     ) -> Result<Arc<Handle>, FetchError> {
-        let known = |handles: &HashMap<ObjectId, Weak<Handle>>| {
-            handles.get(&object.id).and_then(Weak::upgrade)
+        let part = object.partial_id(&source.origin());
+        let known = |handles: &HashMap<ObjectId, Vec<Weak<Handle>>>| {
+            let mut open = handles.get(&object.id)?.iter().filter_map(Weak::upgrade);
+            open.find(|handle| *handle.part() == part)
         };
         let shared = |handle: Arc<Handle>| match handle.size() == object.size {
             true => {
@@ -214,27 +218,24 @@ impl Engine {
             return shared(handle);
         }
         // Not under the lock: the store may have to wait for another process.
-        let handle = Handle::new(&self.inner, object, source)?;
+        let handle = Handle::new(&self.inner, object, part, source)?;
         let mut handles = self.inner.handles.lock();
         if let Some(handle) = known(&handles) {
             return shared(handle);
         }
         if handles.len() > 64 && handles.len().is_power_of_two() {
-            handles.retain(|_, handle| handle.strong_count() > 0);
+            handles.retain(|_, open| open.iter().any(|handle| handle.strong_count() > 0));
         }
-        handles.insert(object.id, Arc::downgrade(&handle));
+        let open = handles.entry(object.id).or_default();
+        open.retain(|handle| handle.strong_count() > 0);
+        open.push(Arc::downgrade(&handle));
         Ok(handle)
     }
 
     /// Takes note that `id` may have become complete by another way: it came with something else.
     /// Who reads it goes on with the complete object. Blocks on the disk.
     pub fn came(&self, id: &ObjectId) {
-        let handle = self.inner.handles.lock().get(id).and_then(Weak::upgrade);
-        if let Some(handle) = handle
-            && let Err(error) = handle.look()
-        {
-            tracing::debug!(%error, "could not look at what came");
-        }
+        self.inner.came(id);
     }
 
     /// Waits until what was served before it was stored is stored: to be called when serving ends.
@@ -253,6 +254,11 @@ impl Engine {
     /// until `deadline`.
     pub async fn quiet(&self, quiet: Duration, deadline: std::time::Instant) {
         self.inner.gate.quiet(quiet, deadline).await;
+    }
+
+    /// Waits until somebody waits for bytes, or uses content, from now on.
+    pub async fn used(&self) {
+        self.inner.gate.used().await;
     }
 
     /// Its settings.
@@ -275,6 +281,15 @@ impl Drop for Inner {
 impl Inner {
     async fn small_slot(&self) -> Option<SemaphorePermit<'_>> {
         self.small_slots.acquire().await.ok()
+    }
+
+    fn came(&self, id: &ObjectId) {
+        let open = self.handles.lock().get(id).cloned().unwrap_or_default();
+        for handle in open.iter().filter_map(Weak::upgrade) {
+            if let Err(error) = handle.look() {
+                tracing::debug!(%error, "could not look at what came");
+            }
+        }
     }
 
     fn throttled(&self, error: &SourceError) {

@@ -162,6 +162,9 @@ metrics! {
     counter keeper_adopted "hearth_keeper_adopted_mounts_total" "Mounts taken over from a server before this one";
     counter keeper_left "hearth_keeper_left_mounts_total" "Mounts let go for the next server";
     counter keeper_failures "hearth_keeper_failed_requests_total" "Requests to the keeper that it refused, or did not answer";
+    counter telemetry_exported "hearth_telemetry_exported_spans_total" "Spans that the collector took";
+    counter telemetry_dropped_full "hearth_telemetry_dropped_spans_total{reason=\"queue\"}" "Spans that were dropped: too many waited, or the collector did not take them";
+    counter telemetry_dropped_refused "hearth_telemetry_dropped_spans_total{reason=\"collector\"}" "Spans that were dropped: too many waited, or the collector did not take them";
     --
     histogram csi_publish "hearth_csi_publish_seconds" "How long it took to publish a volume, or to fail to";
     histogram mount_wait "hearth_mount_wait_seconds" "How long reads waited for content";

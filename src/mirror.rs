@@ -14,13 +14,14 @@ mod range;
 
 use std::{net::SocketAddr, sync::Arc};
 
-use hyper::{Request, body::Incoming};
+use hyper::{Method, Request, body::Incoming};
 use serde::{Deserialize, Serialize};
 use tokio::{net::TcpListener, task::JoinSet};
+use tracing::{Instrument as _, Span};
 
 use self::answer::{Answer, answer};
 pub(crate) use self::range::parse_range;
-use crate::{metrics, node::Node, socket::web};
+use crate::{metrics, node::Node, socket::web, telemetry};
 
 /// Settings of the mirror: `[mirror]` in the configuration file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,12 +60,43 @@ pub async fn serve(
     web::serve(listener, config.max_connections, stop, answer).await
 }
 
+/// The span of a request for content, until its answer begins.
+fn span(request: &Request<Incoming>) -> Span {
+    let path = request.uri().path();
+    let route = [
+        ("/manifests/", "/v2/{name}/manifests/{reference}"),
+        ("/blobs/", "/v2/{name}/blobs/{digest}"),
+    ];
+    let Some((_, route)) = route.into_iter().find(|(part, _)| path.contains(part)) else {
+        return Span::none();
+    };
+    let method = match *request.method() {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        _ => return Span::none(),
+    };
+    let span = telemetry::span!(
+        "mirror",
+        otel.name = format_args!("{method} {route}"),
+        otel.kind = "server",
+        http.request.method = method,
+        http.route = route,
+        url.scheme = "http"
+    );
+    telemetry::text(&span, "url.path", path);
+    telemetry::below(&span, request);
+    span
+}
+
 async fn respond(shared: Arc<(Node, Option<String>)>, request: Request<Incoming>) -> Answer {
     let (node, default_registry) = &*shared;
     let asked = std::time::Instant::now();
     let (method, target) = (request.method().clone(), request.uri().to_string());
-    let answer = answer(node, default_registry.as_deref(), &request).await;
+    let span = span(&request);
+    let answering = answer(node, default_registry.as_deref(), &request);
+    let answer = answering.instrument(span.clone()).await;
     let status = answer.status().as_u16();
+    telemetry::responded(&span, status);
     let metrics = metrics::global();
     metrics.mirror_answer.observe(asked.elapsed());
     match status {

@@ -50,6 +50,7 @@ use tokio::{runtime::Handle, sync::watch};
 use self::{
     adapter::Adapter,
     keeper::{Link, Orphan},
+    retire::Haste,
     server::Server,
     session::{Agreed, Device, Session},
 };
@@ -58,7 +59,11 @@ pub use self::{
     stats::Stats,
     table::{MountInfo, mounted},
 };
-use crate::{fs::View, metrics};
+use crate::{
+    fs::View,
+    metrics,
+    telemetry::{self, span},
+};
 
 /// How long a server may take to answer whether it lives.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -192,7 +197,7 @@ impl MountError {
     }
 }
 
-/// A mounted view; dropped = unmounted (detached where it is busy).
+/// A mounted view; dropped = unmounted (detached where it is busy), or where a keeper has it, left to the next server.
 #[derive(Debug)]
 pub struct Mount {
     dir: PathBuf,
@@ -255,7 +260,13 @@ impl Mount {
         keeper: &Arc<Link>,
     ) -> Result<Self, MountError> {
         let keeper = Some(keeper.clone());
-        Self::serve(orphan.session, view, config, runtime, keeper)
+        let dir = orphan.session.dir.display();
+        let span = span!("adopt mount", hearth.mount.dir = %dir, hearth.reference = view.artifact().reference);
+        let served = span.in_scope(|| Self::serve(orphan.session, view, config, runtime, keeper));
+        if let Err(error) = &served {
+            telemetry::fail(&span, format!("{:?}", error.kind()), error);
+        }
+        served
     }
 
     /// Serves what was just mounted; takes it away again where that fails.
@@ -266,12 +277,12 @@ impl Mount {
         runtime: Handle,
         keeper: Option<Arc<Link>>,
     ) -> Result<Self, MountError> {
-        let dir = session.dir.clone();
+        let (dir, connection) = (session.dir.clone(), session.connection);
         Self::serve(session, view, config, runtime, keeper.clone()).inspect_err(|_| {
             if let Err(error) = device::unmount(&dir, true) {
                 tracing::warn!(%error, "could not unmount");
             }
-            if let Some(Err(error)) = keeper.map(|keeper| keeper.end(&dir)) {
+            if let Some(Err(error)) = keeper.map(|keeper| keeper.end(&dir, connection)) {
                 tracing::warn!(%error, "the keeper keeps what is gone");
             }
         })
@@ -307,7 +318,7 @@ impl Mount {
         let resend = Agreed::of(&answer).resend;
         server.resend.store(resend, Relaxed);
         if let Some(keeper) = &keeper {
-            keeper.take(&dir)?;
+            keeper.take(&session)?;
         }
         let distrusted = server.succeed(&session.device);
         session::connect(&fuse, &session.device, &session.state, &answer, resumed)
@@ -321,6 +332,7 @@ impl Mount {
         let (tell, ended) = watch::channel(false);
         let left = Arc::new(AtomicBool::new(false));
         let serving = (server.clone(), keeper.clone(), dir.clone(), left.clone());
+        let connection = session.connection;
         let device = session.device.clone();
         let channel = fuse.as_fd().as_raw_fd();
         let thread = std::thread::Builder::new()
@@ -333,7 +345,7 @@ impl Mount {
                 server.notify_by(None);
                 drop(device);
                 if !left.load(Relaxed)
-                    && let Some(Err(error)) = keeper.map(|keeper| keeper.end(&dir))
+                    && let Some(Err(error)) = keeper.map(|keeper| keeper.end(&dir, connection))
                 {
                     tracing::debug!(%error, "the keeper was not told of the end");
                 }
@@ -345,7 +357,7 @@ impl Mount {
         distrusted.into_iter().for_each(|ino| server.distrust(ino));
         Ok(Self {
             dir,
-            connection: session.connection,
+            connection,
             server,
             keeper,
             device: Arc::downgrade(&session.device),
@@ -393,6 +405,11 @@ impl Mount {
         *self.ended.borrow()
     }
 
+    /// Whether its directory shows it: not where somebody has detached it, or mounted something over it.
+    pub fn is_mounted(&self) -> bool {
+        !self.has_ended() && table::shows(&self.dir, self.connection)
+    }
+
     /// Unmounts; fine where it is unmounted already. `lazy` detaches it at once, and what is open
     /// below stays readable until it is closed, as long as this process lives.
     ///
@@ -414,15 +431,20 @@ impl Mount {
     /// # Errors
     /// What the system or the keeper says; then it is as if this process had died.
     pub fn leave(&self) -> Result<(), MountError> {
+        self.let_go(Haste::None)
+    }
+
+    fn let_go(&self, haste: Haste) -> Result<(), MountError> {
         self.left.store(true, Relaxed);
         metrics::global().keeper_left.add(1);
         let failed = |e| MountError::system(&self.dir, "leave", e);
         if let Some(device) = self.device.upgrade() {
             let (channel, threads) = self.channel;
-            retire::retire(&self.server, &device, channel, threads, &self.ended).map_err(failed)?;
+            let fuse = (channel, threads);
+            retire::retire(&self.server, &device, fuse, &self.ended, haste).map_err(failed)?;
         }
         match &self.keeper {
-            Some(keeper) => keeper.left(&self.dir),
+            Some(keeper) => keeper.left(&self.dir, self.connection),
             None => Ok(()),
         }
     }
@@ -451,6 +473,16 @@ impl Drop for Mount {
     fn drop(&mut self) {
         // The next server goes on.
         if self.left.load(Relaxed) || self.keeper.is_some() && std::thread::panicking() {
+            return;
+        }
+        if self.keeper.is_some() {
+            // Others have it mounted elsewhere, perhaps, and it is not over because this process ends. What is
+            // detached has no next server: it is served as long as this process lives.
+            if self.is_mounted()
+                && let Err(error) = self.let_go(Haste::Great)
+            {
+                tracing::warn!(%error, "a mount was not left in order");
+            }
             return;
         }
         if let Err(error) = self.unmount(false).or_else(|_| self.unmount(true)) {

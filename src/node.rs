@@ -36,6 +36,7 @@ use crate::{
     reference::{HubRepo, Locator, Reference},
     source::{Credentials, Layered, Source, SourceErrorKind, Sources},
     store::{ByteSize, Hold, Reservation, Store, StoreError, StoreErrorKind},
+    telemetry::{self, span},
     tree::Artifact,
 };
 
@@ -60,6 +61,18 @@ impl Resolved {
         self.layers
             .as_ref()
             .is_none_or(|layers| layers.are_trusted())
+    }
+
+    /// Tells the span that this is part of.
+    fn tell(&self) {
+        let span = tracing::Span::current();
+        if span.is_disabled() {
+            return;
+        }
+        telemetry::text(&span, "hearth.revision", &self.artifact.revision);
+        telemetry::flag(&span, "hearth.fresh", self.fresh);
+        telemetry::count(&span, "hearth.objects", self.artifact.objects.len() as u64);
+        telemetry::count(&span, "hearth.bytes.total", self.artifact.size());
     }
 
     fn plain(artifact: Arc<Artifact>, source: Arc<dyn Source>, fresh: bool) -> Self {
@@ -209,6 +222,19 @@ impl Node {
         reference: &Reference,
         progress: &Progress,
     ) -> Result<Resolved, NodeError> {
+        let span = span!("resolve", hearth.reference = %reference);
+        let resolving = async {
+            let resolved = self.resolve_now(reference, progress).await;
+            resolved.inspect(Resolved::tell)
+        };
+        telemetry::within(span, NodeError::about, resolving).await
+    }
+
+    async fn resolve_now(
+        &self,
+        reference: &Reference,
+        progress: &Progress,
+    ) -> Result<Resolved, NodeError> {
         let name = reference.to_string();
         let failed = |source| NodeError::Resolve {
             reference: name.clone(),
@@ -298,14 +324,16 @@ impl Node {
             reference: reference.to_string(),
             source,
         };
-        let source = self.sources.open(reference).map_err(failed)?;
-        match source.layered(reference).await.map_err(failed)? {
-            Some(layered) => {
-                self.resolve_layered(reference, layered, &source, None)
-                    .await
-            }
-            None => Ok(None),
-        }
+        let span = span!("resolve", hearth.reference = %reference, hearth.lazy = true);
+        let resolving = async {
+            let source = self.sources.open(reference).map_err(failed)?;
+            let Some(layered) = source.layered(reference).await.map_err(failed)? else {
+                return Ok(None);
+            };
+            let resolved = self.resolve_layered(reference, layered, &source, None);
+            Ok(resolved.await?.inspect(Resolved::tell))
+        };
+        telemetry::within(span, NodeError::about, resolving).await
     }
 
     /// The generation `digest` of `reference`, as a process before this one served it, whatever the
@@ -357,8 +385,9 @@ impl Node {
     async fn has_some(&self, artifact: &Arc<Artifact>) -> Result<bool, NodeError> {
         let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
         let some = blocking(move || {
+            let origin = artifact.origin();
             for object in artifact.stored().filter(|object| object.size > 0) {
-                if store.present_bytes(&object.id, object.size) > 0
+                if store.present_bytes(object.partial_id(&origin), object.size) > 0
                     || store.complete(&object.id)?.is_some()
                 {
                     return Ok(true);
@@ -421,6 +450,18 @@ impl Node {
         pin: Option<&str>,
         progress: &Progress,
     ) -> Result<WarmReport, NodeError> {
+        let span = span!("warm", hearth.reference = %reference);
+        let warming = self.warm_now(reference, revision, pin, progress);
+        telemetry::within(span, NodeError::about, warming).await
+    }
+
+    async fn warm_now(
+        &self,
+        reference: &Reference,
+        revision: Option<&str>,
+        pin: Option<&str>,
+        progress: &Progress,
+    ) -> Result<WarmReport, NodeError> {
         let started = std::time::Instant::now();
         let mut tried_again = false;
         loop {
@@ -459,8 +500,12 @@ impl Node {
         progress: &Progress,
     ) -> Result<WarmReport, NodeError> {
         let started = std::time::Instant::now();
-        let before = self.warm_resolved(resolved, pin, progress).await?;
-        Ok(WarmReport::new(resolved, before, started))
+        let span = span!("warm", hearth.reference = resolved.artifact.reference);
+        let warming = async {
+            let before = self.warm_resolved(resolved, pin, progress).await?;
+            Ok(WarmReport::new(resolved, before, started))
+        };
+        telemetry::within(span, NodeError::about, warming).await
     }
 
     async fn warm_resolved(

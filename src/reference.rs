@@ -123,6 +123,32 @@ impl Locator {
     }
 }
 
+impl Locator {
+    /// Who answers for what is there: a bucket, a repository, a host, a directory.
+    pub fn origin(&self) -> String {
+        match self {
+            Self::S3(bucket) => format!("s3://{}", bucket.bucket),
+            Self::Gcs(bucket) => format!("gs://{}", bucket.bucket),
+            Self::Azure(bucket) => format!("az://{}", bucket.bucket),
+            Self::File(path) => format!("file://{path}"),
+            Self::Http(url) => url.public.origin().ascii_serialization(),
+            Self::Hub(repo) => format!("hf://{}/{}", repo.kind.plural(), repo.id),
+            Self::Oci(oci) => format!("oci://{}/{}", oci.registry, oci.repository),
+        }
+    }
+}
+
+impl HubKind {
+    /// As the Hub says it of many.
+    pub const fn plural(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+            Self::Space => "spaces",
+        }
+    }
+}
+
 impl Reference {
     /// The URL as it was given, where it holds a secret that `Display` leaves out.
     pub fn secret(&self) -> Option<&str> {

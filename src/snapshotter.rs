@@ -218,6 +218,16 @@ impl Snapshotter {
         }
     }
 
+    /// Has the node take away what a process left that was killed half way: mounts that no snapshot stands on, and
+    /// claims without one. To be called before anything is served.
+    pub async fn sweep(&self) {
+        let chains = self.table.read().chains();
+        match chains {
+            Some((claimed, used)) => self.held.roots().sweep(&claimed, &used).await,
+            None => tracing::warn!("not all snapshots can be read: what nobody may need stays"),
+        }
+    }
+
     /// Makes an active snapshot, or a view, of `parent` (empty: of nothing).
     ///
     /// # Errors
@@ -238,7 +248,9 @@ impl Snapshotter {
         if kind == Kind::Active
             && let Some(target) = labels.get(TARGET_LABEL).and_then(|t| t.parse().ok())
         {
-            self.claim(target, parent, &labels, &hints).await?;
+            // Else the claim of one that is being removed could go with it.
+            let claim = self.claim(target, parent, &labels, &hints);
+            self.held.alone(&target, claim).await?;
         }
         let making = self.reserve(key, parent)?;
         let id = making.id;
@@ -417,7 +429,13 @@ impl Snapshotter {
         let (chain, id, claimed) = removed.await?;
         self.let_go(chain, id).await;
         if let Some(claimed) = claimed {
-            self.held.roots().forget(&claimed).await;
+            let forget = async {
+                // Another namespace, or another parent, may have it claimed as well.
+                if !self.table.read().claims(&claimed) {
+                    self.held.roots().forget(&claimed).await;
+                }
+            };
+            self.held.alone(&claimed, forget).await;
         }
         Ok(())
     }

@@ -36,7 +36,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     digest::Digest,
-    reference::{HubKind, Locator, Platform, Reference, Secret},
+    reference::{Locator, Platform, Reference, Secret},
     tree::{Artifact, Location, MAX_INODES},
 };
 
@@ -51,6 +51,16 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// What is not there, not allowed, not reachable, or malformed.
     async fn resolve(&self, reference: &Reference) -> Result<Artifact, SourceError>;
+
+    /// Who answers for what is read here, as [`Locator::origin`] says it: content that nobody has
+    /// verified is for nobody who asked another.
+    fn origin(&self) -> String;
+
+    /// Whether what is read here waits for other objects of the same engine, as files in a layer do for
+    /// the layer: such reads must not hold what those need.
+    fn waits_for_objects(&self) -> bool {
+        false
+    }
 
     /// Reads bytes `range` (absolute at the location: the caller has added `location.offset`) of
     /// the generation that `location` is pinned to. The range is never empty.
@@ -417,9 +427,11 @@ impl Sources {
             let source = own::OwnSource::new(self, &reference.locator, credentials)?;
             return Ok(Arc::new(source));
         }
-        let Some(origin) = origin(&reference.locator) else {
+        if reference.secret().is_some() {
             return self.make(&reference.locator, &Keys::default());
-        };
+        }
+        // References to it share one source.
+        let origin = reference.locator.origin();
         let mut open = self.open.lock();
         if let Some(source) = open.get(&origin).and_then(Weak::upgrade) {
             return Ok(source);
@@ -467,27 +479,6 @@ impl Sources {
             }
         })
     }
-}
-
-/// What references share one source; `None` where a URL carries its own secret.
-fn origin(locator: &Locator) -> Option<String> {
-    Some(match locator {
-        Locator::S3(bucket) => format!("s3://{}", bucket.bucket),
-        Locator::Gcs(bucket) => format!("gs://{}", bucket.bucket),
-        Locator::Azure(bucket) => format!("az://{}", bucket.bucket),
-        Locator::File(path) => format!("file://{path}"),
-        Locator::Http(url) if url.secret.is_some() => return None,
-        Locator::Http(url) => url.public.origin().ascii_serialization(),
-        Locator::Hub(repo) => {
-            let kind = match repo.kind {
-                HubKind::Model => "models",
-                HubKind::Dataset => "datasets",
-                HubKind::Space => "spaces",
-            };
-            format!("hf://{kind}/{}", repo.id)
-        }
-        Locator::Oci(oci) => format!("oci://{}/{}", oci.registry, oci.repository),
-    })
 }
 
 /// Makes `ring` the process's TLS implementation. Must run before the first HTTP client is built.

@@ -6,9 +6,9 @@
 //! <root>/objects/tmp/                    files being written, renamed when they are durable
 //! <root>/imports/<salt>-<n>/             an import under way: what it keeps, files without names
 //! <root>/located/ab/<hex>                "sha256:<hex> <size> <checksum>": the content of a located id
-//! <root>/partial/<kind>-<hex>.data       sparse data of an object on its way
-//! <root>/partial/<kind>-<hex>.map        its chunks that are durable: bitmap with a checksum
-//! <root>/partial/<kind>-<hex>.live       its chunks that are here: words mapped by all processes
+//! <root>/partial/<kind>-<hex>[-<claim>].data   sparse data of an object on its way; who claims to have it
+//! <root>/partial/<kind>-<hex>[-<claim>].map    its chunks that are durable: bitmap with a checksum
+//! <root>/partial/<kind>-<hex>[-<claim>].live   its chunks that are here: words mapped by all processes
 //! <root>/trees/<hex>                     artifacts by digest: zstd of their encoding
 //! <root>/indexes/<hex>                   indexes of layers, by the layer's digest
 //! <root>/images/<sha256 of reference>.json      reference -> manifest, layers of an image
@@ -30,6 +30,8 @@
 //! - A chunk is in `.map` only if its data was synced before the map was written. `.live` may say
 //!   more, but counts only within one boot of the kernel, whose page cache outlives any process.
 //!   What is torn, missing or mismatching counts as absent.
+//! - What nobody has verified yet is kept apart by who claims that it has that digest, and is shared only
+//!   when it is complete.
 //! - An absent chunk is written only under a [`Lease`], whose file lock dies with its process. So an
 //!   object whose chunks are all present has no writer left.
 //! - Record before you look: an artifact is recorded before its objects are looked for, and a
@@ -90,7 +92,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    digest::{Digest, ObjectId},
+    digest::{Digest, PartialId},
     disk::{Disk, RealDisk},
 };
 
@@ -108,7 +110,7 @@ pub struct Store {
     writable: bool,
     boot: [u8; 16],
     id: String,
-    partials: Mutex<HashMap<ObjectId, Weak<Partial>>>,
+    partials: Mutex<HashMap<PartialId, Weak<Partial>>>,
     reservations: Mutex<Vec<Weak<space::Wanted>>>,
     tiers: tier::Tiers,
     /// Makes the names of temporary files differ, within and between processes.

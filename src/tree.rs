@@ -13,7 +13,10 @@ use std::collections::HashMap;
 
 pub(crate) use codec::{Reader, Writer};
 
-use crate::digest::{Digest, ObjectId};
+use crate::{
+    digest::{Digest, ObjectId, PartialId},
+    reference::Reference,
+};
 
 /// Most inodes a tree may have.
 pub const MAX_INODES: usize = 12_000_000;
@@ -61,6 +64,26 @@ pub struct Object {
     pub git_sha1: Option<[u8; 20]>,
     /// How its bytes are made from remote bytes.
     pub recipe: Recipe,
+}
+
+impl Object {
+    /// Its name in the store until it is verified, where it comes from `origin` (see
+    /// [`Locator::origin`](crate::reference::Locator::origin)).
+    pub fn partial_id(&self, origin: &str) -> PartialId {
+        let path = self.recipe.location().map_or("", |at| at.path.as_str());
+        let claimed = |by: &str| PartialId::claimed(self.id, self.size, by);
+        match origin.split_once("://") {
+            // Of one host, who could write one file could not write others.
+            Some(("http" | "https", _)) => claimed(path),
+            // A registry takes no blob that is not what its digest says, in whichever repository; what
+            // lies in a layer is as its owner says.
+            Some(("oci", name)) if path == self.id.to_string() => {
+                let registry = name.split('/').next().unwrap_or(name);
+                claimed(&format!("oci://{registry}"))
+            }
+            _ => claimed(origin),
+        }
+    }
 }
 
 /// How the bytes of an object are made from remote bytes.
@@ -268,6 +291,14 @@ impl Artifact {
     pub fn size(&self) -> u64 {
         self.stored()
             .fold(0, |sum, object| sum.saturating_add(object.size))
+    }
+
+    /// Who answers for its content (see [`Locator::origin`](crate::reference::Locator::origin)).
+    pub fn origin(&self) -> String {
+        match self.reference.parse::<Reference>() {
+            Ok(reference) => reference.locator.origin(),
+            Err(_) => self.reference.clone(),
+        }
     }
 
     /// The objects that are fetched and stored: all but slices.

@@ -7,7 +7,10 @@ use std::{
     io::Read as _,
     os::{
         fd::AsRawFd as _,
-        unix::{fs::PermissionsExt as _, net::UnixStream},
+        unix::{
+            fs::{MetadataExt as _, PermissionsExt as _},
+            net::UnixStream,
+        },
     },
     path::{Path, PathBuf},
     time::Duration,
@@ -17,6 +20,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{digest::Digest, mount::Stats, socket::is_trusted, store::run_dir};
 
+/// After a failure to take a connection.
+const PAUSE: Duration = Duration::from_millis(100);
 /// Longest answer taken, in bytes.
 const MAX_ANSWER: u64 = 1 << 20;
 
@@ -100,6 +105,7 @@ impl SocketPath {
 /// Answers whoever connects; stops when dropped.
 pub(super) struct ControlServer {
     socket: SocketPath,
+    inode: u64,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -118,8 +124,18 @@ impl ControlServer {
         let _ = std::fs::remove_file(&socket.path);
         let listener = tokio::net::UnixListener::bind(&socket.path)?;
         std::fs::set_permissions(&socket.path, Permissions::from_mode(0o600))?;
+        let inode = std::fs::symlink_metadata(&socket.path)?.ino();
         let task = tokio::spawn(async move {
-            while let Ok((mut stream, _)) = listener.accept().await {
+            loop {
+                let mut stream = match listener.accept().await {
+                    Ok((stream, _)) => stream,
+                    // Out of file descriptors, perhaps: there will be some again.
+                    Err(error) => {
+                        tracing::warn!(%error, "a question about the mount was not taken");
+                        tokio::time::sleep(PAUSE).await;
+                        continue;
+                    }
+                };
                 if !is_trusted(&stream) {
                     continue;
                 }
@@ -131,14 +147,22 @@ impl ControlServer {
                 let _ = tokio::time::timeout(Duration::from_secs(2), write).await;
             }
         });
-        Ok(Self { socket, task })
+        Ok(Self {
+            socket,
+            inode,
+            task,
+        })
     }
 }
 
 impl Drop for ControlServer {
     fn drop(&mut self) {
         self.task.abort();
-        let _ = std::fs::remove_file(&self.socket.path);
+        // Not that of another mount on the same directory, from which this one was detached.
+        let named = std::fs::symlink_metadata(&self.socket.path);
+        if named.is_ok_and(|named| named.ino() == self.inode) {
+            let _ = std::fs::remove_file(&self.socket.path);
+        }
     }
 }
 

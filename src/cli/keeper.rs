@@ -28,9 +28,11 @@ pub(super) struct Args {
 
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     crate::mount::available()?;
+    crate::limits::raise_open_files();
     let socket = std::path::absolute(args.socket)?;
     let keeper = Keeper::new(Settings {
         socket: Some(socket.clone()),
+        replace: false,
         orphan_timeout: Duration::from_secs(context.config.mount.orphan_timeout),
         server: None,
     })?;

@@ -77,6 +77,11 @@ enum LayoutArg {
 }
 
 impl Args {
+    /// Whether this process serves it, and starts no other one that does.
+    pub(super) fn serves(&self) -> bool {
+        self.foreground && !self.keep
+    }
+
     /// How to mount, for another process.
     fn options(&self) -> Vec<OsString> {
         let layout = match self.layout {
@@ -110,6 +115,9 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
             "--layout hub is for hf:// references, {} is none",
             args.reference
         );
+    }
+    if args.keep || args.foreground {
+        crate::limits::raise_open_files();
     }
     if args.keep {
         return keep(context, &args);
@@ -157,7 +165,10 @@ fn keep(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
         command
     };
     let socket = control::keeper_path(&context.root, &args.dir);
+    // What was mounted here is only for those who have it open: nobody asks its keeper by the name of this directory.
+    let detached = |link: Link| link.show(&args.dir).is_ok_and(|one| !one.is_mounted());
     let settings = keeper::Settings {
+        replace: Link::connect(&socket).is_ok_and(detached),
         // A store that cannot be written has no place for it.
         socket: socket
             .parent()
@@ -226,7 +237,9 @@ fn start(context: &Context, args: &Args, dir: &Path) -> anyhow::Result<ExitCode>
                     break status;
                 }
                 // The first server died before it could say that it had mounted; the next one serves.
-                if matches!(control::ask(&context.root, dir), Ok(Some(_))) {
+                let asked = control::ask(&context.root, dir);
+                if asked.is_ok_and(|said| said.is_some_and(|it| it.keeper_pid == Some(child.id())))
+                {
                     return Ok(ExitCode::SUCCESS);
                 }
                 std::thread::sleep(std::time::Duration::from_millis(50));
@@ -290,7 +303,7 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
             (None, true) => Some(Arc::new(Link::inherited()?)),
             (None, false) => None,
         };
-        let place = Place::find(&args.dir, keeper.as_ref())?;
+        let place = Place::find(&args.dir, keeper.as_ref(), args.kept)?;
         if args.kept && place.orphan.is_none() && std::env::var_os(keeper::SUCCESSOR).is_some() {
             // Unmounted since the one before died.
             return Ok(ExitCode::SUCCESS);
@@ -326,7 +339,11 @@ fn serve(context: &Context, args: &Args) -> anyhow::Result<ExitCode> {
                 tracing::warn!(%error, "`hearth status` cannot ask this mount");
                 None
             }
-            control => Some(control.context("cannot make the control socket")?),
+            Ok(control) => Some(control),
+            Err(error) => {
+                mounted.close().await?;
+                return Err(anyhow::Error::new(error).context("cannot make the control socket"));
+            }
         };
         if args.tell_parent {
             if tell(&Word::Mounted).is_err() {
@@ -386,7 +403,8 @@ struct Place<'a> {
 
 impl<'a> Place<'a> {
     /// What is mounted is found without being looked at: it may have no server.
-    fn find(dir: &Path, keeper: Option<&'a Arc<Link>>) -> anyhow::Result<Self> {
+    /// A keeper of our `own` has nothing else: that is gone on with also where it was detached.
+    fn find(dir: &Path, keeper: Option<&'a Arc<Link>>, own: bool) -> anyhow::Result<Self> {
         let mut place = Self {
             dir: crate::mount::find(dir)?.unwrap_or_else(|| dir.to_owned()),
             keeper,
@@ -397,9 +415,11 @@ impl<'a> Place<'a> {
             Some(keeper) => keeper.sessions()?.into_iter(),
             None => Vec::new().into_iter(),
         };
-        let found = sessions.find(|kept| kept.dir() == place.dir);
-        if let (Some(kept), Some(keeper)) = (found, keeper) {
-            let orphan = keeper.show(&place.dir)?;
+        let found = match (sessions.find(|kept| kept.dir() == place.dir), keeper) {
+            (Some(kept), Some(keeper)) => Some((kept, keeper.show(&place.dir)?)),
+            _ => None,
+        };
+        if let Some((kept, orphan)) = found.filter(|(_, orphan)| own || orphan.is_mounted()) {
             let about: Option<About> = serde_json::from_slice(orphan.about()).ok();
             let digest = about.and_then(|about| about.digest.parse().ok()).context(
                 "what is mounted was described in a way that this version does not know",
@@ -455,7 +475,7 @@ impl Mounted {
             fill: true,
             hub_layout: false,
         };
-        let place = Place::find(dir, None)?;
+        let place = Place::find(dir, None, false)?;
         Self::with_options(node, reference, place, config, progress, options).await
     }
 
@@ -505,6 +525,7 @@ impl Mounted {
         };
         let runtime = tokio::runtime::Handle::current();
         let (view, dir, config) = (Arc::new(view), &*place.dir, &config.mount);
+        let new = place.orphan.is_none();
         let mount = match (place.orphan, place.keeper) {
             (Some((orphan, _)), Some(keeper)) => {
                 Mount::adopt(view, orphan, config, runtime, keeper)?
@@ -523,7 +544,12 @@ impl Mounted {
                 .flat_map(Hold::files)
                 .map(|f| f.as_fd())
                 .collect();
-            keeper.hold(mount.dir(), &files)?;
+            if let Err(error) = keeper.hold(mount.dir(), &files) {
+                if new {
+                    let _ = mount.unmount(true);
+                }
+                return Err(error.into());
+            }
         }
         let mount = Arc::new(mount);
         let fill = options.fill.then(|| {
@@ -607,9 +633,10 @@ impl Status {
         let store = self.node.store();
         let is_complete =
             |o: &crate::tree::Object| matches!(store.complete_sized(&o.id, o.size), Ok(Some(_)));
+        let origin = artifact.origin();
         let here = |o: &crate::tree::Object| match is_complete(o) {
             true => o.size,
-            false => store.present_bytes(&o.id, o.size),
+            false => store.present_bytes(o.partial_id(&origin), o.size),
         };
         let mount = self.mount.upgrade();
         MountStatus {

@@ -9,7 +9,7 @@ use crate::daemon;
 /// and containers that run on ordinary snapshots do not notice.
 #[derive(clap::Args)]
 #[command(after_long_help = "\
-In containerd's configuration (/etc/containerd/config.toml, version 2):
+In containerd's configuration (/etc/containerd/config.toml):
 
   [proxy_plugins.hearth]
     type = \"snapshot\"
@@ -17,10 +17,25 @@ In containerd's configuration (/etc/containerd/config.toml, version 2):
   [proxy_plugins.hearth.exports]
     root = \"/var/lib/hearth/snapshots\"
 
-  [plugins.\"io.containerd.grpc.v1.cri\".containerd]   # for Kubernetes
+  # For Kubernetes, of version 2 (containerd 1.x):
+  [plugins.\"io.containerd.grpc.v1.cri\".containerd]
+    snapshotter = \"hearth\"
+    disable_snapshot_annotations = false   # hearth sees which image it is
+
+  # of version 3 (containerd 2.x):
+  [plugins.'io.containerd.cri.v1.images']
+    snapshotter = \"hearth\"
+    disable_snapshot_annotations = false
+
+From 2.1 on the transfer service pulls images, and unpacks them with overlayfs, unless annotations are
+enabled as above, or use_local_image_pull = true beside them, or it is told as well:
+
+  [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
+    platform = \"linux/amd64\"
     snapshotter = \"hearth\"
 
-The kubelet measures the file system of `exports.root`; containerd before 1.7.17 ignores that and
+As the snapshotter of all pods it has to run before any pod can: as a service of the host, not as one of
+these pods. The kubelet measures the file system of `exports.root`; containerd before 1.7.17 ignores that and
 names a fixed directory, so say --root /var/lib/containerd/io.containerd.snapshotter.v1.hearth there.
 
 Start hearth before containerd. `ctr` takes it with --snapshotter hearth. To try it:

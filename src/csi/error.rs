@@ -37,9 +37,10 @@ pub enum CsiErrorKind {
 }
 
 impl CsiErrorKind {
-    /// Whether the same call may do later, with nothing changed by anybody.
+    /// Whether the same call may do later, with nothing changed by anybody. After any other error but `Exhausted` the
+    /// kubelet takes it that nothing was mounted: it does not unpublish.
     pub(super) const fn may_pass(self) -> bool {
-        matches!(self, Self::Unavailable | Self::Aborted | Self::Internal)
+        matches!(self, Self::Unavailable | Self::Aborted)
     }
 }
 

@@ -33,7 +33,7 @@ const MAX_MAP: usize = 4096;
 const MAX_WHOLE_MAP: usize = 256 << 10;
 
 /// What the kubelet calls the namespace of the pod, whatever the attributes of the volume say.
-const NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";
+pub(super) const NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";
 
 /// A volume to publish.
 #[derive(Debug)]

@@ -13,7 +13,12 @@ use crate::{
     r#gen::csi::v1::{self as api, controller_server, identity_server, node_server},
     metrics,
     socket::{Listener, ServeError},
+    telemetry,
 };
+
+/// What the kubelet calls the pod (`podInfoOnMount`).
+const POD_NAME: &str = "csi.storage.k8s.io/pod.name";
+const POD_UID: &str = "csi.storage.k8s.io/pod.uid";
 
 type Answer<T> = std::result::Result<Response<T>, Status>;
 
@@ -28,6 +33,7 @@ pub async fn serve(
 ) -> std::result::Result<(), ServeError> {
     let service = Service(driver);
     let router = tonic::transport::Server::builder()
+        .trace_fn(telemetry::rpc)
         .add_service(identity_server::IdentityServer::new(service.clone()))
         .add_service(controller_server::ControllerServer::new(service.clone()))
         .add_service(node_server::NodeServer::new(service));
@@ -38,7 +44,9 @@ pub async fn serve(
 struct Service(Arc<Driver>);
 
 fn answer<T>(done: Result<T, CsiError>) -> Answer<T> {
-    done.map(Response::new).map_err(|error| status(&error))
+    let answer = done.map(Response::new).map_err(|error| status(&error));
+    telemetry::answered(&answer);
+    answer
 }
 
 /// The table of the CSI spec.
@@ -207,7 +215,19 @@ impl node_server::Node for Service {
         let config = &self.0.settings().config;
         let begun = Instant::now();
         let published = async {
-            let asked = Publish::new(request.into_inner(), config)?;
+            let asked = request.into_inner();
+            let said = |what| asked.volume_context.get(what).map(String::as_str);
+            let span = tracing::Span::current();
+            telemetry::text(&span, "hearth.volume.id", &asked.volume_id);
+            for (key, value) in [
+                ("k8s.namespace.name", said(request::NAMESPACE)),
+                ("k8s.pod.name", said(POD_NAME)),
+                ("k8s.pod.uid", said(POD_UID)),
+            ] {
+                telemetry::text(&span, key, value.unwrap_or_default());
+            }
+            let asked = Publish::new(asked, config)?;
+            telemetry::text(&span, "hearth.reference", &asked.want.reference.to_string());
             self.0.publish(asked).await?;
             Ok(api::NodePublishVolumeResponse {})
         };
@@ -222,6 +242,11 @@ impl node_server::Node for Service {
     ) -> Answer<api::NodeUnpublishVolumeResponse> {
         let asked = request.into_inner();
         let gone = async {
+            telemetry::text(
+                &tracing::Span::current(),
+                "hearth.volume.id",
+                &asked.volume_id,
+            );
             let volume = request::volume_id(asked.volume_id)?;
             let target = request::path("target_path", &asked.target_path)?;
             let driver = Arc::clone(&self.0);

@@ -36,6 +36,12 @@ pub trait Targets: Send + Sync {
     /// Whether `model` is mounted on `target`.
     fn is_attached(&self, model: &Model, target: &Path) -> bool;
 
+    /// Whether hearth has anything mounted on `target`; true where that cannot be known.
+    fn is_mounted(&self, target: &Path) -> bool;
+
+    /// Whether even the directory that `target` is made in is gone: whoever wanted it does not want it any more.
+    fn is_gone(&self, target: &Path) -> bool;
+
     /// Takes away what hearth mounted on `target`; and `target` itself, where there was something or it is `ours`.
     ///
     /// # Errors
@@ -97,6 +103,15 @@ impl Targets for Binds {
 
     fn is_attached(&self, model: &Model, target: &Path) -> bool {
         here(target).is_ok_and(|mounts| mounts.last() == Some(&model.connection))
+    }
+
+    fn is_mounted(&self, target: &Path) -> bool {
+        here(target).map_or(true, |mounts| !mounts.is_empty())
+    }
+
+    fn is_gone(&self, target: &Path) -> bool {
+        let parent = target.parent().unwrap_or(Path::new("/"));
+        fs::symlink_metadata(parent).is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
     }
 
     fn detach(&self, target: &Path, ours: bool) -> Result<(), CsiError> {

@@ -15,14 +15,19 @@ use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
 };
+use tracing::Span;
 
-use super::handover::{Door, Predecessor, Successor};
+use super::{
+    handover::{Door, Predecessor, Successor},
+    tidy::tidy,
+};
 use crate::{
     admin::{Health, State},
     config::Config,
     mount::keeper::Link,
     node::Node,
     socket::{Passed, Sockets, address_id, service},
+    telemetry::{self, span},
 };
 
 /// How the service manager calls the sockets that it keeps: this, the face, `-`, and the id of the address.
@@ -32,6 +37,11 @@ const LISTENS: &str = "listens-";
 const STARTING: Duration = Duration::from_secs(60);
 /// How long its mounts may take after that.
 const ADOPTING: Duration = Duration::from_secs(30);
+
+/// How the keeper is called where faces are.
+const KEEPER: &str = "keeper";
+/// How often it is looked whether it is there.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// A face at work.
 pub type Running = Pin<Box<dyn Future<Output = anyhow::Result<()>> + Send>>;
@@ -53,6 +63,8 @@ pub struct Parts {
     pub keeper: Option<Arc<Link>>,
     /// What is listened on.
     pub sockets: Sockets,
+    /// Names under which the service manager had sockets of the process before this one.
+    listened: Vec<String>,
     pub health: Arc<Health>,
     /// Where the next agent asks this one to hand over, where it may.
     pub door: Option<PathBuf>,
@@ -139,6 +151,8 @@ impl Parts {
             (None, true) => Some(Link::managed(&mut passed)?),
             (None, false) => None,
         };
+        let listened = passed.iter().map(|(name, _)| name.clone());
+        let listened = listened.filter(|name| name.starts_with(LISTENS)).collect();
         let sockets = passed.into_iter().filter_map(|(name, socket)| {
             let (face, address) = name.strip_prefix(LISTENS)?.split_once('-')?;
             Some(Passed {
@@ -153,6 +167,7 @@ impl Parts {
             config,
             keeper: keeper.map(Arc::new),
             sockets,
+            listened,
             health: Arc::default(),
             door: None,
             note,
@@ -163,8 +178,20 @@ impl Parts {
     /// it is to.
     fn tell_ready(&self) -> std::io::Result<()> {
         if self.config.agent.fdstore {
-            for passed in self.sockets.pass()? {
-                let name = format!("{LISTENS}{}-{}", passed.face, address_id(&passed.address));
+            let sockets = self.sockets.pass()?.into_iter().map(|passed| {
+                let address = address_id(&passed.address);
+                (format!("{LISTENS}{}-{address}", passed.face), passed)
+            });
+            let sockets: BTreeMap<_, _> = sockets.collect();
+            // Nobody accepts any more where this process does not listen.
+            for name in self
+                .listened
+                .iter()
+                .filter(|name| !sockets.contains_key(*name))
+            {
+                service::forget(name)?;
+            }
+            for (name, passed) in sockets {
                 // It may have one of that name already, of the process before this one.
                 service::forget(&name)?;
                 service::store(&name, &[passed.socket.as_fd()])?;
@@ -306,14 +333,32 @@ pub async fn run(
         None => None,
     };
     let mut served = BTreeMap::new();
+    let mut taking = Span::none();
     if let Some(predecessor) = &predecessor {
-        let goes_on = "the agent that runs has a mount that this version cannot serve: it goes on";
-        served = parts.served().await.context(goes_on)?;
-        parts.sockets = Sockets::with(predecessor.hand_over().await?);
         let (process, version) = (predecessor.process, &predecessor.version);
+        taking = span!(
+            "take over",
+            hearth.other.pid = process,
+            hearth.other.version = version
+        );
+        let goes_on = "the agent that runs has a mount that this version cannot serve: it goes on";
+        let asked = async {
+            let served = parts.served().await.context(goes_on)?;
+            anyhow::Ok((served, predecessor.hand_over().await?))
+        };
+        let given = asked.await.inspect_err(|error| {
+            telemetry::fail(&taking, "Refused".to_owned(), error.as_ref());
+        });
+        let (mounts, sockets) = given?;
+        (served, parts.sockets) = (mounts, Sockets::with(sockets));
+        telemetry::count(&taking, "hearth.mounts", served.len() as u64);
         tracing::info!(process, version, mounts = served.len(), "takes over");
     }
     let parts = Arc::new(parts);
+    // They end with this function.
+    let mut aside = JoinSet::new();
+    aside.spawn(tidy(Arc::clone(parts.node.store())));
+    aside.spawn(watch_keeper(Arc::clone(&parts)));
     let mut stop = std::pin::pin!(stop);
     let mut door = None;
     'again: loop {
@@ -348,6 +393,7 @@ pub async fn run(
                         };
                     }
                     predecessor.take().into_iter().for_each(Predecessor::release);
+                    taking = Span::none();
                     parts.sockets.close_unused();
                     if let Err(error) = parts.tell_ready() {
                         break Err(anyhow::Error::new(error).context("the service manager"));
@@ -356,6 +402,7 @@ pub async fn run(
                 successor = next(door.as_ref()), if started => {
                     let (process, version) = (successor.process, &*successor.version);
                     tracing::info!(process, version, "hands over");
+                    let giving = span!("hand over", hearth.other.pid = process, hearth.other.version = version);
                     if !group.stop(faces).await {
                         successor.refuse("what is under way in the agent that runs takes too long");
                         // Only then are records free; who connects meanwhile waits.
@@ -374,6 +421,7 @@ pub async fn run(
                         if serves {
                             parts.sockets.leave();
                             group.leave().await?;
+                            drop(giving);
                             tracing::info!(process, "handed over");
                             return match parts.config.agent.linger {
                                 true => stop.await,
@@ -381,6 +429,8 @@ pub async fn run(
                             };
                         }
                     }
+                    let failed = anyhow::anyhow!("the agent that wanted to take over failed");
+                    telemetry::fail(&giving, "Refused".to_owned(), &*failed);
                     tracing::error!(process, "the agent that wanted to take over failed: this one goes on");
                     let _ = group.leave().await;
                     continue 'again;
@@ -389,6 +439,9 @@ pub async fn run(
         };
         if let Err(error) = service::notify("STOPPING=1", &[]) {
             tracing::warn!(%error, "the service manager is not told");
+        }
+        if let (Err(error), Some(_)) = (&done, &predecessor) {
+            telemetry::fail(&taking, "Failed".to_owned(), error.as_ref());
         }
         // What is listened on may be for the next process, or for the one before.
         let passed = given || predecessor.is_some() || parts.config.agent.fdstore;
@@ -405,6 +458,33 @@ pub async fn run(
             None => parts.sockets.close(),
         }
         return done.and(left);
+    }
+}
+
+/// Connects to the keeper again whenever it was lost. What is mounted goes on meanwhile; the agent is not ready.
+async fn watch_keeper(parts: Arc<Parts>) {
+    let Some(keeper) = &parts.keeper else { return };
+    let mut is_lost = false;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        if !keeper.is_lost() {
+            continue;
+        }
+        let lost = Arc::clone(keeper);
+        match tokio::task::spawn_blocking(move || lost.revive()).await {
+            Ok(Ok(())) => {
+                tracing::info!("the keeper is back");
+                parts.health.set(KEEPER, State::Serving);
+                is_lost = false;
+            }
+            Ok(Err(error)) => {
+                if !std::mem::replace(&mut is_lost, true) {
+                    tracing::error!(%error, "the keeper is gone: what is mounted goes on");
+                }
+                parts.health.set(KEEPER, State::Starting(error.to_string()));
+            }
+            Err(_) => return,
+        }
     }
 }
 

@@ -179,6 +179,7 @@ async fn snapshotter(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
     let served = async {
         let snapshotter = Snapshotter::open(settings, roots.clone())?;
         let records = Arc::downgrade(&snapshotter);
+        snapshotter.sweep().await;
         snapshotter::check_overlay(&root)?;
         let listener = parts.sockets.unix(life.face(), &config.address)?;
         (parts.note)(&format!(

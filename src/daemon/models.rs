@@ -4,6 +4,9 @@
 //! place. With a keeper the mounts outlive this process, and are taken over by the next one; without, they end with it,
 //! and are made anew.
 
+mod fill;
+mod renew;
+
 use std::{
     collections::{BTreeSet, HashMap},
     fs,
@@ -13,13 +16,14 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    time::Duration,
 };
 
 use async_trait::async_trait;
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use self::fill::{Fill, Filling};
 use super::describe;
 use crate::{
     csi::{Layout, Model, ModelError, ModelErrorKind, Models, Status, User, Want},
@@ -27,14 +31,12 @@ use crate::{
     fetch::{FetchErrorKind, VerifyPolicy},
     fs::{Fetched, View, hub},
     mount::{self, Mount, keeper::Link},
-    node::{Node, NodeError, Progress, Resolved},
+    node::{Node, NodeError, Resolved},
     reference::Locator,
     source::{Credentials, Keys, SourceErrorKind},
     store::{Hold, StoreErrorKind},
 };
 
-/// How long the background fetch leaves the origin to whoever opens the first file.
-const HEAD_START: Duration = Duration::from_millis(100);
 /// How pins of volumes begin.
 const PINS: &str = "csi-";
 
@@ -69,55 +71,6 @@ struct Served {
     credentials: Option<Credentials>,
     fill: Fill,
     _holds: Vec<Hold>,
-}
-
-/// The background fetch of a model.
-struct Fill {
-    task: tokio::task::JoinHandle<()>,
-    progress: Arc<Progress>,
-    state: watch::Receiver<Filling>,
-}
-
-/// How far the background fetch is.
-#[derive(Debug, Clone)]
-enum Filling {
-    Going,
-    Done,
-    Failed(ModelError),
-}
-
-impl Drop for Fill {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-impl Fill {
-    fn start(node: Node, resolved: Resolved) -> Self {
-        let progress = Arc::new(Progress::default());
-        let (tell, state) = watch::channel(Filling::Going);
-        let shown = Arc::clone(&progress);
-        let task = tokio::spawn(async move {
-            tokio::time::sleep(HEAD_START).await;
-            let waits = |error: &NodeError| {
-                tell.send_replace(Filling::Failed(of_node(error)));
-            };
-            match node.fill(&resolved, &shown, waits).await {
-                Ok(()) => tell.send_replace(Filling::Done),
-                Err(error) if error.is_cancelled() => return,
-                Err(error) => {
-                    let (model, error) = (&resolved.artifact.reference, of_node(&error));
-                    tracing::warn!(model, %error, "only what is read is fetched");
-                    tell.send_replace(Filling::Failed(error))
-                }
-            };
-        });
-        Self {
-            task,
-            progress,
-            state,
-        }
-    }
 }
 
 impl SharedModels {
@@ -169,9 +122,11 @@ impl SharedModels {
         self.left.store(true, Relaxed);
         if self.keeper.is_some() {
             let slots: Vec<_> = self.slots.lock().keys().cloned().collect();
-            for id in slots {
+            // All at once: what is not left in time is left in haste.
+            let leaving = slots.into_iter().map(|id| async move {
                 self.leave(&self.dir.join(id)).await;
-            }
+            });
+            join_all(leaving).await;
         }
         self.node.engine().settle().await;
     }
@@ -261,10 +216,11 @@ impl SharedModels {
             dir: mount.dir().to_owned(),
             connection: mount.connection(),
         };
+        let mount = Arc::new(mount);
         Ok(Served {
             model,
-            mount: Arc::new(mount),
-            fill: Fill::start(node.clone(), resolved.clone()),
+            fill: Fill::start(node.clone(), resolved.clone(), Arc::downgrade(&mount)),
+            mount,
             node,
             resolved,
             credentials,
@@ -282,22 +238,6 @@ impl SharedModels {
         })
         .await
     }
-
-    /// Uses the keys of `want` for what is served, if the origin takes them.
-    async fn renew(&self, served: &Served, want: &Want) -> Result<(), ModelError> {
-        let (Some(held), Some(keys)) = (&served.credentials, &want.keys) else {
-            return Ok(());
-        };
-        // Of a volume that another process had published they are not known.
-        if held.are(keys) || *keys == Keys::default() {
-            return Ok(());
-        }
-        let node = self.node(want, Some(&Credentials::new(keys.clone())));
-        let inspected = self.unless_ending(node.inspect(&want.reference));
-        inspected.await?.map_err(|e| of_node(&e))?;
-        held.replace(keys.clone());
-        Ok(())
-    }
 }
 
 #[async_trait]
@@ -312,18 +252,20 @@ impl Models for SharedModels {
         generation: Option<Digest>,
         user: &User,
     ) -> Result<Model, ModelError> {
-        if let Some(digest) = generation
-            && let Some(slot) = self.existing(&model_id(&digest, want))
-        {
-            let mut slot = slot.lock().await;
-            let is_user = slot.users.contains(&user.id);
-            if let Some(served) = &mut slot.served
-                && is_user
-                && served.is_alive()
-            {
-                self.renew(served, want).await?;
-                served.go_on();
-                return Ok(served.model.clone());
+        if let Some(digest) = generation {
+            let id = model_id(&digest, want);
+            if let Some(renewal) = self.renewal(&id, Some(&user.id)).await {
+                self.renew(renewal, want).await?;
+                let slot = self.slot(&id);
+                let mut slot = slot.lock().await;
+                let is_user = slot.users.contains(&user.id);
+                if let Some(served) = &mut slot.served
+                    && is_user
+                    && served.is_alive()
+                {
+                    served.go_on();
+                    return Ok(served.model.clone());
+                }
             }
         }
         let tenancy = self.node.tenancy();
@@ -361,6 +303,9 @@ impl Models for SharedModels {
         }
         let size = resolved.artifact.size();
         let id = model_id(&digest, want);
+        if let Some(renewal) = self.renewal(&id, None).await {
+            self.renew(renewal, want).await?;
+        }
         let slot = self.slot(&id);
         let mut slot = slot.lock_owned().await;
         if self.left.load(Relaxed) {
@@ -368,12 +313,11 @@ impl Models for SharedModels {
             return Err(ModelError::new(ModelErrorKind::Unavailable, message));
         }
         match &mut slot.served {
-            Some(served) if served.is_alive() => {
-                self.renew(served, want).await?;
-                served.go_on();
-            }
+            Some(served) if served.is_alive() => served.go_on(),
             served => {
-                *served = None;
+                if let Some(before) = served.take() {
+                    before.give_up().await;
+                }
                 match self.serve(&id, want, node, resolved, credentials).await {
                     Ok(new) => *served = Some(new),
                     Err(error) => {
@@ -384,17 +328,29 @@ impl Models for SharedModels {
             }
         }
         // It is held by now, so it cannot be evicted in between.
-        let kept = match user.namespace.as_str() {
-            "" => Ok(()),
+        let charged = match user.namespace.as_str() {
+            "" => Ok(false),
             namespace => {
                 let what = (reference.as_str(), digest, size);
                 tenancy.charge(namespace, &user.owner, what, generation.is_some())
             }
         };
-        let kept = kept.map_err(|e| ModelError::new(ModelErrorKind::NoSpace, e.to_string()));
-        let kept = match kept {
-            Ok(()) => self.pin(&reference, &user.owner).await,
-            refused => refused,
+        let kept = match charged {
+            Ok(new) => match self.pin(&reference, &user.owner).await {
+                // Somebody uses it: to take it away would be worse.
+                Err(error) if generation.is_some() => {
+                    tracing::error!(reference, owner = user.owner, %error, "it may be evicted once it is not mounted");
+                    Ok(())
+                }
+                Err(error) => {
+                    if new {
+                        tenancy.release(&user.owner, |kept| kept != reference);
+                    }
+                    Err(error)
+                }
+                done => done,
+            },
+            Err(error) => Err(ModelError::new(ModelErrorKind::NoSpace, error.to_string())),
         };
         if let Err(error) = kept {
             drop(slot);
@@ -470,8 +426,8 @@ impl Models for SharedModels {
         let bytes = artifact.size();
         let filling = served.fill.state.borrow().clone();
         let trouble = match &filling {
-            _ if !served.is_alive() => Some("its mount is gone".to_owned()),
             Filling::Failed(error) => Some(error.to_string()),
+            _ if !served.is_alive() => Some("its mount is gone".to_owned()),
             Filling::Done => None,
             Filling::Going => shown
                 .as_ref()
@@ -538,15 +494,25 @@ impl SharedModels {
 }
 
 impl Served {
+    /// Whether it is shown where it is to be, and is what it was said to be.
     fn is_alive(&self) -> bool {
-        !self.mount.has_ended()
+        self.mount.is_mounted() && !self.mount.is_refused()
+    }
+
+    /// Makes room for another in its place. Who has it mounted elsewhere keeps it.
+    async fn give_up(self) {
+        let mount = Arc::clone(&self.mount);
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || mount.unmount(true)).await {
+            tracing::warn!(%error, "a model stays mounted");
+        }
     }
 
     /// Has the background fetch tried again where it failed.
     fn go_on(&mut self) {
         let has_failed = matches!(*self.fill.state.borrow(), Filling::Failed(_));
         if has_failed {
-            self.fill = Fill::start(self.node.clone(), self.resolved.clone());
+            let mount = Arc::downgrade(&self.mount);
+            self.fill = Fill::start(self.node.clone(), self.resolved.clone(), mount);
         }
     }
 }
@@ -584,12 +550,10 @@ fn mount_on(
     keeper: Option<&Arc<Link>>,
     about: &str,
 ) -> Result<Mount, ModelError> {
-    if let Some(keeper) = keeper {
-        let mut kept = keeper.sessions()?.into_iter();
-        if kept.any(|kept| kept.dir() == dir) {
-            let orphan = keeper.show(dir)?;
-            return Ok(Mount::adopt(view, orphan, config, runtime, keeper)?);
-        }
+    if let Some(keeper) = keeper
+        && let Some(orphan) = keeper.find(dir)?
+    {
+        return Ok(Mount::adopt(view, orphan, config, runtime, keeper)?);
     }
     // Of a process that is gone, and that no keeper has: whoever reads it reads nothing any more.
     while mount::find(dir)?.is_some() {

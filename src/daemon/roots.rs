@@ -12,6 +12,8 @@
 //!
 //! A claimed image is pinned until containerd has removed its snapshots: the claim was for good.
 
+mod left;
+
 use std::{
     collections::{BTreeSet, HashMap},
     fs,
@@ -21,6 +23,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +32,7 @@ use crate::{
     fs::{Fetched, View},
     image::erofs,
     mount::{
-        self, Mount, MountError,
+        self, Mount, MountError, MountErrorKind,
         keeper::{Link, Orphan},
         native::{self, Support},
     },
@@ -52,7 +55,7 @@ pub struct ImageRoots {
 }
 
 /// What the keeper remembers of a mount.
-#[derive(Serialize, Deserialize)]
+#[derive(PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct About {
     chain: String,
@@ -72,6 +75,13 @@ struct Chain {
 struct Native {
     root: Root,
     placement: Placement,
+}
+
+impl Native {
+    /// Where that cannot be seen it is taken for granted.
+    fn is_mounted(&self) -> bool {
+        native::find(&self.root.dir).map_or(true, |found| found.is_some())
+    }
 }
 
 /// A FUSE mount and what belongs to it.
@@ -141,13 +151,23 @@ impl ImageRoots {
         let Some(keeper) = self.keeper.clone() else {
             return;
         };
+        let dir = self.dir.clone();
         let found = tokio::task::spawn_blocking(move || -> Result<_, MountError> {
             let mut found = Vec::new();
-            for kept in keeper.sessions()? {
-                let orphan = keeper.show(kept.dir())?;
-                // Others may have mounts there, too.
-                if let Ok(about) = serde_json::from_slice::<About>(orphan.about()) {
-                    found.push((orphan, about));
+            let mut sessions = keeper.sessions()?;
+            // Others have mounts there, too.
+            sessions.retain(|kept| kept.dir().starts_with(&dir));
+            for kept in sessions {
+                match keeper.find(kept.dir()) {
+                    Ok(Some(orphan)) => match serde_json::from_slice::<About>(orphan.about()) {
+                        Ok(about) => found.push((orphan, about)),
+                        Err(error) => {
+                            tracing::error!(dir = %kept.dir().display(), %error, "waits for a server");
+                        }
+                    },
+                    // Ended meanwhile, or nothing that could be found by its name.
+                    Ok(None) => {}
+                    Err(error) => tracing::error!(%error, "waits for a server"),
                 }
             }
             Ok(found)
@@ -187,11 +207,14 @@ impl ImageRoots {
             Some(_) => self.chains.lock().values().cloned().collect(),
             None => Vec::new(),
         };
-        for chain in chains {
-            for lazy in std::mem::take(&mut chain.lock().await.lazy) {
+        // All at once: what is not left in time is left in haste.
+        let leaving = chains.into_iter().map(|chain| async move {
+            let lazy = std::mem::take(&mut chain.lock().await.lazy);
+            for lazy in lazy {
                 lazy.leave().await;
             }
-        }
+        });
+        join_all(leaving).await;
         self.node.engine().settle().await;
     }
 
@@ -327,6 +350,10 @@ impl ImageRoots {
         };
         let mounting = tokio::task::spawn_blocking(move || -> anyhow::Result<Mount> {
             let view = Arc::new(view);
+            let orphan = match (orphan, &keeper) {
+                (None, Some(keeper)) => left::before(keeper, &dir, &about)?,
+                (orphan, _) => orphan,
+            };
             if let (Some(orphan), Some(keeper)) = (orphan, &keeper) {
                 return Ok(Mount::adopt(view, orphan, &config, runtime, keeper)?);
             }
@@ -483,6 +510,8 @@ impl Roots for ImageRoots {
     async fn root(&self, chain_id: &Digest, hints: &Hints) -> Result<Root, RootsError> {
         let chain = self.chain(chain_id);
         let mut chain = chain.lock().await;
+        // Somebody may have unmounted it: whoever gets it then gets an empty directory.
+        chain.native.take_if(|native| !native.is_mounted());
         if let Some(native) = &chain.native
             && self.node.store().still_holds(&native.placement)
         {
@@ -537,6 +566,7 @@ impl Roots for ImageRoots {
                 tracing::warn!(%error, "what was refused stays mounted");
             }
         }
+        chain.lazy.retain(|lazy| lazy.mount.is_mounted());
         let is_it =
             |lazy: &&Lazy| lazy.is_verified || lazy.reference == resolved.artifact.reference;
         if let Some(lazy) = chain.lazy.iter().find(is_it) {
@@ -556,7 +586,8 @@ impl Roots for ImageRoots {
     async fn release(&self, chain_id: &Digest) {
         let chain = self.chain(chain_id);
         let mut chain = chain.lock().await;
-        let (lazy, native) = (std::mem::take(&mut chain.lazy), chain.native.take());
+        let lazy = std::mem::take(&mut chain.lazy);
+        chain.native = None;
         let dir = self.dir(chain_id, "");
         let released = tokio::task::spawn_blocking(move || {
             for lazy in lazy {
@@ -568,10 +599,12 @@ impl Roots for ImageRoots {
                 drop(lazy);
                 let _ = fs::remove_dir(dir);
             }
-            if let Some(native) = native
-                && let Err(error) = native::unmount(&native.root.dir, true)
-            {
-                tracing::warn!(%error, "a root stays mounted");
+            // Also what a process before this one had mounted.
+            match native::unmount(&dir.join("native"), true) {
+                Err(error) if error.kind() != MountErrorKind::NotMounted => {
+                    tracing::warn!(%error, "a root stays mounted");
+                }
+                _ => {}
             }
             for what in ["lazy", "native"] {
                 let _ = fs::remove_dir(dir.join(what));
@@ -593,6 +626,25 @@ impl Roots for ImageRoots {
         });
         if let Ok(Err(error)) = unpinned.await {
             tracing::warn!(chain = %chain_id, %error, "an image stays pinned");
+        }
+    }
+
+    async fn sweep(&self, claimed: &BTreeSet<Digest>, used: &BTreeSet<Digest>) {
+        // Taken over, for nobody.
+        let adopted: Vec<_> = self.chains.lock().keys().copied().collect();
+        for chain in adopted.iter().filter(|chain| !used.contains(chain)) {
+            self.release(chain).await;
+        }
+        let owners = claimed.iter().map(owner).collect();
+        let used = used.iter().map(|chain| self.dir(chain, "")).collect();
+        let (store, dir) = (Arc::clone(self.node.store()), self.dir.clone());
+        let swept = tokio::task::spawn_blocking(move || {
+            left::unmount(&dir, &used)?;
+            left::unpin(&store, &owners)
+        });
+        if let Ok(Err(error)) = swept.await {
+            let error = format!("{error:#}");
+            tracing::warn!(error, "what an earlier process left stays");
         }
     }
 

@@ -18,10 +18,12 @@ use crate::{
         crd::CachedArtifact,
         warmups::{OWNER, Order, WarmError, Warmer},
     },
-    node::{ArtifactStatus, Node, NodeError, Progress},
+    node::{ArtifactStatus, Node, NodeError, Progress, Tenancy},
     reference::Reference,
     source::Credentials,
     store::{Record, StoreErrorKind},
+    telemetry::{self, span},
+    tree::Artifact,
 };
 
 /// How long what was found complete, and what the store takes, is believed.
@@ -72,32 +74,57 @@ impl NodeWarmer {
 #[async_trait]
 impl Warmer for NodeWarmer {
     async fn warm(&self, order: &Order, progress: &Progress) -> Result<(), WarmError> {
+        let (reference, tenancy) = (&order.reference, self.node.tenancy());
         let rank = i8::try_from(order.priority.clamp(-100, 100)).unwrap_or_default();
         let mut node = self.node(order).with_rank(rank);
-        if let Some(keys) = &order.keys {
+        let keys = tenancy.keys(&order.namespace, order.keys.clone());
+        if let Some(keys) = &keys {
             node = node.with_credentials(Credentials::new(keys.clone()));
         }
+        let keys = keys.as_ref();
+        let warmed = async {
+            node.guard(reference, keys).await?;
+            let resolved = node.resolve_showing(reference, progress).await?;
+            node.prove(reference, keys, &resolved).await?;
+            Ok(resolved)
+        };
+        let resolved = warmed.await.map_err(|error| failed(&error))?;
         let pin = order.owner.as_deref();
-        let warmed = node.warm(&order.reference, pin, progress).await;
+        if let Some(owner) = pin {
+            charge(tenancy, &order.namespace, owner, &resolved.artifact, false)?;
+        }
+        let span =
+            span!("warmup", hearth.warmup.name = order.warmup, hearth.reference = %order.reference);
+        let warming = node.warm_known(&resolved, pin, progress);
+        let warmed = telemetry::within(span, NodeError::about, warming).await;
         warmed.map(drop).map_err(|error| failed(&error))
     }
 
-    async fn keep(&self, reference: &Reference, owner: &str) -> Result<bool, WarmError> {
-        let (node, name, owner) = (self.node.clone(), reference.to_string(), owner.to_owned());
-        blocking(move || {
+    async fn keep(
+        &self,
+        reference: &Reference,
+        owner: &str,
+        namespace: &str,
+    ) -> Result<bool, WarmError> {
+        let (node, name, pin) = (self.node.clone(), reference.to_string(), owner.to_owned());
+        let kept = blocking(move || {
             let Some((_, artifact)) = node.store().artifact(&name)? else {
-                return Ok(false);
+                return Ok(None);
             };
             if !node.is_complete(&artifact)? {
-                return Ok(false);
+                return Ok(None);
             }
-            match node.store().pin(&name, &owner) {
+            match node.store().pin(&name, &pin) {
                 // Nothing can be evicted either.
-                Err(error) if error.kind() == StoreErrorKind::ReadOnly => Ok(true),
-                pinned => Ok(pinned.map(|()| true)?),
+                Err(error) if error.kind() == StoreErrorKind::ReadOnly => Ok(Some(artifact)),
+                pinned => Ok(pinned.map(|()| Some(artifact))?),
             }
         })
-        .await
+        .await?;
+        if let Some(artifact) = &kept {
+            charge(self.node.tenancy(), namespace, owner, artifact, true)?;
+        }
+        Ok(kept.is_some())
     }
 
     async fn release(&self, owner: &str, keep: &[Reference]) -> Result<(), WarmError> {
@@ -106,8 +133,10 @@ impl Warmer for NodeWarmer {
                 .lock()
                 .remove(owner.strip_prefix(OWNER).unwrap_or(owner));
         }
-        let (node, owner) = (self.node.clone(), owner.to_owned());
         let keep: Vec<String> = keep.iter().map(ToString::to_string).collect();
+        let is_kept = |reference: &str| keep.iter().any(|kept| kept == reference);
+        self.node.tenancy().release(owner, is_kept);
+        let (node, owner) = (self.node.clone(), owner.to_owned());
         blocking(move || {
             for record in node.store().records()? {
                 if record.pins.contains(&owner) && !keep.contains(&record.reference) {
@@ -215,6 +244,26 @@ impl From<ArtifactStatus> for CachedArtifact {
             pinned: !status.pins.is_empty(),
         }
     }
+}
+
+/// Has a namespace pay for what it pins; `known`: it did before.
+fn charge(
+    tenancy: &Tenancy,
+    namespace: &str,
+    owner: &str,
+    artifact: &Artifact,
+    known: bool,
+) -> Result<(), WarmError> {
+    let what = (
+        artifact.reference.as_str(),
+        artifact.digest(),
+        artifact.size(),
+    );
+    let charged = tenancy.charge(namespace, owner, what, known);
+    charged.map_err(|error| WarmError {
+        reason: "OverQuota",
+        message: error.to_string(),
+    })
 }
 
 fn failed(error: &NodeError) -> WarmError {

@@ -2,8 +2,12 @@
 
 use std::{fs::File, io, sync::atomic::AtomicU32};
 
+/// Longest map that is kept in memory: a disk that goes bad under it is a SIGBUS otherwise.
+const LOCKED: usize = 1 << 20;
+
 /// A shared mapping of whole words. The file must never be shortened while mapped: the store makes
 /// such files whole under another name, renames them, and from then on only stores to the words.
+/// Before it maps one it has read it.
 #[derive(Debug)]
 pub struct SharedMap {
     map: memmap2::MmapRaw,
@@ -19,7 +23,15 @@ impl SharedMap {
         if bytes == 0 || bytes % 4 != 0 || file.metadata()?.len() != len {
             return Err(invalid());
         }
-        let map = memmap2::MmapOptions::new().len(bytes).map_raw(file)?;
+        // All of it now, while a page that cannot be read is just one that is not mapped.
+        let map = memmap2::MmapOptions::new()
+            .len(bytes)
+            .populate()
+            .map_raw(file)?;
+        if bytes <= LOCKED {
+            // Where it may not be locked it is as safe as the disk.
+            let _ = map.lock();
+        }
         let words = bytes / 4;
         Ok(Self { map, words })
     }

@@ -18,39 +18,44 @@ use crate::{chunk::CHUNK_SIZE, metrics};
 /// Buffers kept for reuse when idle; the rest goes back to the system.
 const IDLE_BUFFERS: usize = 2;
 
-/// The budget of chunk buffers. Demand has a share of its own, so that it never waits for the
-/// buffers of background work.
+/// The budget of chunk buffers, in shares none of which waits for another.
 pub(super) struct Pool {
     background: Arc<Semaphore>,
     demand: Arc<Semaphore>,
+    /// Of objects that are made from other objects: who holds one waits for those.
+    made: [Arc<Semaphore>; 2],
     idle: Mutex<Vec<MmapMut>>,
     /// Idle buffers to keep while work is under way.
     keep: usize,
 }
 
 impl Pool {
-    /// `bytes` of buffers in all, at least eight chunks; a quarter is set aside for demand.
+    /// `bytes` of buffers in all, at least eight chunks; a quarter is set aside for demand, an eighth
+    /// for what is made from other objects.
     pub(super) fn new(bytes: u64) -> Arc<Self> {
         let chunks = (bytes / CHUNK_SIZE).max(8) as usize;
-        let demand = chunks / 4;
+        let (demand, made) = (chunks / 4, (chunks / 16).max(1));
         Arc::new(Self {
-            background: Arc::new(Semaphore::new(chunks - demand)),
+            background: Arc::new(Semaphore::new(chunks - demand - 2 * made)),
             demand: Arc::new(Semaphore::new(demand)),
+            made: [made, made].map(|made| Arc::new(Semaphore::new(made))),
             idle: Mutex::new(Vec::new()),
             keep: chunks,
         })
     }
 
-    /// A buffer for `len` bytes (at most one chunk); waits for its share of the budget.
+    /// A buffer for `len` bytes (at most one chunk) of an object that is, or is not, `made` from other
+    /// objects; waits for its share of the budget.
     pub(super) async fn take(
         self: &Arc<Self>,
         len: usize,
         demand: bool,
+        made: bool,
     ) -> std::io::Result<ChunkWriter> {
-        let share = if demand {
-            &self.demand
-        } else {
-            &self.background
+        let share = match (made, demand) {
+            (true, demand) => &self.made[usize::from(demand)],
+            (false, true) => &self.demand,
+            (false, false) => &self.background,
         };
         let permit = Arc::clone(share)
             .acquire_owned()
@@ -177,7 +182,7 @@ mod tests {
     #[tokio::test]
     async fn readers_see_the_prefix_and_memory_comes_back() {
         let pool = Pool::new(8 * CHUNK_SIZE);
-        let mut writer = pool.take(10, false).await.unwrap();
+        let mut writer = pool.take(10, false, false).await.unwrap();
         let reader = Arc::clone(writer.buf());
         assert_eq!(writer.append(b"hello, "), 7);
         assert_eq!(reader.filled(), b"hello, ");
@@ -185,7 +190,7 @@ mod tests {
         assert!(writer.is_full());
         assert_eq!(reader.filled(), b"hello, wor");
         drop((writer, reader));
-        assert_eq!(pool.background.available_permits(), 6);
+        assert_eq!(pool.background.available_permits(), 4);
         assert_eq!(pool.idle.lock().len(), 1);
     }
 
@@ -193,11 +198,14 @@ mod tests {
     async fn demand_does_not_wait_for_background_buffers() {
         let pool = Pool::new(8 * CHUNK_SIZE);
         let mut held = Vec::new();
-        for _ in 0..6 {
-            held.push(pool.take(1, false).await.unwrap());
+        for _ in 0..4 {
+            held.push(pool.take(1, false, false).await.unwrap());
         }
-        let full = tokio::time::timeout(std::time::Duration::from_millis(20), pool.take(1, false));
+        let full = tokio::time::timeout(
+            std::time::Duration::from_millis(20),
+            pool.take(1, false, false),
+        );
         assert!(full.await.is_err());
-        pool.take(1, true).await.unwrap();
+        pool.take(1, true, false).await.unwrap();
     }
 }

@@ -36,6 +36,8 @@ const READAHEAD_SEGMENT: u64 = 4;
 const MAX_READAHEAD: usize = 256;
 /// Objects fetched at the same time in the background, at most.
 const MAX_OBJECTS: usize = 4;
+/// How many times as many are looked at where nothing of the first can be claimed.
+const MAX_PASSED_OVER: usize = 64;
 /// How often to look again for chunks that another process had claimed.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How long memory is kept after the last work.
@@ -68,7 +70,17 @@ struct Job {
     sequence: u64,
     cursor: AtomicU64,
     running: AtomicUsize,
+    /// When nothing of it could be claimed, though nothing was under way.
+    passed_over: Mutex<Option<Instant>>,
     failed: OnceLock<FetchError>,
+}
+
+/// What came of a look at the first objects.
+enum Started {
+    Segment,
+    Nothing,
+    /// Nothing, but some of them will not be looked at for a while.
+    PassedOver,
 }
 
 struct Ahead {
@@ -184,6 +196,7 @@ impl Queue {
             sequence: self.sequence.fetch_add(1, Ordering::Relaxed),
             cursor: AtomicU64::new(0),
             running: AtomicUsize::new(0),
+            passed_over: Mutex::default(),
             failed: OnceLock::new(),
         });
         {
@@ -335,11 +348,25 @@ impl Queue {
     }
 
     fn start_job(&self, engine: &Arc<Inner>, limit: usize) -> bool {
+        // Others' turn where nothing of the first ones can be claimed: another process has it.
+        for _ in 0..MAX_PASSED_OVER {
+            match self.start_of_first(engine, limit) {
+                Started::Segment => return true,
+                Started::Nothing => return false,
+                Started::PassedOver => {}
+            }
+        }
+        false
+    }
+
+    /// Starts a segment of one of the objects whose turn it is.
+    fn start_of_first(&self, engine: &Arc<Inner>, limit: usize) -> Started {
         let jobs: Vec<_> = self
             .jobs
             .lock()
             .iter()
             .filter(|job| job.failed.get().is_none() && !job.handle.all_present(&job.partial))
+            .filter(|job| !job.is_passed_over())
             .take(MAX_OBJECTS)
             .cloned()
             .collect();
@@ -359,7 +386,7 @@ impl Queue {
             match job.gap() {
                 Ok(Some(lease)) => {
                     self.start(engine, &job.handle, Some(Arc::clone(job)), lease, job.class);
-                    return true;
+                    return Started::Segment;
                 }
                 Ok(None) => {}
                 Err(error) => job.fail(error),
@@ -367,8 +394,9 @@ impl Queue {
         }
         // The first must be through before the next begins, not wait for its turn behind it.
         if in_order && jobs.iter().any(|job| job.handle.verifier().is_behind()) {
-            return false;
+            return Started::Nothing;
         }
+        let mut passed_over = false;
         // A fair share for each first; then whoever can use more.
         for cap in [share, limit] {
             for job in &jobs {
@@ -378,14 +406,17 @@ impl Queue {
                 match job.next_segment(segment, share) {
                     Ok(Some(lease)) => {
                         self.start(engine, &job.handle, Some(Arc::clone(job)), lease, job.class);
-                        return true;
+                        return Started::Segment;
                     }
-                    Ok(None) => {}
+                    Ok(None) => passed_over |= job.pass_over(),
                     Err(error) => job.fail(error),
                 }
             }
         }
-        false
+        match passed_over {
+            true => Started::PassedOver,
+            false => Started::Nothing,
+        }
     }
 
     fn start(
@@ -471,6 +502,20 @@ impl Job {
             }
             _ => Ok(None),
         }
+    }
+
+    /// Lets others go first for a while, where another process has all that is missing; whether that is new.
+    fn pass_over(&self) -> bool {
+        let elsewhere = self.running.load(Ordering::Relaxed) == 0;
+        if elsewhere {
+            *self.passed_over.lock() = Some(Instant::now());
+        }
+        elsewhere
+    }
+
+    fn is_passed_over(&self) -> bool {
+        let since = *self.passed_over.lock();
+        since.is_some_and(|since| since.elapsed() < LOOK_AGAIN * 5)
     }
 
     fn fail(&self, error: FetchError) {

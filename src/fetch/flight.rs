@@ -14,8 +14,8 @@ use parking_lot::RwLock;
 use super::{
     Class, FetchError, Inner,
     buffer::{ChunkBuf, ChunkWriter},
-    handle::Handle,
-    retry::Retry,
+    handle::{Handle, Route},
+    retry::{Retry, is_of_origin},
 };
 use crate::{
     chunk, metrics,
@@ -27,6 +27,9 @@ use crate::{
 const WRITES_AHEAD: usize = 4;
 /// A demand fetch without an answer for this long gets a second request, at the least.
 const SHORTEST_HEDGE: Duration = Duration::from_millis(500);
+
+/// Bytes per second, at the least, of what a reader waits for.
+const LEAST_RATE: u64 = 4 << 10;
 
 /// What others see of a flight.
 pub(super) struct Flight {
@@ -178,18 +181,22 @@ impl<'a> Run<'a> {
         let mut retry = Retry::new(self.engine.config.patience, gave);
         let mut partly: Option<ChunkWriter> = None;
         loop {
-            let error = match self.request(&mut partly, &mut retry).await {
+            let route = self.handle.route();
+            let error = match self.request(&route, &mut partly, &mut retry).await {
                 Ok(()) => return Ok(()),
                 Err(Stop::Final(error)) => return Err(error),
                 Err(Stop::Source(error)) => error,
             };
             self.engine.throttled(&error);
-            let Some(pause) = retry.pause(&error) else {
-                // The same content may be had elsewhere.
-                if self.routes_tried + 1 < self.handle.routes() {
+            // The same content may be had elsewhere.
+            let has_others = self.routes_tried + 1 < self.handle.routes();
+            let at_once = has_others && is_of_origin(error.kind());
+            let Some(pause) = retry.pause(&error).filter(|_| !at_once) else {
+                if has_others {
                     self.routes_tried += 1;
-                    self.handle.next_route();
+                    self.handle.leave(&route);
                     tracing::debug!(%error, "trying another origin");
+                    retry = Retry::new(self.engine.config.patience, gave);
                     continue;
                 }
                 return Err(FetchError::source(self.handle, &error));
@@ -206,6 +213,7 @@ impl<'a> Run<'a> {
     /// Sends one request for all that is still to come and takes in its body.
     async fn request(
         &mut self,
+        route: &Route,
         partly: &mut Option<ChunkWriter>,
         retry: &mut Retry,
     ) -> Result<(), Stop> {
@@ -218,10 +226,11 @@ impl<'a> Run<'a> {
         let arrived = partly.as_ref().map_or(0, ChunkWriter::filled_len) as u64;
         let start = chunk::bytes(index, size).start + arrived;
         let mut body = self
-            .open(start..chunk::run_bytes(&(index..end), size).end)
+            .open(route, start..chunk::run_bytes(&(index..end), size).end)
             .await?;
         let _open = OpenRequest::new(self.engine);
         let mut expected = chunk::run_bytes(&(index..end), size).end - start;
+        let mut flow = Flow::new(self.engine.config.stall_timeout, expected);
         while expected > 0 {
             // Between chunks only: what has begun to arrive is finished.
             if partly.is_none() {
@@ -232,12 +241,17 @@ impl<'a> Run<'a> {
                     return Ok(()); // the tail was given away
                 }
             }
+            let asked = Instant::now();
             let next = tokio::time::timeout(self.engine.config.stall_timeout, body.next());
             let mut frame = match next.await {
                 Ok(Some(frame)) => frame?,
                 Ok(None) => return Err(self.broken("the body ended early").into()),
                 Err(_) => return Err(self.broken("no bytes arrived for too long").into()),
             };
+            // Only the time that the origin takes counts, not that of the disk.
+            if !flow.goes_on(frame.len(), asked.elapsed()) && self.flight.is_urgent() {
+                return Err(self.broken("bytes arrive too slowly").into());
+            }
             if frame.is_empty() {
                 continue;
             }
@@ -249,8 +263,10 @@ impl<'a> Run<'a> {
             if self.flight.class == Class::Warm && !self.flight.is_urgent() {
                 self.engine.bandwidth.spend(frame.len()).await;
             }
-            retry.progress();
-            self.handle.last_trouble().is_over();
+            if flow.is_worth_it() {
+                retry.progress();
+                self.handle.last_trouble().is_over();
+            }
             while !frame.is_empty() {
                 let mut writer = match partly.take() {
                     Some(writer) => writer,
@@ -258,7 +274,7 @@ impl<'a> Run<'a> {
                         if !self.flight.take_on(index) {
                             return Ok(());
                         }
-                        self.buffer(index).await?
+                        self.buffer(route, index).await?
                     }
                 };
                 let n = writer.append(&frame);
@@ -276,13 +292,14 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    async fn buffer(&self, index: u64) -> Result<ChunkWriter, Stop> {
+    async fn buffer(&self, route: &Route, index: u64) -> Result<ChunkWriter, Stop> {
         let bytes = chunk::bytes(index, self.handle.size());
         let demand = self.flight.class == Class::Demand;
-        let writer = self
-            .engine
-            .pool
-            .take((bytes.end - bytes.start) as usize, demand);
+        let writer = self.engine.pool.take(
+            (bytes.end - bytes.start) as usize,
+            demand,
+            route.source.waits_for_objects(),
+        );
         let writer = writer.await.map_err(|e| {
             Stop::Final(FetchError::new(
                 self.handle,
@@ -318,8 +335,7 @@ impl<'a> Run<'a> {
     }
 
     /// Asks for the range; a demand request that stays without an answer is asked a second time.
-    async fn open(&self, range: std::ops::Range<u64>) -> Result<ByteStream, Stop> {
-        let route = self.handle.route();
+    async fn open(&self, route: &Route, range: std::ops::Range<u64>) -> Result<ByteStream, Stop> {
         let location = &route.location;
         let range = range.start + location.offset..range.end + location.offset;
         let asked = Instant::now();
@@ -404,9 +420,17 @@ fn commit(
         handle.forget(index);
     }
     handle.arrived(&partial, index);
-    handle
+    let hashed = handle
         .verifier()
         .advance(handle.object(), &partial, handle.is_read());
+    if let Err(error) = hashed {
+        // Who wants the whole object fetches the chunk anew; where it cannot even be forgotten, nobody
+        // would get on.
+        handle.lost(&error);
+        if partial.generation() == generation {
+            return Err(error);
+        }
+    }
     if !engine.pool.is_roomy() {
         handle.verifier().withdraw(index);
     }
@@ -421,6 +445,48 @@ async fn finish_write(
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(FetchError::store(handle, &error)),
         Err(_) => Err(FetchError::cancelled(handle)),
+    }
+}
+
+/// How a body flows: one that trickles is as good as none.
+struct Flow {
+    window: Duration,
+    /// Bytes that have to come within a window; a body may have fewer.
+    least: u64,
+    came: u64,
+    /// In this window.
+    bytes: u64,
+    waited: Duration,
+}
+
+impl Flow {
+    fn new(window: Duration, expected: u64) -> Self {
+        let least = (LEAST_RATE as f64 * window.as_secs_f64()) as u64;
+        Self {
+            window,
+            least: least.clamp(1, expected.max(1)),
+            came: 0,
+            bytes: 0,
+            waited: Duration::ZERO,
+        }
+    }
+
+    /// Takes note of bytes that were waited for; false where too few have come for too long.
+    fn goes_on(&mut self, bytes: usize, waited: Duration) -> bool {
+        self.came += bytes as u64;
+        self.bytes += bytes as u64;
+        self.waited += waited;
+        if self.waited < self.window {
+            return true;
+        }
+        let enough = self.bytes >= self.least;
+        (self.bytes, self.waited) = (0, Duration::ZERO);
+        enough
+    }
+
+    /// Whether so much has come that the origin is worth its patience again.
+    fn is_worth_it(&self) -> bool {
+        self.came >= self.least
     }
 }
 

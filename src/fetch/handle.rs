@@ -29,9 +29,9 @@ use super::{
 };
 use crate::{
     chunk::{self, CHUNK_SIZE},
-    digest::ObjectId,
+    digest::{ObjectId, PartialId},
     source::Source,
-    store::{Complete, Lease, Partial, StoreErrorKind},
+    store::{Complete, Lease, Partial, StoreError, StoreErrorKind},
     tree::{Location, Object},
 };
 
@@ -45,6 +45,8 @@ const LONGEST_READ: usize = 16 << 20;
 /// One object being read or fetched; shared by all its users in this process.
 pub struct Handle {
     object: Object,
+    /// What it is called in the store until it is verified.
+    part: PartialId,
     name: String,
     /// Where its bytes can be had; the one in use first.
     routes: Mutex<VecDeque<Arc<Route>>>,
@@ -84,6 +86,10 @@ pub struct Handle {
     /// Since when the disk is avoided: it is full, or fails.
     no_disk_since: Mutex<Option<Instant>>,
     since_checkpoint: AtomicU64,
+    /// When another process that has claimed chunks was found to be slow.
+    slow_holder: Mutex<Option<Instant>>,
+    /// What the disk said last of a chunk that it did not give back.
+    lost: Mutex<Option<FetchError>>,
     /// Single flight of small objects and of the final check.
     finishing: tokio::sync::Mutex<()>,
 }
@@ -140,6 +146,7 @@ impl Handle {
     pub(super) fn new(
         engine: &Arc<Inner>,
         object: &Object,
+        part: PartialId,
         source: &Arc<dyn Source>,
     ) -> Result<Arc<Self>, FetchError> {
         let location = object.recipe.location();
@@ -159,7 +166,7 @@ impl Handle {
         let state = match complete() {
             Ok(Some(complete)) => State::Complete(complete),
             Ok(None) if object.size <= CHUNK_SIZE => State::Small,
-            Ok(None) => match engine.store.partial(&object.id, object.size) {
+            Ok(None) => match engine.store.partial(part, object.size) {
                 // Another process may have completed it in between.
                 Ok(partial) => match complete() {
                     Ok(Some(complete)) => {
@@ -194,6 +201,7 @@ impl Handle {
             name,
             verifier: Verifier::new(object),
             object: object.clone(),
+            part,
             routes: Mutex::new(VecDeque::from([route(location, source)])),
             engine: Arc::downgrade(engine),
             state: RwLock::new(state),
@@ -216,6 +224,8 @@ impl Handle {
             streamed: AtomicBool::new(false),
             no_disk_since: Mutex::new(no_disk_since),
             since_checkpoint: AtomicU64::new(0),
+            slow_holder: Mutex::default(),
+            lost: Mutex::default(),
             finishing: tokio::sync::Mutex::default(),
         }))
     }
@@ -233,6 +243,11 @@ impl Handle {
     /// Key or path at the origin, for messages.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What it is.
+    pub fn object(&self) -> &Object {
+        &self.object
     }
 
     /// Bytes that are here, verified or not.
@@ -305,6 +320,9 @@ impl Handle {
     /// gets it elsewhere.
     pub fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool, FetchError> {
         self.first_read.get_or_init(Instant::now);
+        if let Some(engine) = self.engine.upgrade() {
+            engine.gate.touch();
+        }
         match self.read_here(offset, buf) {
             Err(error) if error.kind() == FetchErrorKind::Disk => Ok(false),
             other => other,
@@ -404,10 +422,10 @@ impl Handle {
         self.or_through(filled, bytes).await
     }
 
-    // --- what flights and the dispatcher need ---
+    // --- what the engine, flights and the dispatcher need ---
 
-    pub(super) fn object(&self) -> &Object {
-        &self.object
+    pub(super) fn part(&self) -> &PartialId {
+        &self.part
     }
 
     /// The origin in use.
@@ -420,13 +438,16 @@ impl Handle {
         self.routes.lock().len()
     }
 
-    /// Uses another origin from now on.
-    pub(super) fn next_route(&self) {
-        self.routes.lock().rotate_left(1);
+    /// Uses another origin than `failed` from now on; where that is so already, nothing changes.
+    pub(super) fn leave(&self, failed: &Arc<Route>) {
+        let mut routes = self.routes.lock();
+        if routes.front().is_some_and(|r| Arc::ptr_eq(r, failed)) {
+            routes.rotate_left(1);
+        }
     }
 
-    /// Another user has the object, perhaps from elsewhere: what is asked for next comes from
-    /// there.
+    /// Another user has the object from the same origin, perhaps by other credentials: what is asked
+    /// for next comes by those.
     pub(super) fn also_from(&self, object: &Object, source: &Arc<dyn Source>) {
         let Some(location) = object.recipe.location() else {
             return;
@@ -506,6 +527,12 @@ impl Handle {
         {
             checkpoint(partial);
         }
+    }
+
+    /// The disk did not give back a chunk.
+    pub(super) fn lost(&self, error: &StoreError) {
+        *self.lost.lock() = Some(FetchError::store(self, error));
+        self.wake();
     }
 
     /// A flight is over.

@@ -12,6 +12,9 @@ use tokio::sync::Notify;
 /// enough to be out of the way, short enough that no origin drops the connection.
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 
+/// How often to look whether somebody has come.
+const LOOK: Duration = Duration::from_millis(20);
+
 /// Counts demand under way; background work waits while there is any.
 #[derive(Default)]
 pub(super) struct DemandGate {
@@ -52,6 +55,14 @@ impl DemandGate {
                 _ => return,
             };
             tokio::time::sleep(left.min(deadline - now)).await;
+        }
+    }
+
+    /// Waits until there is demand, or use, from now on.
+    pub(super) async fn used(&self) {
+        let now = Instant::now();
+        while !self.busy() && self.last.lock().is_none_or(|last| last <= now) {
+            tokio::time::sleep(LOOK).await;
         }
     }
 
@@ -146,6 +157,19 @@ mod tests {
         let until = soon();
         gate.quiet(quiet, until).await;
         assert!(Instant::now() >= until);
+    }
+
+    #[tokio::test]
+    async fn use_is_noticed_from_now_on() {
+        let gate = Arc::new(DemandGate::default());
+        drop(gate.enter());
+        let mut used = Box::pin(gate.used());
+        let early = tokio::time::timeout(LOOK * 3, &mut used).await;
+        assert!(early.is_err(), "what was before does not count");
+        gate.touch();
+        used.await;
+        let _demand = gate.enter();
+        gate.used().await;
     }
 
     #[tokio::test]

@@ -73,6 +73,17 @@ impl Retry {
     }
 }
 
+/// Whether an error says something of one origin, rather than of the way to it: another may do better.
+pub(super) const fn is_of_origin(kind: SourceErrorKind) -> bool {
+    matches!(
+        kind,
+        SourceErrorKind::Denied
+            | SourceErrorKind::NotFound
+            | SourceErrorKind::Changed
+            | SourceErrorKind::Corrupt
+    )
+}
+
 /// Counts a failure by what it means.
 fn count(kind: SourceErrorKind) {
     let metrics = metrics::global();

@@ -11,7 +11,7 @@ use tokio::{
 use crate::{
     digest::ObjectId,
     metrics,
-    store::{Complete, Store, StoreError},
+    store::{Complete, Store, StoreError, StoreErrorKind},
 };
 
 /// Objects in a batch.
@@ -128,6 +128,11 @@ impl SmallObjects {
     }
 }
 
+/// Whether an error may be about one object alone, rather than about the disk.
+fn is_of_one(kind: StoreErrorKind) -> bool {
+    !matches!(kind, StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly)
+}
+
 fn put(store: &Store, batch: Vec<Put>) {
     let objects: Vec<_> = batch.iter().map(|p| (p.id, p.data.clone())).collect();
     match store.put(&objects) {
@@ -140,6 +145,10 @@ fn put(store: &Store, batch: Vec<Put>) {
             for (put, complete) in batch.into_iter().zip(complete) {
                 let _ = put.answer.send(Ok(complete));
             }
+        }
+        // What is wrong with one is no reason to keep none.
+        Err(error) if batch.len() > 1 && is_of_one(error.kind()) => {
+            batch.into_iter().for_each(|one| put(store, vec![one]));
         }
         Err(error) => {
             let error = Arc::new(error);

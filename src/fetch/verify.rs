@@ -109,20 +109,26 @@ impl Verifier {
 
     /// Hashes as far as the chunks that are here go, unless another thread is at it, which then
     /// does so. Blocking.
-    pub(super) fn advance(&self, object: &Object, partial: &Partial, cached: bool) {
+    pub(super) fn advance(
+        &self,
+        object: &Object,
+        partial: &Partial,
+        cached: bool,
+    ) -> Result<(), StoreError> {
         // Look again after letting go: a chunk may have come between the last look and that.
         while let Some(mut frontier) = self.frontier.try_lock() {
             let before = frontier.next;
-            // An error is said by whoever needs the chunk: the judge.
-            let hashed = self.hash_on(&mut frontier, object, partial, cached);
-            if hashed.is_err() || frontier.next <= before {
+            self.hash_on(&mut frontier, object, partial, cached)?;
+            if frontier.next <= before {
                 break;
             }
         }
+        Ok(())
     }
 
     /// Hashes from the frontier on, from memory or from the store; from there through the page
-    /// cache, if the bytes are `cached`.
+    /// cache, if the bytes are `cached`. What the disk does not give back is absent from then on, in
+    /// another generation.
     fn hash_on(
         &self,
         frontier: &mut Frontier,
@@ -144,10 +150,15 @@ impl Verifier {
             // It did not fit into the backlog, or was here before.
             let bytes = chunk::bytes(index, partial.size());
             let mut buffer = vec![0; (bytes.end - bytes.start) as usize];
-            match cached {
+            let read = match cached {
                 true => partial.read_at(&mut buffer, bytes.start),
                 false => partial.read_past_cache(&mut buffer, bytes.start),
-            }?;
+            };
+            if let Err(error) = read {
+                tracing::warn!(object = %partial.id(), chunk = index, %error, "the disk does not give back a chunk");
+                partial.lose(index, generation)?;
+                return Err(error);
+            }
             frontier.update(&buffer);
         }
         Ok(())

@@ -193,6 +193,14 @@ impl Source for LayerSource {
         self.shared.inner.resolve(reference).await
     }
 
+    fn origin(&self) -> String {
+        self.shared.inner.origin()
+    }
+
+    fn waits_for_objects(&self) -> bool {
+        self.shared.inner.waits_for_objects()
+    }
+
     async fn layered(&self, reference: &Reference) -> Result<Option<Layered>, SourceError> {
         self.shared.inner.layered(reference).await
     }

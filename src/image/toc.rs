@@ -7,8 +7,9 @@
 //! after the other, one span for each chunk. It is not the index that decoding the whole layer
 //! gives, and its locations are not those ([`LayerIndex::location`]).
 //!
-//! A table is trusted only if the manifest has its digest in an annotation. What cannot be used is
-//! no error for whoever asks: such a layer is one without a table. Called by whoever mounts an
+//! A table is believed only if the manifest has its digest in an annotation, and until the whole
+//! layer was unpacked: then both have to tell of the same files ([`difference`]). What cannot be used
+//! is no error for whoever asks: such a layer is one without a table. Called by whoever mounts an
 //! image before it is here.
 
 mod json;
@@ -18,14 +19,15 @@ use std::collections::BTreeMap;
 use futures_util::StreamExt as _;
 
 use super::{
-    Compression, Decoder, FileContent, ImageError, LayerEntry, LayerIndex, Span, SpanDigest,
+    Compression, Decoder, EntryKind, FileContent, ImageError, LayerEntry, LayerIndex, Span,
+    SpanDigest,
     tar::{Event, Member, MemberKind, Parser},
     unpack,
 };
 use crate::{
     digest::Digest,
     source::{Source, SourceError, SourceErrorKind},
-    tree::Location,
+    tree::{Location, Meta},
 };
 
 /// The digest of the table of an eStargz layer.
@@ -278,6 +280,76 @@ impl TocLayer<'_> {
     }
 }
 
+/// What a table says otherwise than its layer: `table` is the index made of the one, `unpacked` that
+/// of the other. `None` where both tell of the same files in the same order.
+///
+/// A table leaves out where the content is in the tar; itself and the landmarks, which are in the
+/// tar; and parts of seconds (stargz-snapshotter, estargz, `formatModtime`). Where it has the chunks
+/// of a file is not compared: a file that was put together of wrong ones has not its digest.
+pub fn difference(table: &LayerIndex, unpacked: &LayerIndex) -> Option<String> {
+    let is_told = |entry: &&LayerEntry| {
+        let is_own = match table.compression {
+            Compression::Gzip => *entry.path == *STARGZ_FILE,
+            _ => false,
+        };
+        !is_own && !is_mark(&entry.path)
+    };
+    let mut told = table.entries.iter().filter(is_told);
+    let mut found = unpacked.entries.iter().filter(is_told);
+    loop {
+        let show = |entry: &LayerEntry| format!("\"{}\"", entry.path.escape_ascii());
+        return Some(match (told.next(), found.next()) {
+            (None, None) => return None,
+            (Some(told), None) => format!("it has {}, the layer does not", show(told)),
+            (None, Some(found)) => format!("it does not have {}", show(found)),
+            (Some(told), Some(found)) if told.path != found.path => {
+                format!("it has {} where the layer has {}", show(told), show(found))
+            }
+            (Some(told), Some(found)) => match differs(told, found) {
+                None => continue,
+                Some(what) => format!("{} has another {what} there", show(told)),
+            },
+        });
+    }
+}
+
+/// What of one entry a table says otherwise than the layer.
+fn differs(told: &LayerEntry, found: &LayerEntry) -> Option<&'static str> {
+    let same = match (&told.kind, &found.kind) {
+        (EntryKind::File(told), EntryKind::File(found)) => {
+            (told.size, told.digest) == (found.size, found.digest)
+        }
+        (told, found) => told == found,
+    };
+    if !same {
+        return Some("kind, content or target");
+    }
+    let (told, found) = (&told.meta, &found.meta);
+    if told.mode != found.mode {
+        return Some("mode");
+    }
+    if (told.uid, told.gid) != (found.uid, found.gid) {
+        return Some("owner");
+    }
+    let (seconds, nanos) = found.mtime;
+    let in_seconds =
+        told.mtime.1 == 0 && (seconds..=seconds + i64::from(nanos > 0)).contains(&told.mtime.0);
+    if told.mtime != found.mtime && !in_seconds {
+        return Some("time");
+    }
+    let sorted = |meta: &Meta| {
+        let mut xattrs = meta.xattrs.clone();
+        xattrs.sort();
+        xattrs
+    };
+    (sorted(told) != sorted(found)).then_some("extended attribute")
+}
+
+/// Whether a file is for the reader of the table, and holds nothing but a mark.
+fn is_mark(name: &[u8]) -> bool {
+    name == LANDMARK || name == NO_LANDMARK
+}
+
 fn wrong(why: &str) -> ImageError {
     ImageError::invalid(format!("its table of contents is wrong: {why}"))
 }
@@ -390,8 +462,7 @@ impl Build {
             if name == LANDMARK {
                 self.landmark = Some(row.offset);
             }
-            // They are for the reader of the table, and only hold a mark.
-            if name == LANDMARK || name == NO_LANDMARK {
+            if is_mark(name) {
                 return Ok(());
             }
         }
@@ -512,8 +583,7 @@ impl Build {
         let Some(mut entry) = unpack::entry(member)? else {
             return Ok(());
         };
-        if let (super::EntryKind::File(FileContent { digest, .. }), Some(found)) =
-            (&mut entry.kind, found)
+        if let (EntryKind::File(FileContent { digest, .. }), Some(found)) = (&mut entry.kind, found)
         {
             *digest = found;
         }

@@ -5,10 +5,13 @@
 
 use std::{
     fmt,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::{Deserialize, Serialize};
+use tracing::Span;
+
+use crate::telemetry;
 
 /// How long after everything is here a pod may take to be ready before its start is told without.
 pub const PATIENCE: Duration = Duration::from_secs(600);
@@ -36,6 +39,20 @@ impl Fetched {
     /// What came from the origin.
     pub const fn from_origin(&self) -> u64 {
         (self.demanded + self.prefetched).saturating_sub(self.from_peers)
+    }
+
+    /// Tells `span` of it.
+    pub(super) fn tell(&self, span: &Span) {
+        for (key, bytes) in [
+            ("hearth.bytes.total", self.total),
+            ("hearth.bytes.before", self.before),
+            ("hearth.bytes.demanded", self.demanded),
+            ("hearth.bytes.prefetched", self.prefetched),
+            ("hearth.bytes.from_peers", self.from_peers),
+            ("hearth.bytes.from_origin", self.from_origin()),
+        ] {
+            telemetry::count(span, key, bytes);
+        }
     }
 
     /// Adds another artifact.
@@ -75,6 +92,27 @@ pub struct ColdStart {
     pub failed: usize,
     #[serde(flatten)]
     pub fetched: Fetched,
+}
+
+impl ColdStart {
+    /// Tells `span` of it, which began when the pod was bound, at `since`.
+    pub(super) fn tell(&self, span: &Span, since: SystemTime) {
+        if span.is_disabled() {
+            return;
+        }
+        for (name, at) in [
+            ("prefetch started", self.started),
+            ("first byte read", self.first_byte),
+            ("ready", self.ready),
+            ("complete", self.complete),
+        ] {
+            if let Some(at) = at.and_then(|at| since.checked_add(at)) {
+                telemetry::event(span, name, at);
+            }
+        }
+        telemetry::count(span, "hearth.failed", self.failed as u64);
+        self.fetched.tell(span);
+    }
 }
 
 /// As numbers, for other programs.

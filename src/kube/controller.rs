@@ -13,6 +13,7 @@ mod scale;
 
 use std::{
     collections::{BTreeSet, HashMap},
+    mem::take,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -28,7 +29,10 @@ use kube::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinSet,
+};
 
 use self::{
     ahead::{Ahead, Seen},
@@ -38,7 +42,7 @@ use self::{
 use super::{
     client::within,
     crd::{NodeCache, NodeView, Warmup},
-    watch::{Event, Selection, follow},
+    watch::{Event, Selection, follow, follow_as},
 };
 use crate::metrics;
 
@@ -102,37 +106,36 @@ impl Config {
 /// Is a candidate, and does the work while it leads; until `stop`. Gives the lease back then.
 pub async fn run(client: Client, config: Config, identity: String, stop: impl Future<Output = ()>) {
     let (tell, mut leads) = watch::channel(None);
-    let leases = Api::<Lease>::namespaced(client.clone(), &config.namespace());
-    let terms = Terms {
-        // Of an earlier process of the same name nothing is known.
-        identity: format!("{identity}_{}", nonce()),
-        duration: Duration::from_secs(config.lease_seconds.clamp(6, 600)),
+    let candidate = Candidate {
+        leases: Api::namespaced(client.clone(), &config.namespace()),
+        name: config.lease.clone(),
+        terms: Terms {
+            // Of an earlier process of the same name nothing is known.
+            identity: format!("{identity}_{}", nonce()),
+            duration: Duration::from_secs(config.lease_seconds.clamp(6, 600)),
+        },
+        tell,
     };
-    let mut elector = Elector::new(terms.clone());
-    {
-        let candidate = candidate(&leases, &config.lease, &terms, &mut elector, &tell);
-        let work = async {
-            loop {
-                // An error would mean that the candidate is gone, and it is not.
-                let _ = leads.wait_for(|until| is_ahead(*until)).await;
-                let _leading = Leading::new();
-                tokio::select! {
-                    () = lead(client.clone(), &config, leads.clone()) => {}
-                    () = lost(leads.clone()) => tracing::info!("this process leads no more"),
-                }
+    let (leave, told) = oneshot::channel();
+    // By itself: however much there is to do, the lease is renewed.
+    let candidate = tokio::spawn(candidate.run(told));
+    let work = async {
+        while leads.wait_for(|until| is_ahead(*until)).await.is_ok() {
+            let _leading = Leading::new();
+            tokio::select! {
+                () = lead(client.clone(), &config, leads.clone()) => {}
+                () = lost(leads.clone()) => tracing::info!("this process leads no more"),
             }
-        };
-        tokio::select! {
-            () = candidate => {}
-            () = work => {}
-            () = stop => {}
         }
+    };
+    tokio::select! {
+        () = work => {}
+        () = stop => {}
     }
-    if let Some(lease) = elector.release(Timestamp::now()) {
-        let given = within(leases.replace(&config.lease, &PostParams::default(), &lease)).await;
-        if let Err(error) = given {
-            tracing::warn!(%error, "the lease was not given back: the next waits until it is over");
-        }
+    // Nothing is under way any more.
+    drop(leave);
+    if let Err(error) = candidate.await {
+        tracing::error!(%error, "the candidate ended");
     }
 }
 
@@ -171,23 +174,45 @@ async fn lost(mut leads: watch::Receiver<Option<Instant>>) {
     }
 }
 
-/// Holds the lease, or waits for it. Does not end.
-async fn candidate(
-    leases: &Api<Lease>,
-    name: &str,
-    terms: &Terms,
-    elector: &mut Elector,
-    tell: &watch::Sender<Option<Instant>>,
-) {
-    loop {
-        let began = Instant::now();
-        if let Err(error) = turn(leases, name, elector).await {
-            tracing::warn!(%error, "the lease cannot be had");
+/// Who wants to lead.
+struct Candidate {
+    leases: Api<Lease>,
+    name: String,
+    terms: Terms,
+    /// Until when this process leads.
+    tell: watch::Sender<Option<Instant>>,
+}
+
+impl Candidate {
+    /// Holds the lease, or waits for it; gives it back when `told` to end, or nobody is there to tell.
+    async fn run(self, told: oneshot::Receiver<()>) {
+        let mut elector = Elector::new(self.terms.clone());
+        tokio::select! {
+            () = self.hold(&mut elector) => {}
+            _ = told => {}
         }
-        tell.send_replace(elector.until().filter(|_| elector.leads(Instant::now())));
-        // Others do not knock at the same moment.
-        let pause = terms.period().mul_f64(0.75 + 0.5 * super::random());
-        tokio::time::sleep_until((began + pause).into()).await;
+        if let Some(lease) = elector.release(Timestamp::now()) {
+            let params = PostParams::default();
+            let given = within(self.leases.replace(&self.name, &params, &lease)).await;
+            if let Err(error) = given {
+                tracing::warn!(%error, "the lease was not given back: the next waits until it is over");
+            }
+        }
+    }
+
+    /// Does not end.
+    async fn hold(&self, elector: &mut Elector) {
+        loop {
+            let began = Instant::now();
+            if let Err(error) = turn(&self.leases, &self.name, elector).await {
+                tracing::warn!(%error, "the lease cannot be had");
+            }
+            let until = elector.until().filter(|_| elector.leads(Instant::now()));
+            self.tell.send_replace(until);
+            // Others do not knock at the same moment.
+            let pause = self.terms.period().mul_f64(0.75 + 0.5 * super::random());
+            tokio::time::sleep_until((began + pause).into()).await;
+        }
     }
 }
 
@@ -220,26 +245,14 @@ async fn turn(leases: &Api<Lease>, name: &str, elector: &mut Elector) -> kube::R
 enum Change {
     Warmup(Box<Event<Warmup>>),
     Node(Event<NodeView>),
-    Cache(Event<CacheView>, String),
+    Cache(Event<CacheView>),
     Workload(Seen),
 }
 
 /// Does the work; does not end.
 async fn lead(client: Client, config: &Config, leads: watch::Receiver<Option<Instant>>) {
     let mut changes = changes(&client, config.templates).await;
-    let mut state = State {
-        namespace: config.namespace(),
-        nodes: Bucket::new(config.node_changes_per_second.max(1)),
-        statuses: Bucket::new(STATUSES_PER_SECOND),
-        client,
-        leads,
-        world: World::default(),
-        ahead: Ahead::default(),
-        memory: Memory::default(),
-        listings: Listings::default(),
-        busy: HashMap::new(),
-        running: JoinSet::new(),
-    };
+    let mut state = State::new(client, config, leads);
     let mut look = Instant::now() + LOOK;
     // Nine tenths of the time are for others, however large the cluster.
     let mut earliest = Instant::now();
@@ -256,7 +269,7 @@ async fn lead(client: Client, config: &Config, leads: watch::Receiver<Option<Ins
             }
             () = tokio::time::sleep_until(look.into()) => {
                 let began = Instant::now();
-                let has_more = state.act();
+                let has_more = state.act().await;
                 let pause = if has_more { SETTLE * 5 } else { LOOK };
                 earliest = Instant::now() + began.elapsed() * 9;
                 look = (Instant::now() + pause).max(earliest);
@@ -273,16 +286,15 @@ async fn changes(client: &Client, templates: bool) -> impl Stream<Item = Change>
     let warmups = follow(Api::<Warmup>::all(client.clone()), all())
         .map(|event| Change::Warmup(Box::new(event)));
     // Only what matters is kept of each.
-    let nodes = follow(Api::<Node>::all(client.clone()), all());
-    let nodes = nodes.map(|event| Change::Node(of(event, NodeView::from)));
-    let caches = follow(Api::<NodeCache>::all(client.clone()), all()).map(|event| {
-        let mut name = String::new();
-        let event = of(event, |cache: NodeCache| {
-            name = cache.metadata.name.clone().unwrap_or_default();
-            CacheView::new(cache, Instant::now())
-        });
-        Change::Cache(event, name)
-    });
+    let read = |node| Ok(NodeView::from(serde_json::from_value::<Node>(node)?));
+    let nodes = follow_as(Api::<Node>::all(client.clone()), all(), read).map(Change::Node);
+    let read = |cache| {
+        Ok(CacheView::new(
+            serde_json::from_value(cache)?,
+            Instant::now(),
+        ))
+    };
+    let caches = follow_as(Api::<NodeCache>::all(client.clone()), all(), read).map(Change::Cache);
     let mut all = stream::select_all([warmups.boxed(), nodes.boxed(), caches.boxed()]);
     if templates {
         all.push(
@@ -293,17 +305,6 @@ async fn changes(client: &Client, templates: bool) -> impl Stream<Item = Change>
         );
     }
     all
-}
-
-/// An event of what `f` makes of the object.
-fn of<K, T>(event: Event<K>, f: impl FnOnce(K) -> T) -> Event<T> {
-    match event {
-        Event::Listing => Event::Listing,
-        Event::Found(object) => Event::Found(f(object)),
-        Event::Listed => Event::Listed,
-        Event::Changed(object) => Event::Changed(f(object)),
-        Event::Gone(object) => Event::Gone(f(object)),
-    }
 }
 
 /// Names that a list had so far; that all three were listed once.
@@ -382,6 +383,22 @@ struct State {
 }
 
 impl State {
+    fn new(client: Client, config: &Config, leads: watch::Receiver<Option<Instant>>) -> Self {
+        Self {
+            namespace: config.namespace(),
+            nodes: Bucket::new(config.node_changes_per_second.max(1)),
+            statuses: Bucket::new(STATUSES_PER_SECOND),
+            client,
+            leads,
+            world: World::default(),
+            ahead: Ahead::default(),
+            memory: Memory::default(),
+            listings: Listings::default(),
+            busy: HashMap::new(),
+            running: JoinSet::new(),
+        }
+    }
+
     fn see(&mut self, change: Change) {
         let world = &mut self.world;
         match change {
@@ -411,25 +428,25 @@ impl State {
                 Event::Changed(node) => drop(world.nodes.insert(node.name.clone(), node)),
                 Event::Gone(node) => drop(world.nodes.remove(&node.name)),
             },
-            Change::Cache(event, name) => match event {
+            Change::Cache(event) => match event {
                 Event::Listing => self.listings.caches.begin(),
                 Event::Found(cache) => {
-                    self.listings.caches.found(name.clone());
-                    world.caches.insert(name, cache);
+                    self.listings.caches.found(cache.name.clone());
+                    world.caches.insert(cache.name.clone(), cache);
                 }
                 Event::Listed => {
                     let found = self.listings.caches.end();
                     world.caches.retain(|name, _| found.contains(name));
                 }
-                Event::Changed(cache) => drop(world.caches.insert(name, cache)),
-                Event::Gone(_) => drop(world.caches.remove(&name)),
+                Event::Changed(cache) => drop(world.caches.insert(cache.name.clone(), cache)),
+                Event::Gone(cache) => drop(world.caches.remove(&cache.name)),
             },
             Change::Workload(seen) => self.ahead.see(seen),
         }
     }
 
     /// Does what may be done now; whether there is more.
-    fn act(&mut self) -> bool {
+    async fn act(&mut self) -> bool {
         let known = &self.listings;
         if !(known.warmups.is_known && known.nodes.is_known && known.caches.is_known) {
             return false;
@@ -438,7 +455,22 @@ impl State {
         self.busy
             .retain(|_, until| until.is_none_or(|until| now < until));
         let wall = SystemTime::now();
-        let actions = reconcile(&self.world, &mut self.memory, &self.namespace, now, wall);
+        let (world, mut memory) = (take(&mut self.world), take(&mut self.memory));
+        let namespace = self.namespace.clone();
+        // It takes seconds in a large cluster.
+        let work = tokio::task::spawn_blocking(move || {
+            let actions = reconcile(&world, &mut memory, &namespace, now, wall);
+            (world, memory, actions)
+        });
+        let actions;
+        (self.world, self.memory, actions) = match work.await {
+            Ok(done) => done,
+            Err(failed) => match failed.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime is going down, and so is this.
+                Err(_) => std::future::pending().await,
+            },
+        };
         let mut has_more = false;
         let ahead =
             self.ahead
@@ -638,6 +670,31 @@ fn nonce() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn nobody_waits_while_it_is_found_out_what_to_do() {
+        let server = "http://127.0.0.1:9".parse().unwrap();
+        let client = Client::try_from(kube::Config::new(server)).unwrap();
+        let (_tell, leads) = watch::channel(None);
+        let mut state = State::new(client, &Config::default(), leads);
+        for known in [
+            &mut state.listings.nodes.is_known,
+            &mut state.listings.caches.is_known,
+            &mut state.listings.warmups.is_known,
+        ] {
+            *known = true;
+        }
+        let warmup: Warmup = serde_json::from_value(json!({
+            "metadata": { "name": "w", "namespace": "d", "uid": "w" }, "spec": {},
+        }))
+        .unwrap();
+        state.world.warmups.insert(key(&warmup), warmup);
+        // There is one thread. Whoever renews the lease comes to it in between.
+        let other = tokio::spawn(async {});
+        state.act().await;
+        assert!(other.is_finished());
+        assert_eq!((state.world.warmups.len(), state.running.len()), (1, 1));
+    }
 
     #[test]
     fn a_bucket_keeps_its_rate() {

@@ -5,6 +5,8 @@
 //! that nobody knows after a restart. Of one namespace at most [`AT_ONCE_EACH`] references are brought at a time, so that
 //! one with many does not keep others waiting; what readers wait for goes before all of it (`fetch`).
 
+mod start;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
@@ -17,7 +19,9 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
 use parking_lot::Mutex;
 use tokio::{sync::Semaphore, task::JoinHandle, time::Instant};
+use tracing::Span;
 
+use self::start::Start;
 use super::{
     Config,
     annotations::{self, Asked, Mistake},
@@ -26,7 +30,12 @@ use super::{
     secrets::{self, Names},
     watch::{Event, Selection, follow},
 };
-use crate::{metrics, reference::Reference, source::Keys};
+use crate::{
+    metrics,
+    reference::Reference,
+    source::Keys,
+    telemetry::{self, span},
+};
 
 /// How pins of pods begin.
 pub const PINS: &str = "pod-";
@@ -185,13 +194,6 @@ struct Wants {
     /// An image that the kubelet must not pull.
     never: Option<String>,
     names: Names,
-}
-
-/// A start, and when it began.
-struct Start {
-    since: Instant,
-    record: ColdStart,
-    told: bool,
 }
 
 impl Pods {
@@ -367,18 +369,9 @@ impl Pods {
                     return;
                 }
                 _ => {
-                    let start = Arc::new(Mutex::new(Start {
-                        since: Instant::now(),
-                        record: ColdStart {
-                            namespace: pod_ref.namespace.clone(),
-                            pod: pod_ref.name.clone(),
-                            uid: uid.clone(),
-                            // Of a later list it is new, and its event was lost.
-                            late: !*self.listed.borrow(),
-                            ..ColdStart::default()
-                        },
-                        told: false,
-                    }));
+                    // Of a later list it is new, and its event was lost.
+                    let late = !*self.listed.borrow();
+                    let start = Arc::new(Mutex::new(Start::new(&pod_ref, late)));
                     let work =
                         Arc::clone(self).work(pod_ref.clone(), wants.clone(), Arc::clone(&start));
                     let tracked = Tracked {
@@ -480,7 +473,21 @@ impl Pods {
             let done = {
                 // None is ever closed.
                 let (_own, _slot) = (each.acquire().await, self.slots.acquire().await);
-                self.bring_once(pod, wants, reference).await
+                let span = {
+                    let start = start.lock();
+                    span!(
+                        parent: &start.span,
+                        "prefetch",
+                        hearth.reference = %reference,
+                        hearth.pin = !wants.asked.unpinned
+                    )
+                };
+                let about = |error: &ContentError| format!("{:?}", error.kind());
+                let bringing = async {
+                    let fetched = self.bring_once(pod, wants, reference).await;
+                    fetched.inspect(|fetched| fetched.tell(&Span::current()))
+                };
+                telemetry::within(span, about, bringing).await
             };
             let error = match done {
                 Ok(fetched) => {
@@ -550,6 +557,7 @@ impl Pods {
                 return;
             }
             start.told = true;
+            start.end_span();
             start.record.clone()
         };
         let Fetched {

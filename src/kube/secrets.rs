@@ -20,7 +20,7 @@ const DOCKER_OLD: &str = ".dockercfg";
 /// What opens the references of a pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Names {
-    /// By annotation; everything.
+    /// By annotation; everything, but for images that it has nothing for.
     pub(super) named: Option<String>,
     /// What the kubelet uses; registries only.
     pub(super) pull: Vec<String>,
@@ -38,8 +38,8 @@ pub(super) struct SecretError {
 /// The keys for `reference`; `None` where no secret is named that has some.
 ///
 /// # Errors
-/// A Secret that was named and cannot be read, or does not open what it was named for. One that only the kubelet uses
-/// may be missing, as for the kubelet.
+/// A Secret that was named and cannot be read, or does not open a model that it was named for. One that only the kubelet
+/// uses may be missing, as for the kubelet.
 pub(super) async fn keys(
     client: &Client,
     namespace: &str,
@@ -58,8 +58,8 @@ pub(super) async fn keys(
             (Some(keys), _) => Ok(Some(keys)),
             // Such sources are opened by the node's identity only.
             (None, "") => Ok(None),
-            // Images of the pod have their own.
-            (None, _) if matches!(reference.locator, Locator::Oci(_)) && !names.pull.is_empty() => {
+            // It is for the models: images have pull secrets, or need none.
+            (None, _) if matches!(reference.locator, Locator::Oci(_)) => {
                 pull_keys(&api, namespace, names, reference).await
             }
             (None, wanted) => Err(of(format!("has none of {wanted}, which open {reference}"))),

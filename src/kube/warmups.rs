@@ -49,8 +49,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub trait Warmer: Send + Sync + 'static {
     /// Brings a reference, verified, and pins it as the order says.
     async fn warm(&self, order: &Order, progress: &Progress) -> Result<(), WarmError>;
-    /// Pins a reference where all of it is here already; whether it is. Asks no origin.
-    async fn keep(&self, reference: &Reference, owner: &str) -> Result<bool, WarmError>;
+    /// Pins a reference for a namespace where all of it is here already; whether it is. Asks no origin.
+    async fn keep(
+        &self,
+        reference: &Reference,
+        owner: &str,
+        namespace: &str,
+    ) -> Result<bool, WarmError>;
     /// Takes the pins of an owner away, but for those of `keep`.
     async fn release(&self, owner: &str, keep: &[Reference]) -> Result<(), WarmError>;
     /// All owners of pins that begin with [`OWNER`].
@@ -66,6 +71,8 @@ pub const OWNER: &str = "warmup-";
 #[derive(Debug, Clone, PartialEq)]
 pub struct Order {
     pub reference: Reference,
+    /// The namespace of the `Warmup`: whose it is, and who pays for it.
+    pub namespace: String,
     /// The uid of the `Warmup`.
     pub warmup: String,
     /// Who pins it; `None`: nobody.
@@ -492,8 +499,10 @@ async fn put(
 /// Sees whether all of it is here.
 async fn check(side: Means, work: Work) -> Outcome {
     let owner = format!("{OWNER}{}", work.uid);
+    let namespace = work.warmup.metadata.namespace.as_deref();
+    let namespace = namespace.unwrap_or_default();
     for (reference, _) in &work.references {
-        match side.warmer.keep(reference, &owner).await {
+        match side.warmer.keep(reference, &owner, namespace).await {
             Ok(true) => {}
             Ok(false) => return Outcome::Checked(false),
             Err(error) => {
@@ -542,6 +551,7 @@ async fn warm_one(side: &Means, work: &Work, index: usize) -> Result<(), WarmErr
     })?;
     let order = Order {
         reference: reference.clone(),
+        namespace: namespace.to_owned(),
         warmup: work.uid.clone(),
         owner: spec.pins().then(|| format!("{OWNER}{}", work.uid)),
         priority: spec.priority.unwrap_or_default(),

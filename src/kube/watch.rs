@@ -9,7 +9,7 @@
 //! again with a list. From time to time everything is listed anew, so that an event that got lost is not lost for good.
 //! Pauses between failures grow up to `LONGEST` and are jittered.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{borrow::Cow, collections::VecDeque, fmt, sync::Arc, time::Duration};
 
 use futures_util::{Stream, StreamExt as _, stream, stream::BoxStream};
 use kube::{
@@ -17,7 +17,12 @@ use kube::{
     api::{ListParams, Request, VersionMatch, WatchEvent, WatchParams},
     core::Status,
 };
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{
+    Deserialize, Deserializer,
+    de::{
+        DeserializeOwned, DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
+    },
+};
 use serde_json::Value;
 use tokio::time::Instant;
 
@@ -70,10 +75,23 @@ pub fn follow<K>(api: Api<K>, selection: Selection) -> impl Stream<Item = Event<
 where
     K: Resource + DeserializeOwned + Send + 'static,
 {
+    follow_as(api, selection, serde_json::from_value::<K>)
+}
+
+/// As [`follow`], of what `read` makes of each object: of tens of thousands no more than that is kept at a time.
+pub fn follow_as<K, T>(
+    api: Api<K>,
+    selection: Selection,
+    read: impl Fn(Value) -> serde_json::Result<T> + Send + Sync + 'static,
+) -> impl Stream<Item = Event<T>> + Send
+where
+    T: Send + 'static,
+{
     let follower = Follower {
-        url: api.resource_url().to_owned(),
+        url: api.resource_url().into(),
         client: api.into_client(),
         selection,
+        read: Arc::new(read),
         state: State::Empty,
         failures: Failures::default(),
         relist: None,
@@ -86,12 +104,16 @@ where
 
 struct Follower<K> {
     client: Client,
-    url: String,
+    url: Arc<str>,
     selection: Selection,
+    read: Read<K>,
     state: State<K>,
     failures: Failures,
     relist: Option<Instant>,
 }
+
+/// What makes something of an object.
+type Read<K> = Arc<dyn Fn(Value) -> serde_json::Result<K> + Send + Sync>;
 
 /// Where a follower is.
 enum State<K> {
@@ -124,10 +146,7 @@ enum Verdict {
     Relist,
 }
 
-impl<K> Follower<K>
-where
-    K: DeserializeOwned + Send + 'static,
-{
+impl<K: Send + 'static> Follower<K> {
     async fn next(&mut self) -> Event<K> {
         loop {
             match std::mem::replace(&mut self.state, State::Empty) {
@@ -192,21 +211,27 @@ where
         let request = Request::new(&self.url).list(&params);
         let request = request.map_err(kube::Error::BuildRequest)?;
         // There may be tens of thousands of objects.
-        let listed = self.client.request::<List>(request);
+        let listed = self.client.request_text(request);
         let listed = tokio::time::timeout(REQUEST * 4, listed).await;
-        let list = listed.map_err(|_| kube::Error::Service("no list came in time".into()))??;
-        let version = list.metadata.resource_version;
-        let more = Some(list.metadata.continue_).filter(|token| !token.is_empty());
+        let text = listed.map_err(|_| kube::Error::Service("no list came in time".into()))??;
+        let (url, read) = (Arc::clone(&self.url), Arc::clone(&self.read));
+        let reading = tokio::task::spawn_blocking(move || {
+            let items = Items {
+                url: &url,
+                read: &*read,
+            };
+            List { items }.deserialize(&mut serde_json::Deserializer::from_str(&text))
+        });
+        let read = reading.await.map_err(|e| kube::Error::Service(e.into()))?;
+        let (metadata, items) = read.map_err(kube::Error::SerdeError)?;
+        let version = metadata.resource_version;
+        let more = Some(metadata.continue_).filter(|token| !token.is_empty());
         if more.is_none() && version.is_empty() {
             let missing = "the list has no resource version";
             return Err(kube::Error::Service(missing.into()));
         }
         Ok(State::Page {
-            items: list
-                .items
-                .into_iter()
-                .filter_map(|item| self.read(item))
-                .collect(),
+            items,
             more,
             version,
         })
@@ -313,27 +338,15 @@ where
         event
     }
 
-    /// The object that `value` is. One that is not understood is left out, so that the others can be followed.
     fn read(&self, value: Value) -> Option<K> {
-        let name = format!(
-            "{}/{}",
-            value["metadata"]["namespace"].as_str().unwrap_or_default(),
-            value["metadata"]["name"].as_str().unwrap_or_default()
-        );
-        match serde_json::from_value(value) {
-            Ok(object) => Some(object),
-            Err(error) => {
-                tracing::warn!(url = self.url, name, %error, "an object is not understood");
-                None
-            }
-        }
+        read_one(&self.url, &*self.read, value)
     }
 
     /// Notes a failure, and waits as long as that means.
     async fn failed(&mut self, error: &kube::Error) -> Verdict {
         metrics::global().kube_watch_failures.add(1);
         let (verdict, wait) = self.failures.note(error, Instant::now());
-        let url = &self.url;
+        let url = &*self.url;
         match error {
             kube::Error::Api(status) if status.code == 410 => {
                 tracing::debug!(url, %error, "listing again");
@@ -347,11 +360,91 @@ where
 
 type Watched = BoxStream<'static, kube::Result<WatchEvent<Value>>>;
 
-/// A list, whatever its objects are.
-#[derive(Deserialize)]
-struct List {
-    metadata: ListMeta,
-    items: Vec<Value>,
+/// What `read` makes of `value`. An object that is not understood is left out, so that the others can be followed.
+fn read_one<K>(
+    url: &str,
+    read: &dyn Fn(Value) -> serde_json::Result<K>,
+    value: Value,
+) -> Option<K> {
+    let name = format!(
+        "{}/{}",
+        value["metadata"]["namespace"].as_str().unwrap_or_default(),
+        value["metadata"]["name"].as_str().unwrap_or_default()
+    );
+    match read(value) {
+        Ok(object) => Some(object),
+        Err(error) => {
+            tracing::warn!(url, name, %error, "an object is not understood");
+            None
+        }
+    }
+}
+
+/// Reads a list, one object at a time: they are much larger than what is made of them.
+struct List<'a, K> {
+    items: Items<'a, K>,
+}
+
+struct Items<'a, K> {
+    url: &'a str,
+    read: &'a dyn Fn(Value) -> serde_json::Result<K>,
+}
+
+impl<'de, K> DeserializeSeed<'de> for List<'_, K> {
+    type Value = (ListMeta, VecDeque<K>);
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Self::Value, D::Error> {
+        from.deserialize_map(self)
+    }
+}
+
+impl<'de, K> Visitor<'de> for List<'_, K> {
+    type Value = (ListMeta, VecDeque<K>);
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of objects")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let (mut metadata, mut items) = (None, None);
+        while let Some(name) = map.next_key::<Cow<'de, str>>()? {
+            match &*name {
+                "metadata" => metadata = Some(map.next_value()?),
+                "items" => {
+                    let Items { url, read } = self.items;
+                    items = Some(map.next_value_seed(Items { url, read })?);
+                }
+                _ => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        let metadata = metadata.ok_or_else(|| A::Error::missing_field("metadata"))?;
+        let items = items.ok_or_else(|| A::Error::missing_field("items"))?;
+        Ok((metadata, items))
+    }
+}
+
+impl<'de, K> DeserializeSeed<'de> for Items<'_, K> {
+    type Value = VecDeque<K>;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Self::Value, D::Error> {
+        from.deserialize_seq(self)
+    }
+}
+
+impl<'de, K> Visitor<'de> for Items<'_, K> {
+    type Value = VecDeque<K>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("objects")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut from: A) -> Result<Self::Value, A::Error> {
+        let mut items = VecDeque::new();
+        while let Some(value) = from.next_element()? {
+            items.extend(read_one(self.url, self.read, value));
+        }
+        Ok(items)
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -434,6 +527,37 @@ mod tests {
         let details = serde_json::json!({ "retryAfterSeconds": seconds });
         status = status.with_details(serde_json::from_value(details).unwrap());
         kube::Error::Api(status.boxed())
+    }
+
+    #[test]
+    fn of_a_list_no_object_is_kept_whole() {
+        use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+        let read_so_far = AtomicUsize::new(0);
+        let read = |value: Value| {
+            read_so_far.fetch_add(1, SeqCst);
+            serde_json::from_value::<u32>(value["n"].clone())
+        };
+        // It is cut off: what came before was made something of as it came.
+        let text = r#"{"kind": "L", "items": [{"n": 1}, {"n": "x"}, {"n": 3}, {"#;
+        let parse = |text: &str| {
+            let items = Items {
+                url: "u",
+                read: &read,
+            };
+            List { items }.deserialize(&mut serde_json::Deserializer::from_str(text))
+        };
+        parse(text).map(drop).unwrap_err();
+        assert_eq!(read_so_far.load(SeqCst), 3);
+        let whole = r#"{"items": [{"n": 1}, {"n": "x"}], "metadata": {"resourceVersion": "7", "continue": "c"}}"#;
+        let (metadata, items) = parse(whole).unwrap();
+        assert_eq!(
+            (metadata.resource_version.as_str(), &*metadata.continue_),
+            ("7", "c")
+        );
+        assert_eq!(items, [1]);
+        for wrong in ["{}", "[]", r#"{"items": []}"#, r#"{"metadata": {}}"#] {
+            parse(wrong).map(drop).unwrap_err();
+        }
     }
 
     #[test]

@@ -10,15 +10,17 @@ use hyper::{
     body::Frame,
     header::{self, HeaderName, HeaderValue},
 };
+use sha2::{Digest as _, Sha256};
 
 use super::parse_range;
 use crate::{
     chunk::CHUNK_SIZE,
     digest::Digest,
-    fetch::{FetchErrorKind, Handle},
+    fetch::{Class, FetchError, FetchErrorKind, Handle},
     node::{Node, NodeError},
     reference::{Locator, OciRef, Reference},
     source::{SourceErrorKind, VIA},
+    store::Reservation,
 };
 
 pub(super) type Answer = Response<UnsyncBoxBody<Bytes, std::io::Error>>;
@@ -171,7 +173,11 @@ async fn blob(node: &Node, oci: &OciRef, asked: &HeaderMap, head: bool) -> Resul
     );
     let body = match head {
         true => Full::default().map_err(|e| match e {}).boxed_unsync(),
-        false => stream_of(handle, range),
+        false => {
+            let room = node.room_for(oci, &handle).await;
+            let room = room.map_err(|error| failed(&error, "BLOB_UNKNOWN"))?;
+            stream_of(Passed::new(handle, digest, room, range))
+        }
     };
     let mut answer = Response::new(body);
     *answer.status_mut() = status;
@@ -179,28 +185,82 @@ async fn blob(node: &Node, oci: &OciRef, asked: &HeaderMap, head: bool) -> Resul
     Ok(answer)
 }
 
-/// The bytes as they arrive. The last of a whole blob are held back until it is verified, so that
+/// A blob on its way to a client. The last bytes of a whole one are held back until it is verified, so that
 /// nobody takes a wrong one for complete.
-fn stream_of(handle: Arc<Handle>, range: Range<u64>) -> UnsyncBoxBody<Bytes, std::io::Error> {
-    let pieces = stream::try_unfold(range.start, move |at| {
-        let (handle, end) = (Arc::clone(&handle), range.end);
-        async move {
-            if at >= end {
-                return Ok(None);
-            }
-            let last = end == handle.size() && at + CHUNK_SIZE >= end;
-            if last && range.start == 0 {
-                let whole = handle.ensure(crate::fetch::Class::Demand).await;
-                whole.map_err(std::io::Error::other)?;
-            }
-            let len = (end - at).min(CHUNK_SIZE) as usize;
-            let piece = handle.read(at, len).await.map_err(std::io::Error::other)?;
-            if piece.is_empty() {
-                return Ok(None);
-            }
-            let next = at + piece.len() as u64;
-            Ok(Some((Frame::data(piece), next)))
+struct Passed {
+    handle: Arc<Handle>,
+    digest: Digest,
+    /// `None`: the store has no room for it.
+    room: Option<Reservation>,
+    range: Range<u64>,
+    /// Of all that was passed on, in case the store cannot verify it; none where it has, or where it is not
+    /// the whole that was asked for.
+    hash: Option<Sha256>,
+}
+
+impl Passed {
+    fn new(
+        handle: Arc<Handle>,
+        digest: Digest,
+        room: Option<Reservation>,
+        range: Range<u64>,
+    ) -> Self {
+        let is_whole = range == (0..handle.size());
+        let hash = (is_whole && !handle.is_verified()).then(Sha256::new);
+        Self {
+            handle,
+            digest,
+            room,
+            range,
+            hash,
         }
+    }
+
+    async fn next(&mut self) -> Result<Option<Bytes>, FetchError> {
+        let (at, end) = (self.range.start, self.range.end);
+        if at >= end {
+            return Ok(None);
+        }
+        let is_last = at + CHUNK_SIZE >= end;
+        let mut kept = self.room.is_some();
+        if kept && is_last && self.hash.is_some() {
+            match self.handle.ensure(Class::Demand).await {
+                Ok(_) => self.hash = None,
+                // What has passed tells, too.
+                Err(error)
+                    if matches!(error.kind(), FetchErrorKind::NoSpace | FetchErrorKind::Disk) =>
+                {
+                    kept = false;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let len = (end - at).min(CHUNK_SIZE) as usize;
+        let piece = match kept {
+            true => self.handle.read(at, len).await?,
+            false => self.handle.read_past_disk(at, len).await?,
+        };
+        if let Some(hash) = &mut self.hash {
+            hash.update(&piece);
+        }
+        self.range.start += piece.len() as u64;
+        if self.range.start >= end
+            && let Some(hash) = self.hash.take()
+        {
+            let found = Digest::from_bytes(hash.finalize().into());
+            if found != self.digest {
+                return Err(self.handle.is_wrong(&self.digest, &found));
+            }
+        }
+        Ok((!piece.is_empty()).then_some(piece))
+    }
+}
+
+/// The bytes as they arrive.
+fn stream_of(blob: Passed) -> UnsyncBoxBody<Bytes, std::io::Error> {
+    let pieces = stream::try_unfold(blob, |mut blob| async move {
+        let piece = blob.next().await.map_err(std::io::Error::other)?;
+        Ok(piece.map(|piece| (Frame::data(piece), blob)))
     });
     StreamBody::new(pieces).boxed_unsync()
 }

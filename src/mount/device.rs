@@ -19,6 +19,7 @@ use nix::{
 };
 
 use super::{MountError, MountErrorKind, table::FSTYPE};
+use crate::limits;
 
 /// The source shown in the list of mounts.
 const FSNAME: &str = "hearth";
@@ -68,7 +69,16 @@ pub(super) fn mount(dir: &Path, options: Options) -> Result<OwnedFd, MountError>
                 format!("cannot mount: {DEVICE} is not there"),
             ));
         }
-        Err(_) => return mount_by_helper(dir, options),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return mount_by_helper(dir, options);
+        }
+        Err(error) => {
+            return Err(MountError::system(
+                dir,
+                &format!("cannot open {DEVICE}"),
+                error,
+            ));
+        }
     };
     // MS_* as in mount(2); the rest as in Documentation/filesystems/fuse.rst.
     let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
@@ -193,6 +203,7 @@ fn helper(
         let mut command = Command::new(name);
         arguments(&mut command).map_err(|e| MountError::system(dir, name, e))?;
         command.stdout(Stdio::null()).stderr(Stdio::piped());
+        limits::restore(&mut command);
         match command.spawn() {
             Ok(child) => return Ok(child),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}

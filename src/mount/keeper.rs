@@ -16,6 +16,7 @@
 
 mod child;
 mod fdstore;
+mod line;
 mod link;
 mod refuse;
 mod talk;
@@ -27,6 +28,7 @@ use std::{
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -48,7 +50,12 @@ pub use self::{
     link::{Link, Orphan},
     wire::{Kept, PROTOCOL},
 };
-use super::{MountError, MountErrorKind, device, session::Session, table};
+use super::{
+    MountError, MountErrorKind, device,
+    session::{Device, Session},
+    state::State,
+    table,
+};
 use crate::{
     disk::takes_nothing,
     socket::packet::{self, Listener, MsgFlags},
@@ -65,6 +72,8 @@ const LEAVE: Duration = Duration::from_secs(10);
 pub struct Settings {
     /// Where it listens, mode 0600.
     pub socket: Option<PathBuf>,
+    /// Whether it takes the place of a keeper that listens there.
+    pub replace: bool,
     /// How long readers wait for a server.
     pub orphan_timeout: Duration,
     /// Makes the server it runs; the keeper ends when its mount is gone.
@@ -98,6 +107,8 @@ struct Held {
     /// Without server since then.
     orphan: Instant,
     refuser: Option<Refuser>,
+    /// Its directory shows it no more: it is for whoever has something of it open.
+    detached: bool,
     _holds: Vec<OwnedFd>,
 }
 
@@ -119,7 +130,11 @@ impl Keeper {
     pub fn new(settings: Settings) -> Result<Self, MountError> {
         let path = settings.socket.as_deref();
         let failed = |e: io::Error| MountError::system(path.unwrap_or(Path::new("")), "keeper", e);
-        let listener = match path.map(Listener::bind).transpose() {
+        let listen = match settings.replace {
+            true => Listener::replace,
+            false => Listener::bind,
+        };
+        let listener = match path.map(listen).transpose() {
             // The server that it runs is connected already; others find no way in.
             Err(error) if settings.server.is_some() && takes_nothing(&error) => {
                 tracing::warn!(%error, "the keeper has no socket");
@@ -212,7 +227,10 @@ impl Keeper {
             if held.server.is_some() || held.refuser.is_some() {
                 continue;
             }
-            let until = held.orphan + self.orphan_timeout;
+            // So far away that it never comes.
+            let Some(until) = held.orphan.checked_add(self.orphan_timeout) else {
+                continue;
+            };
             if now < until {
                 at(until);
                 continue;
@@ -310,7 +328,8 @@ impl Keeper {
                     None => held.server.is_none() && hung_up,
                 };
                 if gone {
-                    take_away(self.sessions.remove(at));
+                    let gone = self.remove(at);
+                    take_away(gone);
                 }
             }
         }
@@ -376,9 +395,12 @@ impl Keeper {
                 // What it served to its end, or not at all, is not served again.
                 let again = |held: &Held| held.servers > 0 && is_alive(&held.session);
                 let (again, gone): (Vec<_>, Vec<_>) = self.sessions.drain(..).partition(again);
-                gone.into_iter().for_each(take_away);
                 self.sessions = again;
                 child.died();
+                for held in gone {
+                    self.refuse_successor(&held);
+                    take_away(held);
+                }
             }
             _ => tracing::debug!(process = peer.process, "a peer is gone"),
         }
@@ -421,19 +443,22 @@ impl Keeper {
                 held._holds = fds;
                 (Answer::Done, Vec::new())
             }),
-            Request::Left { dir } => self.find(&dir.0).map(|held| {
+            Request::Left { dir, connection } => self.find_this(&dir.0, connection).map(|held| {
                 if held.server == Some(id) {
                     held.server = None;
                     held.orphan = Instant::now();
                 }
                 (Answer::Done, Vec::new())
             }),
-            Request::End { dir } => {
-                self.sessions
-                    .retain(|held| held.session.dir != dir.0 || held.server != Some(id));
+            Request::End { dir, connection } => {
+                let ended = |held: &Held| held.server == Some(id) && held.is(&dir.0, connection);
+                if let Some(at) = self.sessions.iter().position(ended) {
+                    self.remove(at);
+                }
                 Ok((Answer::Done, Vec::new()))
             }
             Request::Abort { dir } => self.abort(&dir.0),
+            Request::Give { dir, connection } => self.accept_session(id, &dir.0, connection, fds),
         };
         match answered {
             Ok((answer, fds)) => {
@@ -463,13 +488,15 @@ impl Keeper {
         let answer = Answer::Welcome {
             keeper: std::process::id(),
             version: env!("HEARTH_VERSION").into(),
+            takes: true,
         };
         Ok((answer, Vec::new()))
     }
 
     /// The first session behind `after`, in the order of mount points.
     fn next(&self, after: Option<&Path>) -> Answer {
-        let behind = |held: &&Held| after.is_none_or(|after| *held.session.dir > *after);
+        let behind =
+            |held: &&Held| !held.detached && after.is_none_or(|after| *held.session.dir > *after);
         let next = self
             .sessions
             .iter()
@@ -482,26 +509,54 @@ impl Keeper {
         }))
     }
 
-    fn open(&mut self, id: u64, dir: &Path, options: device::Options, about: &[u8]) -> Answered {
+    /// Makes sure that a session on `dir` may begin.
+    fn make_room(&mut self, dir: &Path) -> Result<(), MountError> {
         if self.sessions.len() >= MAX_SESSIONS {
             let message = format!("the keeper has {MAX_SESSIONS} mounts already");
             return Err(MountError::new(MountErrorKind::Keeper, dir, message));
         }
-        if self.sessions.iter().any(|held| held.session.dir == dir) {
-            let message = "the keeper has mounted here already";
-            return Err(MountError::new(MountErrorKind::Mounted, dir, message));
+        if let Ok(held) = self.find(dir) {
+            if table::shows(dir, held.session.connection) {
+                let message = "the keeper has mounted here already";
+                return Err(MountError::new(MountErrorKind::Mounted, dir, message));
+            }
+            tracing::warn!(dir = %dir.display(), connection = held.session.connection, "what was mounted here was detached");
+            held.detached = true;
         }
+        Ok(())
+    }
+
+    /// Keeps what `id` serves, as the keeper before this one did.
+    fn accept_session(
+        &mut self,
+        id: u64,
+        dir: &Path,
+        connection: u32,
+        fds: Vec<OwnedFd>,
+    ) -> Answered {
+        self.make_room(dir)?;
+        let failed = |e| MountError::system(dir, "session", e);
+        let Ok([fuse, state]) = <[OwnedFd; 2]>::try_from(fds) else {
+            return Err(failed(io::Error::from(io::ErrorKind::InvalidData)));
+        };
+        let session = Session {
+            dir: dir.to_owned(),
+            connection,
+            device: Arc::new(Device::new(fuse)),
+            state: Arc::new(State::open(state).map_err(failed)?),
+        };
+        tracing::info!(dir = %dir.display(), connection, "kept from now on");
+        let mut held = Held::new(session, id);
+        held.servers = 1;
+        self.sessions.push(held);
+        Ok((Answer::Done, Vec::new()))
+    }
+
+    fn open(&mut self, id: u64, dir: &Path, options: device::Options, about: &[u8]) -> Answered {
+        self.make_room(dir)?;
         let session = Session::mount(dir, options, about)?;
         tracing::info!(dir = %dir.display(), connection = session.connection, "mounted");
-        let held = Held {
-            session,
-            server: Some(id),
-            successor: None,
-            servers: 0,
-            orphan: Instant::now(),
-            refuser: None,
-            _holds: Vec::new(),
-        };
+        let held = Held::new(session, id);
         let shown = held.show();
         self.sessions.push(held);
         shown
@@ -544,9 +599,9 @@ impl Keeper {
     }
 
     fn abort(&mut self, dir: &Path) -> Answered {
-        let found = |held: &Held| held.session.dir == dir;
+        let found = |held: &Held| held.is(dir, None);
         let at = self.sessions.iter().position(found);
-        let held = self.sessions.remove(at.ok_or_else(|| unknown(dir))?);
+        let held = self.remove(at.ok_or_else(|| unknown(dir))?);
         abort(held.session.connection);
         take_away(held);
         if let Some(child) = &mut self.child {
@@ -557,10 +612,27 @@ impl Keeper {
     }
 
     fn find(&mut self, dir: &Path) -> Result<&mut Held, MountError> {
+        self.find_this(dir, None)
+    }
+
+    fn find_this(&mut self, dir: &Path, connection: Option<u32>) -> Result<&mut Held, MountError> {
         let mut sessions = self.sessions.iter_mut();
         sessions
-            .find(|held| held.session.dir == dir)
+            .find(|held| held.is(dir, connection))
             .ok_or_else(|| unknown(dir))
+    }
+
+    /// Forgets a session; who waits to serve it is told.
+    fn remove(&mut self, at: usize) -> Held {
+        let held = self.sessions.remove(at);
+        self.refuse_successor(&held);
+        held
+    }
+
+    fn refuse_successor(&mut self, gone: &Held) {
+        if let Some((peer, _)) = gone.successor {
+            self.answer(peer, &unknown(&gone.session.dir).into(), &[]);
+        }
     }
 
     fn answer(&mut self, id: u64, answer: &Answer, fds: &[BorrowedFd<'_>]) {
@@ -578,12 +650,31 @@ impl Keeper {
 type Answered = Result<(Answer, Vec<OwnedFd>), MountError>;
 
 impl Held {
+    fn new(session: Session, server: u64) -> Self {
+        Self {
+            session,
+            server: Some(server),
+            successor: None,
+            servers: 0,
+            orphan: Instant::now(),
+            refuser: None,
+            detached: false,
+            _holds: Vec::new(),
+        }
+    }
+
     fn show(&self) -> Answered {
         let failed = |e| MountError::system(&self.session.dir, "session", e);
         let fuse = self.session.device.fd().map_err(failed)?;
         let state = self.session.state.fd().map_err(failed)?;
         let connection = self.session.connection;
         Ok((Answer::Session { connection }, vec![fuse, state]))
+    }
+
+    /// Whether it is the session of this connection, or where none is given, the one that `dir` shows.
+    fn is(&self, dir: &Path, connection: Option<u32>) -> bool {
+        let meant = connection.map_or(!self.detached, |number| number == self.session.connection);
+        meant && self.session.dir == dir
     }
 
     fn give(&mut self, id: u64) {

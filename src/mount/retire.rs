@@ -4,7 +4,8 @@
 //! fuser has no such thing, but reads and writes one fd number, which is given another meaning: one end of
 //! a socket pair. From the other end its threads get a DESTROY each, on which they end; answers that are
 //! still to come are passed on to the kernel. When all who could answer have let go of the fd,
-//! the pair says so: nothing is in hand any more. A thread that waits in a read of the connection is woken
+//! the pair says so: nothing is in hand any more. A long answer may not fit into the pair (unix(7), EMSGSIZE): whoever
+//! may not raise its bound loses that, so what is in hand stays noted for the next server. A thread that waits in a read of the connection is woken
 //! by a signal, and its read begins anew, at the socket.
 
 use std::{
@@ -18,7 +19,9 @@ use nix::{
     errno::Errno,
     sys::{
         signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
-        socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair},
+        socket::{
+            AddressFamily, Shutdown, SockFlag, SockType, setsockopt, shutdown, socketpair, sockopt,
+        },
     },
     unistd::write,
 };
@@ -41,14 +44,22 @@ const OURS: u64 = 1 << 62;
 /// Room for the longest answer.
 const BUFFER: usize = (1 << 20) + 65536;
 
+/// Whether what is in hand is waited for where it would be lost else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Haste {
+    None,
+    /// Nobody works on it any more.
+    Great,
+}
+
 /// Ends the `threads` threads that read number `channel`, and waits until all that they took is answered, or
 /// for long enough. What is answered after that is lost; where it can, the kernel sends it again to the next server.
 pub(super) fn retire(
     server: &Server,
     device: &Arc<Device>,
-    channel: RawFd,
-    threads: usize,
+    (channel, threads): (RawFd, usize),
     ended: &watch::Receiver<bool>,
+    haste: Haste,
 ) -> io::Result<()> {
     // As long as this is held, the number means what it meant when the session began.
     let Some(notifier) = server.notifier.lock().take() else {
@@ -60,6 +71,7 @@ pub(super) fn retire(
         None,
         SockFlag::SOCK_CLOEXEC,
     )?;
+    make_room(&theirs);
     listen_to_wake()?;
     for thread in 0..threads as u64 {
         write(&ours, &destroy(OURS | thread))?;
@@ -73,6 +85,8 @@ pub(super) fn retire(
             pass_on(&relay, &kernel);
             done.send(())
         })?;
+    // Whether an answer arrives is not known from here on.
+    server.state.keep_working();
     // SAFETY: the number is open, see above.
     let channel = unsafe { BorrowedFd::borrow_raw(channel) };
     replace(channel, theirs.as_fd())?;
@@ -82,7 +96,7 @@ pub(super) fn retire(
         wake_readers();
         std::thread::sleep(Duration::from_millis(2));
     }
-    let patience = match server.resend.load(Relaxed) {
+    let patience = match server.resend.load(Relaxed) || haste == Haste::Great {
         true => SHORT_PATIENCE,
         false => PATIENCE.saturating_sub(begun.elapsed()),
     };
@@ -98,6 +112,17 @@ pub(super) fn retire(
     }
     server.state.freeze();
     Ok(())
+}
+
+/// Has the longest answer fit into a packet, as far as this process may say so.
+fn make_room(socket: &OwnedFd) {
+    // What a packet needs beside its bytes is counted, too.
+    let room = 2 * BUFFER;
+    let made = setsockopt(socket, sockopt::SndBufForce, &room)
+        .or_else(|_| setsockopt(socket, sockopt::SndBuf, &room));
+    if let Err(error) = made {
+        tracing::debug!(%error, "long answers are lost");
+    }
 }
 
 /// Passes answers on to the kernel until there can be no more.

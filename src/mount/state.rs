@@ -94,6 +94,8 @@ struct Free {
     high: u32,
     /// Another process writes now.
     frozen: bool,
+    /// Whether requests are answered is for the next server to find out.
+    leaving: bool,
 }
 
 /// Something the kernel holds, or waits for.
@@ -191,7 +193,7 @@ impl State {
         *self.free.lock() = Free {
             slots: free.collect(),
             high,
-            frozen: false,
+            ..Free::default()
         };
     }
 
@@ -277,11 +279,26 @@ impl State {
 
     /// Forgets an entry.
     pub(super) fn remove(&self, slot: Slot) {
+        self.forget(slot, |free| !free.frozen);
+    }
+
+    /// Forgets what was in hand.
+    fn answered(&self, slot: Slot) {
+        self.forget(slot, |free| !free.frozen && !free.leaving);
+    }
+
+    fn forget(&self, slot: Slot, may: impl FnOnce(&Free) -> bool) {
         let mut free = self.free.lock();
-        if !free.frozen {
+        if may(&free) {
             self.slot(slot.0)[0].store(0, Ordering::Release);
             free.slots.push(slot.0);
         }
+    }
+
+    /// From now on what is in hand stays noted: the answer may not arrive. The next server answers it with
+    /// an error, of which the kernel takes no notice where it has an answer.
+    pub(super) fn keep_working(&self) {
+        self.free.lock().leaving = true;
     }
 
     /// Lets go: nothing is noted or forgotten here any more.
@@ -364,7 +381,7 @@ impl Working {
 impl Drop for Working {
     fn drop(&mut self) {
         if let Some((state, slot)) = self.0.take() {
-            state.remove(slot);
+            state.answered(slot);
         }
     }
 }
@@ -430,6 +447,14 @@ mod tests {
         state.remove(Slot(5));
         drop(Working::on(&state, 3));
         assert_eq!(state.add(entry(Kind::Cached, 1)), Some(Slot(5)));
+        // Whoever lets go does not know what arrives.
+        let in_hand = Working::on(&state, 4);
+        assert!(in_hand.0.is_none(), "there is no room");
+        state.remove(Slot(6));
+        let in_hand = Working::on(&state, 4);
+        state.keep_working();
+        drop(in_hand);
+        assert!(state.add(entry(Kind::Cached, 1)).is_none());
         // What is in other hands is left alone.
         state.freeze();
         state.remove(Slot(5));

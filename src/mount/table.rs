@@ -49,6 +49,13 @@ pub(super) fn find(mountpoint: &Path) -> io::Result<Option<MountInfo>> {
         .rfind(|info| info.mountpoint == mountpoint))
 }
 
+/// Whether what is seen on `mountpoint` is this connection; also where that cannot be found out.
+pub(super) fn shows(mountpoint: &Path, connection: u32) -> bool {
+    find(mountpoint).map_or(true, |found| {
+        found.is_some_and(|info| info.is_hearth() && info.connection == connection)
+    })
+}
+
 /// All mounts.
 pub(super) fn all() -> io::Result<Vec<MountInfo>> {
     let text = std::fs::read("/proc/self/mountinfo")?;

@@ -10,7 +10,8 @@ use crate::{
     fetch::Handle,
     reference::{Filter, Locator, OciRef, Reference},
     source::{Layer, ManifestBytes, Source, SourceErrorKind},
-    store::StoreErrorKind,
+    store::{Reservation, StoreErrorKind},
+    tree::{Artifact, Tree},
 };
 
 /// Largest document kept, in bytes (the limit that registries have for manifests, twice).
@@ -85,6 +86,41 @@ impl Node {
                 reference: reference.to_string(),
                 source,
             })
+    }
+
+    /// Makes room for a blob that is about to be brought. `None`: there is none, and it is to be read
+    /// past the disk.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn room_for(
+        &self,
+        oci: &OciRef,
+        blob: &Handle,
+    ) -> Result<Option<Reservation>, NodeError> {
+        let reference = Reference {
+            locator: Locator::Oci(oci.clone()),
+            filter: Filter::default(),
+        };
+        let wanted = Artifact {
+            reference: reference.to_string(),
+            revision: String::new(),
+            tree: Tree::empty(),
+            objects: vec![blob.object().clone()],
+        };
+        match self.admit(&Arc::new(wanted)).await {
+            Ok(room) => Ok(Some(room)),
+            Err(NodeError::Store(error))
+                if matches!(
+                    error.kind(),
+                    StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly
+                ) =>
+            {
+                tracing::warn!(%error, "a blob is passed on, and not kept");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Keeps an image's manifest and configuration, so that it can be run with its registry down.

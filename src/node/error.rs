@@ -41,6 +41,18 @@ pub enum NodeError {
 }
 
 impl NodeError {
+    /// What it is about: one of a few words.
+    pub(crate) fn about(&self) -> String {
+        match self {
+            Self::Resolve { source, .. } => format!("{:?}", source.kind()),
+            Self::Fetch { source, .. } => format!("{:?}", source.kind()),
+            Self::Image { source, .. } => format!("{:?}", source.kind()),
+            Self::Store(source) => format!("{:?}", source.kind()),
+            Self::Unknown(_) => "Unknown".to_owned(),
+            Self::Misled { .. } => "Misled".to_owned(),
+        }
+    }
+
     /// Whether nothing failed, but the process is ending.
     pub fn is_cancelled(&self) -> bool {
         matches!(self, Self::Fetch { source, .. } if source.kind() == FetchErrorKind::Cancelled)

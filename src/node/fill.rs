@@ -8,6 +8,7 @@ use super::{Node, NodeError, Progress, Resolved, blocking, is_of_disk, layers::P
 use crate::{
     fetch::{Class, FetchError, FetchErrorKind},
     store::Complete,
+    telemetry::{self, span},
     tree::{Artifact, Object},
 };
 
@@ -40,9 +41,24 @@ impl Node {
         progress: &Progress,
         waits: impl Fn(&NodeError) + Send,
     ) -> Result<(), NodeError> {
+        let artifact = &resolved.artifact;
+        let span = span!("fill", hearth.reference = artifact.reference);
+        telemetry::count(&span, "hearth.bytes.total", artifact.size());
+        let filling = self.fill_now(resolved, progress, waits);
+        telemetry::within(span, NodeError::about, filling).await
+    }
+
+    async fn fill_now(
+        &self,
+        resolved: &Resolved,
+        progress: &Progress,
+        waits: impl Fn(&NodeError) + Send,
+    ) -> Result<(), NodeError> {
         let mut pace = Pace::Full;
         if resolved.layers.is_some() {
             pace = Pace::behind();
+            // It has not read anything yet.
+            self.engine.touch();
             pace.wait(&self.engine).await;
         }
         let mut pause = FIRST_FILL_PAUSE;

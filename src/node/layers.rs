@@ -6,8 +6,9 @@
 //! artifact like any other: its files are fetched when they are read, by ranges of the layers. Who
 //! wants all of it unpacks the layers instead, since that decodes every byte once.
 //!
-//! An index that somebody else made is believed until its layer was unpacked here: then it has to
-//! say the same, or what it said is thrown away (`verify = "strict"` believes none).
+//! An index that somebody else made, be it the table that a layer carries, is believed until its
+//! layer was unpacked here: then it has to say the same, or what it said is thrown away (`verify =
+//! "strict"` believes none).
 //!
 //! Order on disk: files, then the index, then the artifact's record, then the image's record. An
 //! [`Import`] keeps each from collection until the record that leads there is written.

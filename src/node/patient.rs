@@ -36,6 +36,14 @@ impl Source for Patient {
         self.0.resolve(reference).await
     }
 
+    fn origin(&self) -> String {
+        self.0.origin()
+    }
+
+    fn waits_for_objects(&self) -> bool {
+        self.0.waits_for_objects()
+    }
+
     async fn read(
         &self,
         location: &Location,

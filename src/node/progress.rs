@@ -85,9 +85,10 @@ impl Progress {
             active: BTreeMap::new(),
             tally: Tally::default(),
         };
+        let origin = artifact.origin();
         let here = |o: &Object| match store.complete_sized(&o.id, o.size) {
             Ok(Some(_)) => o.size,
-            _ => store.present_bytes(&o.id, o.size),
+            _ => store.present_bytes(o.partial_id(&origin), o.size),
         };
         artifact.stored().map(here).sum()
     }

@@ -93,6 +93,7 @@ impl Node {
             .artifact(reference)?
             .ok_or_else(|| NodeError::Unknown(reference.to_owned()))?;
         let store = self.store();
+        let origin = artifact.origin();
         let mut files = Vec::new();
         for (path, _, object) in artifact.tree.files() {
             let bytes = artifact.objects[object as usize].size;
@@ -114,7 +115,7 @@ impl Node {
                 bytes,
                 present_bytes: match is_complete {
                     true => bytes,
-                    false => store.present_within(&within.id, within.size, &part),
+                    false => store.present_within(within.partial_id(&origin), within.size, &part),
                 },
                 complete: is_complete,
                 object: name,
@@ -129,6 +130,7 @@ fn artifact_status(
     record: Record,
     artifact: &Artifact,
 ) -> Result<ArtifactStatus, NodeError> {
+    let origin = artifact.origin();
     let mut present_bytes = 0;
     let mut complete = true;
     // The store itself comes first.
@@ -142,7 +144,7 @@ fn artifact_status(
             }
             None => {
                 complete = false;
-                present_bytes += store.present_bytes(&object.id, object.size);
+                present_bytes += store.present_bytes(object.partial_id(&origin), object.size);
             }
         }
     }

@@ -4,14 +4,15 @@
 //! shown to every namespace that the policy lets use them, also while the origin cannot be reached. What came by
 //! credentials that somebody brought is *guarded*: it is shown only to who brings credentials that the origin has accepted
 //! for it. The origin's answer is remembered for a while, in memory: never a "no", at most [`MAX_ACCEPTED`] of them, and
-//! for the same credentials only. Quotas count the bytes of the distinct artifacts that a namespace keeps on the node.
+//! for the same credentials and the same artifact only. Quotas count the bytes of the distinct artifacts that a namespace keeps on the node.
 //!
 //! Called by the faces that know namespaces. What is guarded is on the disk before anything of it is; after a crash origins
 //! are asked again, and who is still there is counted again.
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs, io,
+    fs,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -90,14 +91,17 @@ type Kept = HashMap<(String, String), (Digest, u64)>;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Proof {
     reference: String,
+    /// What it was then.
+    artifact: Digest,
     /// Of the credentials; they are not kept.
     keys: Option<Digest>,
 }
 
 impl Proof {
-    fn new(reference: &Reference, keys: Option<&Keys>) -> Self {
+    fn new(reference: &Reference, artifact: Digest, keys: Option<&Keys>) -> Self {
         Self {
             reference: reference.to_string(),
+            artifact,
             keys: keys.map(Keys::fingerprint),
         }
     }
@@ -119,6 +123,16 @@ impl Tenancy {
             true => keys,
             false => Some(keys.unwrap_or_default().alone()),
         }
+    }
+
+    /// Whether the origin has said yes to these keys, not long ago.
+    pub fn has_accepted(&self, reference: &Reference, keys: &Keys) -> bool {
+        self.knows(&Proof::new(reference, Some(keys)), Instant::now())
+    }
+
+    /// The origin says yes to these keys.
+    pub fn accept(&self, reference: &Reference, keys: &Keys) {
+        self.note(Proof::new(reference, Some(keys)), Instant::now());
     }
 
     fn knows(&self, proof: &Proof, now: Instant) -> bool {
@@ -143,8 +157,8 @@ impl Tenancy {
         accepted.insert(proof, now);
     }
 
-    /// Counts an artifact that `user` keeps for `namespace`. `known`: it was counted by an earlier process, and is not
-    /// refused any more.
+    /// Counts an artifact that `user` keeps for `namespace`; whether that is new. `known`: it was counted by an earlier
+    /// process, and is not refused any more.
     ///
     /// # Errors
     /// It is more than the namespace may have; then nothing is counted.
@@ -154,7 +168,7 @@ impl Tenancy {
         user: &str,
         (reference, digest, bytes): (&str, Digest, u64),
         known: bool,
-    ) -> Result<(), OverQuota> {
+    ) -> Result<bool, OverQuota> {
         let mut kept = self.kept.lock();
         let of = kept.entry(namespace.to_owned()).or_default();
         let key = (user.to_owned(), reference.to_owned());
@@ -182,8 +196,7 @@ impl Tenancy {
                 bytes,
             });
         }
-        of.insert(key, (digest, bytes));
-        Ok(())
+        Ok(of.insert(key, (digest, bytes)).is_none())
     }
 
     /// `user` keeps nothing any more but the references that `keep` holds for.
@@ -207,7 +220,8 @@ impl Tenancy {
 
 impl Node {
     /// To be called before `reference` is resolved with `keys`: what comes by them is not the node's to show. It says so
-    /// on the disk, unless the node has it already. Blocks nobody who has no keys of their own.
+    /// on the disk, and which generation, if any, the node had of its own by then: that one stays everybody's. Blocks
+    /// nobody who has no keys of their own.
     ///
     /// # Errors
     /// What the disk says.
@@ -218,14 +232,18 @@ impl Node {
         let (store, name) = (Arc::clone(self.store()), reference.to_string());
         Ok(super::blocking(move || {
             let path = guard_path(&store, &name);
-            if is_guarded(&path)? || store.artifact(&name)?.is_some() {
+            if read_guard(&path)?.is_some() {
                 return Ok(());
             }
+            let own = store.artifact(&name)?.map(|(_, own)| own.digest());
+            let own = own.map_or_else(String::new, |own| own.to_string());
             let made = || {
                 let dir = path.parent().unwrap_or(store.root());
                 run_dir(store.root())?;
                 fs::create_dir_all(dir)?;
-                fs::File::create(&path)?.sync_all()?;
+                let mut file = fs::File::create(&path)?;
+                file.write_all(own.as_bytes())?;
+                file.sync_all()?;
                 fs::File::open(dir)?.sync_all()
             };
             Ok(made().map_err(|e: io::Error| DiskError::new("write", &path, e))?)
@@ -245,23 +263,28 @@ impl Node {
         keys: Option<&Keys>,
         resolved: &Resolved,
     ) -> Result<(), NodeError> {
-        let proof = Proof::new(reference, keys);
+        let artifact = &resolved.artifact;
+        let proof = Proof::new(reference, artifact.digest(), keys);
         let now = Instant::now();
         let is_node = keys.is_none_or(|keys| !keys.alone && !keys.has_own());
-        let (store, name) = (Arc::clone(self.store()), reference.to_string());
-        let guard = super::blocking(move || is_guarded(&guard_path(&store, &name))).await?;
+        let own = self.guarded(reference).await?;
+        let is_own = |own: &String| *own == artifact.digest().to_string();
+        let mut is_said = resolved.fresh;
         if !resolved.fresh {
             let may_use_node = keys.is_none_or(|keys| !keys.alone);
-            if (!guard && may_use_node) || self.tenancy().knows(&proof, now) {
+            if (own.as_ref().is_none_or(is_own) && may_use_node)
+                || self.tenancy().knows(&proof, now)
+            {
                 return Ok(());
             }
             // Of an image nothing but its manifest is asked for.
-            if self.layers(reference).await?.is_none() {
-                self.inspect(reference).await?;
-            }
+            is_said = match self.layers(reference).await? {
+                Some(layered) => layered.manifest.to_string() == artifact.revision,
+                None => self.inspect(reference).await?.digest() == artifact.digest(),
+            };
         }
         self.tenancy().note(proof, now);
-        if guard && is_node {
+        if own.is_some() && is_node && is_said {
             let (store, name) = (Arc::clone(self.store()), reference.to_string());
             super::blocking(move || {
                 let path = guard_path(&store, &name);
@@ -274,18 +297,28 @@ impl Node {
         }
         Ok(())
     }
+
+    /// The generation of `reference` that the node had of its own when it was guarded, empty for none; `None` where it is
+    /// not guarded.
+    async fn guarded(&self, reference: &Reference) -> Result<Option<String>, NodeError> {
+        let (store, name) = (Arc::clone(self.store()), reference.to_string());
+        Ok(super::blocking(move || read_guard(&guard_path(&store, &name))).await?)
+    }
 }
 
-/// There where a reference came by the credentials of others than the node.
+/// There where a reference came by the credentials of others than the node; holds [`Node::guarded`].
 fn guard_path(store: &Store, reference: &str) -> PathBuf {
     let name = Digest::of(reference.as_bytes()).hex();
     store.root().join("run/guarded").join(name)
 }
 
-/// Whether a reference is guarded. What cannot be seen is no "no".
-fn is_guarded(path: &Path) -> Result<bool, StoreError> {
-    let there = path.try_exists();
-    Ok(there.map_err(|error| DiskError::new("look at", path, error))?)
+/// What a guard holds. One that cannot be seen is not a guard that is not there.
+fn read_guard(path: &Path) -> Result<Option<String>, StoreError> {
+    match fs::read_to_string(path) {
+        Ok(own) => Ok(Some(own)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(DiskError::new("read", path, error).into()),
+    }
 }
 
 #[cfg(test)]
@@ -325,20 +358,22 @@ mod tests {
         });
         let now = Instant::now();
         let key = token("a");
-        let proof = Proof::new(&reference("m"), Some(&key));
+        let (now_it_is, was) = (Digest::of(b"new"), Digest::of(b"old"));
+        let proof = Proof::new(&reference("m"), now_it_is, Some(&key));
         tenancy.note(proof.clone(), now);
         assert!(tenancy.knows(&proof, now));
         for other in [
-            Proof::new(&reference("m"), None),
-            Proof::new(&reference("m"), Some(&token("b"))),
-            Proof::new(&reference("m"), Some(&key.clone().alone())),
-            Proof::new(&reference("n"), Some(&key)),
+            Proof::new(&reference("m"), was, Some(&key)),
+            Proof::new(&reference("m"), now_it_is, None),
+            Proof::new(&reference("m"), now_it_is, Some(&token("b"))),
+            Proof::new(&reference("m"), now_it_is, Some(&key.clone().alone())),
+            Proof::new(&reference("n"), now_it_is, Some(&key)),
         ] {
             assert!(!tenancy.knows(&other, now));
         }
         assert!(!tenancy.knows(&proof, now + Duration::from_secs(61)));
         for n in 0..2 * MAX_ACCEPTED {
-            let proof = Proof::new(&reference(&format!("n{n}")), None);
+            let proof = Proof::new(&reference(&format!("n{n}")), was, None);
             tenancy.note(proof, now + Duration::from_millis(n as u64));
         }
         assert_eq!(tenancy.accepted.lock().len(), MAX_ACCEPTED);

@@ -276,7 +276,7 @@ mod tests {
 
     fn unpacked(layer: &Layer, bytes: &[u8]) -> Result<LayerIndex, UnpackError> {
         let dir = tempfile::tempdir().unwrap();
-        let store = std::sync::Arc::new(Store::open(dir.path(), &Default::default()).unwrap());
+        let store = Store::open(dir.path(), &Default::default()).unwrap();
         let import = store.import().unwrap();
         let (send, pieces) = mpsc::channel(1);
         send.try_send(Bytes::copy_from_slice(bytes)).unwrap();

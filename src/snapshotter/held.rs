@@ -66,6 +66,16 @@ impl Held {
         self.forget(chain, users);
     }
 
+    /// Does `work` while no snapshot's need of the tree of `chain` begins or ends, nor other work of this kind is done.
+    pub(super) async fn alone<T>(&self, chain: &Digest, work: impl Future<Output = T>) -> T {
+        let users = Arc::clone(self.chains.lock().entry(*chain).or_default());
+        let ids = users.lock().await;
+        let done = work.await;
+        drop(ids);
+        self.forget(chain, users);
+        done
+    }
+
     /// Drops the entry of a chain that nobody uses and nobody is about to use.
     fn forget(&self, chain: &Digest, users: Users) {
         let mut chains = self.chains.lock();

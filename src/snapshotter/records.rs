@@ -278,7 +278,7 @@ impl Records {
 
     /// Makes what was written to the content of a snapshot durable.
     pub(super) fn sync(&self) -> Result<(), SnapshotError> {
-        Ok(self.disk.open(&self.root, Open::Read)?.sync_fs()?)
+        Ok(self.disk.open(&self.root, Open::Dir)?.sync_fs()?)
     }
 
     /// The directories of snapshots that `is_known` does not know. No directory may be in the making.

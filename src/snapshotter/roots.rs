@@ -1,6 +1,9 @@
 //! What the snapshotter needs of the node.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
 
 use async_trait::async_trait;
 
@@ -28,8 +31,12 @@ pub trait Roots: Send + Sync {
     /// Nobody needs the directory of this chain id any more.
     async fn release(&self, chain_id: &Digest);
 
-    /// containerd has removed the snapshot of this chain id that [`Roots::knows`] was asked for.
+    /// containerd has removed the last snapshot of this chain id that [`Roots::knows`] was asked for.
     async fn forget(&self, chain_id: &Digest);
+
+    /// Before anything else is asked: takes away what an earlier process left, claims but those of `claimed`, and mounts
+    /// but those of `used`.
+    async fn sweep(&self, claimed: &BTreeSet<Digest>, used: &BTreeSet<Digest>);
 
     /// What the topmost layer of this chain takes on the disk, without those below it.
     ///
@@ -148,6 +155,8 @@ impl Roots for NoRoots {
     async fn release(&self, _: &Digest) {}
 
     async fn forget(&self, _: &Digest) {}
+
+    async fn sweep(&self, _: &BTreeSet<Digest>, _: &BTreeSet<Digest>) {}
 
     async fn usage(&self, chain_id: &Digest) -> Result<Usage, RootsError> {
         Err(unknown(chain_id))

@@ -4,6 +4,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use async_trait::async_trait;
 use tonic::{Code, Request, Response, Status};
+use tracing::Instrument as _;
 
 use super::{
     Kind, Mount, Result, SnapshotError, SnapshotErrorKind, Snapshotter,
@@ -17,6 +18,7 @@ use crate::{
     },
     metrics,
     socket::{Listener, ServeError},
+    telemetry,
 };
 
 /// Snapshots in one message of a list, as containerd's own service does it.
@@ -32,24 +34,37 @@ pub async fn serve(
     stop: impl Future<Output = ()> + Send,
 ) -> std::result::Result<(), ServeError> {
     let service = snapshots_server::SnapshotsServer::new(Service(snapshotter));
-    let router = tonic::transport::Server::builder().add_service(service);
+    let router = tonic::transport::Server::builder()
+        .trace_fn(telemetry::rpc)
+        .add_service(service);
     listener.serve(router, stop).await
 }
 
 struct Service(Arc<Snapshotter>);
 
+/// Tells the span of this request which snapshot it is about.
+fn about(key: &str, parent: &str) {
+    let span = tracing::Span::current();
+    telemetry::text(&span, "hearth.snapshot.key", key);
+    if !parent.is_empty() {
+        telemetry::text(&span, "hearth.snapshot.parent", parent);
+    }
+}
+
 /// Runs `work` to its end, even if the client goes away meanwhile.
 async fn finish<T: Send + 'static>(
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> std::result::Result<Response<T>, Status> {
-    match tokio::spawn(work).await {
+    let answer = match tokio::spawn(work.in_current_span()).await {
         Ok(Ok(answer)) => Ok(Response::new(answer)),
         Ok(Err(error)) => Err(status(&error)),
         Err(failed) => {
             tracing::error!(error = %failed, "a request failed");
             Err(Status::internal(failed.to_string()))
         }
-    }
+    };
+    telemetry::answered(&answer);
+    answer
 }
 
 fn status(error: &SnapshotError) -> Status {
@@ -94,6 +109,7 @@ impl snapshots_server::Snapshots for Service {
     ) -> std::result::Result<Response<api::PrepareSnapshotResponse>, Status> {
         let (this, namespace) = (Arc::clone(&self.0), namespace(&request));
         let asked = request.into_inner();
+        about(&asked.key, &asked.parent);
         finish(async move {
             let labels = asked.labels.into_iter().collect();
             let (key, parent, namespace) = (&asked.key, &asked.parent, namespace.as_deref());
@@ -110,6 +126,7 @@ impl snapshots_server::Snapshots for Service {
     ) -> std::result::Result<Response<api::ViewSnapshotResponse>, Status> {
         let (this, namespace) = (Arc::clone(&self.0), namespace(&request));
         let asked = request.into_inner();
+        about(&asked.key, &asked.parent);
         finish(async move {
             let labels = asked.labels.into_iter().collect();
             let (key, parent, namespace) = (&asked.key, &asked.parent, namespace.as_deref());
@@ -125,6 +142,7 @@ impl snapshots_server::Snapshots for Service {
         request: Request<api::MountsRequest>,
     ) -> std::result::Result<Response<api::MountsResponse>, Status> {
         let (this, asked) = (Arc::clone(&self.0), request.into_inner());
+        about(&asked.key, "");
         finish(async move {
             let mounts = this.mounts(&asked.key).await?;
             let mounts = mounts.into_iter().map(mount).collect();
@@ -138,6 +156,7 @@ impl snapshots_server::Snapshots for Service {
         request: Request<api::CommitSnapshotRequest>,
     ) -> std::result::Result<Response<()>, Status> {
         let (this, asked) = (Arc::clone(&self.0), request.into_inner());
+        about(&asked.key, "");
         finish(async move {
             let labels = asked.labels.into_iter().collect();
             this.commit(&asked.name, &asked.key, labels).await
@@ -150,6 +169,7 @@ impl snapshots_server::Snapshots for Service {
         request: Request<api::RemoveSnapshotRequest>,
     ) -> std::result::Result<Response<()>, Status> {
         let (this, asked) = (Arc::clone(&self.0), request.into_inner());
+        about(&asked.key, "");
         finish(async move { this.remove(&asked.key).await }).await
     }
 

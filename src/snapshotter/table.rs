@@ -1,6 +1,6 @@
 //! The snapshots in memory, and what may be done with them.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::{
     Kind, Result, SnapshotError, TARGET_LABEL,
@@ -16,6 +16,8 @@ const MAX_DEPTH: usize = 1000;
 pub(super) struct Table {
     by_name: BTreeMap<String, Record>,
     ids: HashSet<u64>,
+    /// There may be snapshots that this knows nothing of.
+    has_gaps: bool,
     /// Those in the making: the parent and id of each name.
     making: HashMap<String, (String, u64)>,
     next_id: u64,
@@ -48,6 +50,7 @@ impl Table {
     pub(super) fn new(found: Found) -> Self {
         let mut table = Self {
             by_name: BTreeMap::new(),
+            has_gaps: !found.unreadable.is_empty(),
             ids: found.unreadable,
             making: HashMap::new(),
             next_id: found.next_id,
@@ -171,6 +174,23 @@ impl Table {
                 && r.parent == parent
                 && r.labels.get(TARGET_LABEL) == Some(&target.to_string())
         })
+    }
+
+    /// Whether a snapshot is claimed for these layers, upon whichever parent and in whichever namespace.
+    pub(super) fn claims(&self, chain: &Digest) -> bool {
+        self.all().any(|record| record.remote == Some(*chain))
+    }
+
+    /// The chains that are claimed, and those whose trees snapshots stand on; `None` where that cannot be said.
+    pub(super) fn chains(&self) -> Option<(BTreeSet<Digest>, BTreeSet<Digest>)> {
+        if self.has_gaps {
+            return None;
+        }
+        let claimed = self.all().filter_map(|record| record.remote).collect();
+        let users = self.all().filter(|record| record.kind != Kind::Committed);
+        let lines: Result<Vec<_>> = users.map(|record| self.line(record)).collect();
+        let used = lines.ok()?.iter().filter_map(Line::chain).collect();
+        Some((claimed, used))
     }
 
     /// What `record` stands on.

@@ -69,6 +69,10 @@ impl Source for FileSource {
         blocking(&self.root, move || walk.all(&root)).await
     }
 
+    fn origin(&self) -> String {
+        format!("file://{}", self.root)
+    }
+
     async fn read(
         &self,
         location: &Location,

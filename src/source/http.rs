@@ -371,6 +371,10 @@ impl Source for HttpSource {
         })
     }
 
+    fn origin(&self) -> String {
+        self.base.origin().ascii_serialization()
+    }
+
     async fn read(
         &self,
         location: &Location,

@@ -367,6 +367,10 @@ impl Source for HubSource {
         listing.finish()
     }
 
+    fn origin(&self) -> String {
+        format!("hf://{}/{}", self.kind.plural(), self.id)
+    }
+
     async fn read(
         &self,
         location: &Location,

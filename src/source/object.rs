@@ -337,6 +337,10 @@ impl Source for ObjectSource {
         found.finish()
     }
 
+    fn origin(&self) -> String {
+        self.name.clone()
+    }
+
     async fn read(
         &self,
         location: &Location,

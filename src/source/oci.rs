@@ -408,6 +408,10 @@ impl Source for OciSource {
         }
     }
 
+    fn origin(&self) -> String {
+        format!("oci://{}", self.registry.name)
+    }
+
     async fn read(
         &self,
         location: &Location,

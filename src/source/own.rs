@@ -227,6 +227,10 @@ impl Source for OwnSource {
         self.now()?.resolve(reference).await
     }
 
+    fn origin(&self) -> String {
+        self.locator.origin()
+    }
+
     async fn read(
         &self,
         location: &Location,

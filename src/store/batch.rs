@@ -16,7 +16,7 @@ const FEW: usize = 8;
 impl Store {
     /// The root, open. Opened before anything is written that [`DiskFile::sync_fs`] is to sync.
     pub(super) fn open_root(&self) -> Result<Arc<dyn DiskFile>> {
-        Ok(self.disk.open(&self.root, Open::Read)?)
+        Ok(self.disk.open(&self.root, Open::Dir)?)
     }
 
     /// Makes the content of files durable.

@@ -4,6 +4,8 @@
 //! list. The index of a layer stays while objects of a root are made from it. Under the exclusive records lock
 //! nobody records, finishes or puts; who recorded before is seen, who records later looks later. An
 //! object that is open in any process (shared flock) is left for the next time, so is an open partial.
+//!
+//! Where a record cannot be read, nobody knows what it leads to: nothing is taken for unreferenced then.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -61,8 +63,8 @@ struct Sweep<'s> {
     _records: Option<FileLock>,
     /// Complete objects: bytes on the disk.
     objects: HashMap<Digest, u64>,
-    /// Partial objects: path without extension.
-    partials: HashMap<ObjectId, PathBuf>,
+    /// Partial objects: paths without extension, one for each who claims to have it.
+    partials: HashMap<ObjectId, BTreeSet<PathBuf>>,
     /// Artifacts, least recently used last.
     artifacts: Vec<Known>,
     /// How many artifacts lead to an id, and to a content.
@@ -74,6 +76,8 @@ struct Sweep<'s> {
     layers: HashMap<Digest, u32>,
     /// What imports left that are dead.
     dead: Vec<PathBuf>,
+    /// Files that are damaged, missing or of a newer version, so that what they lead to is not known.
+    unreadable: BTreeSet<PathBuf>,
     report: CollectReport,
 }
 
@@ -84,6 +88,8 @@ struct Known {
     ids: Vec<ObjectId>,
     contents: Vec<Digest>,
     layers: BTreeSet<Digest>,
+    /// Its tree cannot be read.
+    unreadable: bool,
 }
 
 impl Store {
@@ -110,6 +116,18 @@ impl Store {
         sweep.remove_small()?;
         sweep.report.used = before.saturating_sub(sweep.report.bytes - freed);
         Ok(sweep.report)
+    }
+
+    /// Whether a collection by the watermarks may have something to evict, as far as the file system alone
+    /// tells. It walks nothing.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn may_be_full(&self) -> Result<bool> {
+        let space = self.disk.space(&self.root)?;
+        // The store takes no more than all that is taken.
+        let most = space.total.saturating_sub(space.free);
+        Ok(self.watermark(most)? < most)
     }
 
     /// What the store should take at most: `used` below the high watermark, else the low one.
@@ -155,6 +173,7 @@ impl<'s> Sweep<'s> {
             indexes: HashMap::new(),
             layers: HashMap::new(),
             dead: Vec::new(),
+            unreadable: BTreeSet::new(),
             report: CollectReport::default(),
         };
         let objects = &mut sweep.objects;
@@ -164,7 +183,8 @@ impl<'s> Sweep<'s> {
         })?;
         for name in store.disk.list(&store.partial_dir())? {
             if let Some(id) = partial_id(&name) {
-                sweep.partials.insert(id, store.partial_stem(&id));
+                let stem = store.partial_dir().join(&name).with_extension("");
+                sweep.partials.entry(id).or_default().insert(stem);
             }
         }
         for (path, name) in sweep.files("indexes")? {
@@ -176,7 +196,18 @@ impl<'s> Sweep<'s> {
             }
         }
         sweep.look_at_imports()?;
-        let mut records = store.own_records()?;
+        let mut records = Vec::new();
+        for (path, _) in sweep.files("artifacts")? {
+            if path.extension() != Some(OsStr::new("json")) {
+                continue;
+            }
+            match store.read_record(&path)? {
+                Some(record) => records.push(record),
+                // Unless it was removed meanwhile.
+                None if store.disk.stat(&path)?.is_some() => sweep.cannot_read(path),
+                None => {}
+            }
+        }
         records.sort_by_key(|record| std::cmp::Reverse(record.used));
         for record in records {
             let digest = record.digest;
@@ -202,25 +233,47 @@ impl<'s> Sweep<'s> {
             ids: Vec::new(),
             contents: Vec::new(),
             layers: BTreeSet::new(),
+            unreadable: false,
         };
         if let Some(artifact) = self.store.read_tree(digest)? {
             known.layers = layers_of(&artifact.objects);
             known.ids = artifact.stored().map(|object| object.id).collect();
             for id in &known.ids {
-                known.contents.extend(self.store.content_of(id)?);
+                let content = self.store.content_of(id)?;
+                if let (None, ObjectId::Located(key)) = (content, id) {
+                    let path = self.store.located_path(key);
+                    if self.store.disk.stat(&path)?.is_some() {
+                        self.cannot_read(path);
+                    }
+                }
+                known.contents.extend(content);
             }
+        } else {
+            known.unreadable = true;
+            self.cannot_read(self.store.tree_path(digest));
         }
-        if let Some(record) = &known.record
-            && let Some(image) = self.store.image(&record.reference)?
-        {
-            known.contents.extend([image.manifest, image.config]);
-            known.layers.extend(image.layers.iter().map(|l| l.blob));
+        if let Some(record) = &known.record {
+            if let Some(image) = self.store.image(&record.reference)? {
+                known.contents.extend([image.manifest, image.config]);
+                known.layers.extend(image.layers.iter().map(|l| l.blob));
+            } else {
+                let path = self.store.image_path(&record.reference);
+                if let ImageState::Damaged = self.store.read_image(&path)? {
+                    self.cannot_read(path);
+                }
+            }
         }
         count(&mut self.ids, &known.ids);
         count(&mut self.contents, &known.contents);
         count(&mut self.layers, &known.layers);
         self.artifacts.push(known);
         Ok(())
+    }
+
+    fn cannot_read(&mut self, path: PathBuf) {
+        let kept = "what nothing leads to is kept, since this may lead to it";
+        tracing::warn!(path = %path.display(), "damaged, missing or of a newer version: {kept} (hearth verify --all --repair mends it)");
+        self.unreadable.insert(path);
     }
 
     /// Counts what living imports list, as if it were recorded; finds the dead ones.
@@ -280,6 +333,12 @@ impl<'s> Sweep<'s> {
     }
 
     fn remove_unreferenced(&mut self) -> Result<()> {
+        for dir in std::mem::take(&mut self.dead) {
+            self.remove_import(&dir)?;
+        }
+        if !self.unreadable.is_empty() {
+            return Ok(());
+        }
         let objects: Vec<Digest> = self.objects.keys().copied().collect();
         for digest in objects {
             if !self.contents.contains_key(&digest) {
@@ -288,7 +347,10 @@ impl<'s> Sweep<'s> {
         }
         let partials: Vec<ObjectId> = self.partials.keys().copied().collect();
         for id in partials {
-            if !self.ids.contains_key(&id) {
+            // What has become complete by another way is not needed any more.
+            let content = self.store.content_of(&id)?;
+            let complete = content.is_some_and(|content| self.objects.contains_key(&content));
+            if complete || !self.ids.contains_key(&id) {
                 self.remove_partial(&id)?;
             }
         }
@@ -298,14 +360,14 @@ impl<'s> Sweep<'s> {
                 self.remove_index(&layer)?;
             }
         }
-        for dir in std::mem::take(&mut self.dead) {
-            self.remove_import(&dir)?;
-        }
         Ok(())
     }
 
     /// Evicts artifacts until `goal` bytes are freed in all.
     fn evict(&mut self, goal: u64, keep: &[Arc<Wanted>]) -> Result<()> {
+        if self.report.bytes < goal && !self.unreadable.is_empty() {
+            self.evict_unreadable(keep)?;
+        }
         let mut kept = Vec::new();
         while self.report.bytes < goal {
             let Some(known) = self.artifacts.pop() else {
@@ -328,8 +390,34 @@ impl<'s> Sweep<'s> {
         Ok(())
     }
 
-    /// Removes a record unless it is held.
+    /// Forgets artifacts that nobody can open, since their trees cannot be read; where all can be read
+    /// then, what nothing leads to is known again.
+    fn evict_unreadable(&mut self, keep: &[Arc<Wanted>]) -> Result<()> {
+        for known in std::mem::take(&mut self.artifacts) {
+            let evictable = known.record.as_ref().filter(|record| {
+                known.unreadable
+                    && record.pins.is_empty()
+                    && keep.iter().all(|k| k.reference != record.reference)
+            });
+            match evictable {
+                Some(record) if self.forget(record)? => {
+                    self.trees.remove(&record.digest);
+                    self.unreadable
+                        .remove(&self.store.tree_path(&record.digest));
+                    self.report.evicted.push(record.reference.clone());
+                    self.release(&known)?;
+                }
+                _ => self.artifacts.push(known),
+            }
+        }
+        self.remove_unreferenced()
+    }
+
+    /// Removes a record unless it is pinned by now, or held.
     fn forget(&self, record: &Record) -> Result<bool> {
+        if !self.store.pins(&record.reference)?.is_empty() {
+            return Ok(false);
+        }
         if self.store.tree_is_held(&record.digest)? {
             return Ok(false);
         }
@@ -405,13 +493,16 @@ impl<'s> Sweep<'s> {
     }
 
     fn remove_partial(&mut self, id: &ObjectId) -> Result<()> {
-        let Some(stem) = self.partials.get(id) else {
-            return Ok(());
-        };
-        if let Some(freed) = self.store.remove_partial(stem, self.dry_run)? {
-            self.partials.remove(id);
-            self.report.partials += 1;
-            self.report.bytes += freed;
+        for stem in self.partials.remove(id).unwrap_or_default() {
+            match self.store.remove_partial(&stem, self.dry_run)? {
+                Some(freed) => {
+                    self.report.partials += 1;
+                    self.report.bytes += freed;
+                }
+                None => {
+                    self.partials.entry(*id).or_default().insert(stem);
+                }
+            }
         }
         Ok(())
     }
@@ -435,19 +526,6 @@ impl<'s> Sweep<'s> {
     /// Removes trees, located records, lock files and temporary files that lead nowhere.
     fn remove_small(&mut self) -> Result<()> {
         let store = self.store;
-        for (path, name) in self.files("trees")? {
-            let digest = name.to_str().and_then(|n| Digest::from_hex(n).ok());
-            if digest.is_some_and(|d| !self.trees.contains(&d)) && self.remove_unlocked(&path)? {
-                self.report.others += 1;
-            }
-        }
-        for (path, _) in self.files("roots")? {
-            let stem = path.file_stem().and_then(|stem| stem.to_str());
-            let digest = stem.and_then(|stem| Digest::from_hex(stem).ok());
-            if digest.is_some_and(|d| !self.trees.contains(&d)) && self.remove_unlocked(&path)? {
-                self.report.others += 1;
-            }
-        }
         for (path, _) in self.files("objects/tmp")? {
             let modified = store.disk.stat(&path)?.map(|stat| stat.modified);
             let age = modified.and_then(|at| SystemTime::now().duration_since(at).ok());
@@ -461,6 +539,28 @@ impl<'s> Sweep<'s> {
                 && store.disk.stat(&record)?.is_none()
                 && self.remove_unlocked(&path)?
             {
+                self.report.others += 1;
+            }
+        }
+        // Whoever pins waits for the records lock.
+        for (path, _) in self.files("pins")? {
+            if store.disk.list(&path)?.is_empty() && !self.dry_run {
+                store.disk.remove_dir(&path)?;
+            }
+        }
+        if !self.unreadable.is_empty() {
+            return Ok(());
+        }
+        for (path, name) in self.files("trees")? {
+            let digest = name.to_str().and_then(|n| Digest::from_hex(n).ok());
+            if digest.is_some_and(|d| !self.trees.contains(&d)) && self.remove_unlocked(&path)? {
+                self.report.others += 1;
+            }
+        }
+        for (path, name) in self.files("roots")? {
+            let name = name.to_str().and_then(|name| name.split('.').next());
+            let digest = name.and_then(|name| Digest::from_hex(name).ok());
+            if digest.is_some_and(|d| !self.trees.contains(&d)) && self.remove_unlocked(&path)? {
                 self.report.others += 1;
             }
         }
@@ -561,7 +661,8 @@ fn last<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) -> bool 
 /// The id in the name of a file of a partial object.
 pub(super) fn partial_id(name: &OsStr) -> Option<ObjectId> {
     let (stem, _) = name.to_str()?.rsplit_once('.')?;
-    let (kind, hex) = stem.split_once('-')?;
+    let (kind, rest) = stem.split_once('-')?;
+    let hex = rest.split_once('-').map_or(rest, |(hex, _claim)| hex);
     let digest = Digest::from_hex(hex).ok()?;
     match kind {
         "sha256" => Some(ObjectId::Sha256(digest)),

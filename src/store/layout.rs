@@ -11,7 +11,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{Result, Store, StoreError, StoreErrorKind};
 use crate::{
-    digest::{Digest, ObjectId},
+    digest::{Digest, PartialId},
     disk::{DiskFile, Open, Span, lock_file},
 };
 
@@ -97,12 +97,12 @@ impl Store {
     }
 
     /// The path of a partial object without its extension.
-    pub(super) fn partial_stem(&self, id: &ObjectId) -> PathBuf {
-        let (kind, digest) = match id {
-            ObjectId::Sha256(digest) => ("sha256", digest),
-            ObjectId::Located(digest) => ("located", digest),
-        };
-        self.root.join(format!("partial/{kind}-{}", digest.hex()))
+    pub(super) fn partial_stem(&self, id: &PartialId) -> PathBuf {
+        let mut name = id.id.to_string().replace(':', "-");
+        if let Some(claim) = id.claim() {
+            name = format!("{name}-{claim}");
+        }
+        self.partial_dir().join(name)
     }
 
     pub(super) fn temp_dir(&self) -> PathBuf {

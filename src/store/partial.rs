@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     chunk,
-    digest::{Digest, ObjectId},
+    digest::{Digest, ObjectId, PartialId},
     disk::{DiskFile, Open, Span, lock_span, unlock_span},
 };
 
@@ -85,33 +85,40 @@ impl Store {
     /// # Errors
     /// [`StoreErrorKind::Invalid`] for a size that is not the one in use or larger than
     /// [`MAX_OBJECT`], [`StoreErrorKind::ReadOnly`], [`StoreErrorKind::NoSpace`], and what the disk says.
-    pub fn partial(self: &Arc<Self>, id: &ObjectId, size: u64) -> Result<Arc<Partial>> {
+    pub fn partial(self: &Arc<Self>, id: impl Into<PartialId>, size: u64) -> Result<Arc<Partial>> {
+        let id = id.into();
         self.need_writable()?;
         let mut partials = self.partials.lock();
-        if let Some(open) = partials.get(id).and_then(std::sync::Weak::upgrade)
+        if let Some(open) = partials.get(&id).and_then(std::sync::Weak::upgrade)
             && !open.live.finished()
         {
             return match open.size == size {
                 true => Ok(open),
-                false => Err(other_size(id, size)),
+                false => Err(other_size(&id.id, size)),
             };
         }
-        let partial = Arc::new(Partial::open(self, id, size)?);
+        let partial = Arc::new(Partial::open(self, &id, size)?);
         if partials.len() % 64 == 63 {
             partials.retain(|_, open| open.strong_count() > 0);
         }
-        partials.insert(*id, Arc::downgrade(&partial));
+        partials.insert(id, Arc::downgrade(&partial));
         Ok(partial)
     }
 
     /// Bytes of an object that are in present chunks; 0 where nothing of it is on its way.
-    pub fn present_bytes(self: &Arc<Self>, id: &ObjectId, size: u64) -> u64 {
+    pub fn present_bytes(self: &Arc<Self>, id: impl Into<PartialId>, size: u64) -> u64 {
         self.present_within(id, size, &(0..size))
     }
 
     /// As [`Store::present_bytes`], of a part of it.
-    pub fn present_within(self: &Arc<Self>, id: &ObjectId, size: u64, part: &Range<u64>) -> u64 {
-        let paths = Paths::of(&self.partial_stem(id));
+    pub fn present_within(
+        self: &Arc<Self>,
+        id: impl Into<PartialId>,
+        size: u64,
+        part: &Range<u64>,
+    ) -> u64 {
+        let id = id.into();
+        let paths = Paths::of(&self.partial_stem(&id));
         match self.disk.stat(&paths.data) {
             Ok(Some(_)) => self
                 .partial(id, size)
@@ -144,13 +151,14 @@ impl Store {
 }
 
 impl Partial {
-    fn open(store: &Arc<Store>, id: &ObjectId, size: u64) -> Result<Self> {
+    fn open(store: &Arc<Store>, name: &PartialId, size: u64) -> Result<Self> {
+        let id = &name.id;
         if size > MAX_OBJECT {
             let message = format!("object {id} of {size} bytes is larger than a file can be");
             return Err(StoreError::new(StoreErrorKind::Invalid, message));
         }
         let disk = &store.disk;
-        let paths = Paths::of(&store.partial_stem(id));
+        let paths = Paths::of(&store.partial_stem(name));
         // Until this is done no other process opens, finishes or removes a partial object.
         let _structure = store.lock_partials()?;
         if disk.stat(&paths.data)?.is_none() {
@@ -174,7 +182,15 @@ impl Partial {
             boot: store.boot,
             inode: stat.inode,
         };
-        let live = match open_live(store, &paths, &scope)? {
+        let live = match open_live(store, &paths, &scope) {
+            // Nobody else has it: as good as none.
+            Err(error) if sole => {
+                tracing::warn!(object = %id, %error, "the chunk words cannot be read: made anew");
+                None
+            }
+            live => live?,
+        };
+        let live = match live {
             Some(live) => live,
             None if sole => rebuild_live(store, &paths, &scope)?,
             None => {
@@ -457,6 +473,26 @@ impl Partial {
             self.store.disk.sync_dir(&self.store.partial_dir())?;
         }
         self.make_absent(0..self.chunks());
+        Ok(())
+    }
+
+    /// The disk does not give back a chunk of `generation`: it is absent again, durably. Does nothing
+    /// where the generation is another by now, or the object complete.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn lose(&self, chunk: u64, generation: u32) -> Result<()> {
+        let _state = self.lock_state()?;
+        if self.live.finished() || self.live.generation() != generation {
+            return Ok(());
+        }
+        let mut map = self.durable()?;
+        if map.get(chunk) {
+            map.clear(chunk);
+            let bytes = map.map_file(&self.id, self.size);
+            self.store.write_durably(&self.paths.map, &bytes)?;
+        }
+        self.make_absent(std::iter::once(chunk));
         Ok(())
     }
 

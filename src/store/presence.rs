@@ -188,6 +188,10 @@ impl Bits {
         self.bytes[index as usize / 8] |= 1 << (index % 8);
     }
 
+    pub(super) fn clear(&mut self, index: u64) {
+        self.bytes[index as usize / 8] &= !(1 << (index % 8));
+    }
+
     pub(super) fn merge(&mut self, other: &Self) {
         for (byte, more) in self.bytes.iter_mut().zip(&other.bytes) {
             *byte |= more;

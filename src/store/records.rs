@@ -392,6 +392,10 @@ impl Store {
             true => self.lock_tree(digest, Span::Shared, true)?,
             false => None,
         };
+        if tree.is_none() && self.writable && self.read_tree(digest)?.is_none() {
+            // Whoever serves it goes on, and fetches what is collected once more.
+            tracing::warn!(%digest, "the tree of what is held is missing: its content may be collected");
+        }
         Ok(Hold {
             reference: None,
             tree,
@@ -424,23 +428,37 @@ impl Store {
 
     /// Locks a file that is only read; `None` where it is missing, or taken and `wait` is false.
     fn lock_there(&self, path: &Path, how: Span, wait: bool) -> Result<Option<FileLock>> {
-        let file = match self.disk.open(path, Open::Read) {
-            Ok(file) => file,
-            Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let locked = lock_file(file.file(), how, wait)
-            .map_err(|error| StoreError::io(path.display(), &error))?;
-        Ok(locked.then(|| FileLock::new(file)))
+        let fail = |error| StoreError::io(path.display(), &error);
+        loop {
+            let file = match self.disk.open(path, Open::Read) {
+                Ok(file) => file,
+                Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            if !lock_file(file.file(), how, wait).map_err(fail)? {
+                return Ok(None);
+            }
+            // A lock on what was removed, or replaced, while it was waited for holds nothing.
+            if layout::linked(file.file()).map_err(fail)? {
+                return Ok(Some(FileLock::new(file)));
+            }
+        }
     }
 
-    /// Keeps a reference, recorded or not, from eviction until [`Store::unpin`]. Durable.
+    /// Keeps a reference, recorded or not, from eviction until [`Store::unpin`]. Durable. A pin that is there needs no
+    /// room on the disk.
     ///
     /// # Errors
     /// [`StoreErrorKind::Invalid`] for an owner that is empty or too long, and what the disk says.
     pub fn pin(&self, reference: &str, owner: &str) -> Result<()> {
         self.need_writable()?;
         let path = self.pin_path(reference, owner)?;
+        // A collection under way has looked at the pins already.
+        let _records = self.lock_records(Span::Shared)?;
+        if self.disk.stat(&path)?.is_some() {
+            // Whoever made it may have been killed before it was durable.
+            return Ok(self.disk.sync_dir(&self.pin_dir(reference))?);
+        }
         self.make_parent(&path)?;
         self.write_durably(&path, reference.as_bytes())
     }

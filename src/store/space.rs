@@ -7,14 +7,20 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use super::{ByteSize, Result, Store, StoreError, StoreErrorKind, partial::Paths};
 use crate::{
-    digest::{Digest, ObjectId},
+    digest::{Digest, PartialId},
     disk::{Space, Stat},
     tree::Artifact,
 };
+
+/// How long a file system may take to show what was freed.
+const SHOWS_LATE: Duration = Duration::from_secs(10);
+/// How often it is asked meanwhile.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// What the store takes on its disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -66,7 +72,7 @@ impl Reservation {
 #[derive(Debug)]
 pub(super) struct Wanted {
     pub(super) reference: String,
-    objects: BTreeMap<ObjectId, u64>,
+    objects: BTreeMap<PartialId, u64>,
     /// Beside the objects: bytes that have not arrived.
     bytes: AtomicU64,
 }
@@ -151,6 +157,14 @@ impl Store {
         Ok(self.disk.space(&self.root)?.free)
     }
 
+    /// Whether less is free there than is to stay free.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn is_short(&self) -> Result<bool> {
+        Ok(self.free_bytes()? < self.config.min_free.0)
+    }
+
     /// The space on the file system of the store.
     ///
     /// # Errors
@@ -174,8 +188,16 @@ impl Store {
         mut each: impl FnMut(Digest, PathBuf, Stat) -> Result<()>,
     ) -> Result<()> {
         for shard in self.disk.list(dir)? {
+            // Other names are not ours, whatever they are.
+            if shard.len() != 2 {
+                continue;
+            }
             let shard = dir.join(shard);
-            for name in self.disk.list(&shard)? {
+            let names = match self.disk.list(&shard) {
+                Err(error) if error.errno() == Some(libc::ENOTDIR) => continue,
+                names => names?,
+            };
+            for name in names {
                 let path = shard.join(&name);
                 let digest = name.to_str().and_then(|n| Digest::from_hex(n).ok());
                 if let Some(digest) = digest
@@ -196,7 +218,8 @@ impl Store {
     /// # Errors
     /// [`StoreErrorKind::NoSpace`] with the arithmetic; nothing was evicted then.
     pub fn admit(self: &Arc<Self>, artifact: &Artifact) -> Result<Reservation> {
-        let sizes = artifact.stored().map(|o| (o.id, o.size));
+        let origin = artifact.origin();
+        let sizes = artifact.stored().map(|o| (o.partial_id(&origin), o.size));
         self.admit_wanted(Wanted {
             reference: artifact.reference.clone(),
             objects: sizes.collect(),
@@ -253,7 +276,7 @@ impl Store {
                 let could = self.evict(missing, &admitted, true)?;
                 if could >= missing {
                     self.evict(missing, &admitted, false)?;
-                    room = self.room()?;
+                    room = self.room_for(needed)?;
                 }
                 if needed > room.available {
                     let own = needed - reserved;
@@ -266,10 +289,10 @@ impl Store {
     }
 
     /// Bytes of `objects` that are not on the disk yet.
-    fn outstanding(&self, objects: &BTreeMap<ObjectId, u64>) -> Result<u64> {
+    fn outstanding(&self, objects: &BTreeMap<PartialId, u64>) -> Result<u64> {
         let mut sum = 0u64;
         for (id, size) in objects {
-            let content = self.content_of(id)?;
+            let content = self.content_of(&id.id)?;
             if let Some(digest) = content
                 && self
                     .stat_content(&digest)?
@@ -282,6 +305,24 @@ impl Store {
             sum = sum.saturating_add(size.saturating_sub(there));
         }
         Ok(sum)
+    }
+
+    /// The room after an eviction. Some file systems show what was freed only after a while (XFS and btrfs
+    /// free in the background): waits for that.
+    fn room_for(&self, needed: u64) -> Result<Room> {
+        let deadline = Instant::now() + SHOWS_LATE;
+        let mut synced = false;
+        loop {
+            let room = self.room()?;
+            if needed <= room.available || Instant::now() > deadline {
+                return Ok(room);
+            }
+            if !std::mem::replace(&mut synced, true) {
+                self.open_root()?.sync_fs()?;
+                continue;
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
     }
 
     fn room(&self) -> Result<Room> {

@@ -12,6 +12,7 @@
 mod background;
 mod find;
 mod label;
+mod listing;
 mod placement;
 
 pub use placement::Placement;
@@ -502,6 +503,16 @@ impl Store {
 
     fn distrusted_dir(&self, tier: &Tier) -> Option<PathBuf> {
         Some(self.root.join("distrusted").join(tier.key()?))
+    }
+
+    /// The objects of a tier that are not read from it.
+    fn damaged_on(&self, tier: &Tier) -> Result<HashSet<Digest>> {
+        let mut damaged = tier.bad.lock().clone();
+        if let Some(dir) = self.distrusted_dir(tier) {
+            let names = self.disk.list(&dir)?.into_iter();
+            damaged.extend(names.filter_map(|name| Digest::from_hex(name.to_str()?).ok()));
+        }
+        Ok(damaged)
     }
 
     /// How many objects of a tier are not read from it.

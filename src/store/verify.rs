@@ -2,12 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
+    time::SystemTime,
 };
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
@@ -26,6 +27,7 @@ use super::{
 use crate::{
     digest::{Digest, ObjectId},
     disk::Open,
+    tree::Artifact,
 };
 
 /// Objects read at once: a disk is rarely faster with more, and a busy node keeps its cores.
@@ -365,13 +367,15 @@ impl Store {
             };
             let Some(record) = known else {
                 if self.disk.stat(path)?.is_some() {
-                    self.damaged(
-                        path.clone(),
-                        "its checksum does not fit",
-                        Vec::new(),
-                        repair,
-                        report,
-                    )?;
+                    let artifact = self.recorded_at(path)?;
+                    let reference = artifact.as_ref().map(|a| a.reference.clone());
+                    let what = "its checksum does not fit";
+                    let references = reference.into_iter().collect();
+                    self.damaged(path.clone(), what, references, repair, report)?;
+                    // At once: until it is there, what it leads to is anybody's to collect.
+                    if let Some(artifact) = artifact.filter(|_| repair) {
+                        self.record(&artifact)?;
+                    }
                 }
                 if let VerifyScope::References(references) = scope {
                     report.missing.push(references[at].clone());
@@ -423,6 +427,26 @@ impl Store {
         Ok(())
     }
 
+    /// The artifact whose damaged record lies at `path`: the newest of the trees with that reference.
+    fn recorded_at(&self, path: &Path) -> Result<Option<Artifact>> {
+        let dir = self.root.join("trees");
+        let mut newest: Option<(SystemTime, Artifact)> = None;
+        for name in self.disk.list(&dir)? {
+            let Some(digest) = name.to_str().and_then(|n| Digest::from_hex(n).ok()) else {
+                continue;
+            };
+            let modified = self.disk.stat(&dir.join(&name))?.map(|stat| stat.modified);
+            if let Some(artifact) = self.own_tree(&digest)?
+                && let Some(modified) = modified
+                && self.record_path(&artifact.reference) == path
+                && newest.as_ref().is_none_or(|(at, _)| *at < modified)
+            {
+                newest = Some((modified, artifact));
+            }
+        }
+        Ok(newest.map(|(_, artifact)| artifact))
+    }
+
     /// Checks the record of an image, if there is one, and gathers its layers.
     fn verify_image(
         &self,
@@ -469,7 +493,7 @@ impl Store {
             let Some(id) = partial_id(&name) else {
                 continue;
             };
-            let paths = Paths::of(&self.partial_stem(&id));
+            let paths = Paths::of(&self.partial_dir().join(&name).with_extension(""));
             if self.partial_dir().join(&name) == paths.map && !self.map_is_good(&id, &paths)? {
                 // Under the lock that opening takes: nobody reads it between check and removal.
                 let _structure = match repair {

@@ -76,14 +76,16 @@ async fn a_flipped_bit_in_what_is_half_done_never_becomes_complete() {
         let object = source.object();
         {
             let store = open(dir.path(), pass + 1);
-            let partial = store.partial(&object.id, object.size).unwrap();
+            let partial = store.partial(source.part(), object.size).unwrap();
             let lease = partial.claim(0..2).unwrap().unwrap();
             let data = &source.data[..2 * MIB];
             lease.commit(0, data, store::WriteMode::Cached).unwrap();
             partial.checkpoint().unwrap();
         }
-        let name = object.id.to_string().replace(':', "-");
-        let data = dir.path().join(format!("partial/{name}.data"));
+        let mut parts = std::fs::read_dir(dir.path().join("partial")).unwrap();
+        let is_data = |path: &PathBuf| path.extension().is_some_and(|e| e == "data");
+        let data = parts.find_map(|part| Some(part.unwrap().path()).filter(is_data));
+        let data = data.unwrap();
         let file = std::fs::File::options()
             .read(true)
             .write(true)

@@ -189,6 +189,14 @@ impl Targets for Marks {
             .is_some_and(|(id, _)| *id == model.id)
     }
 
+    fn is_mounted(&self, target: &Path) -> bool {
+        self.get().contains_key(target)
+    }
+
+    fn is_gone(&self, target: &Path) -> bool {
+        hearth::csi::Binds.is_gone(target)
+    }
+
     fn detach(&self, target: &Path, _: bool) -> Result<(), CsiError> {
         self.mounted.lock().unwrap().remove(target);
         Ok(())

@@ -81,6 +81,35 @@ async fn readers_get_the_bytes_whatever_the_disk_does() {
     assert!(metrics::global().fetch_streamed_bytes.get() > 0);
 }
 
+/// A sector of what an earlier process brought cannot be read any more: it is fetched anew, also where
+/// much comes after it; and where that does not help, the disk is named and nobody waits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chunk_that_the_disk_does_not_give_back_is_fetched_again() {
+    for (size, heals) in [(9 * MIB, true), (210 * MIB, true), (210 * MIB, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = FailingDisk::new();
+        let source = Arc::new(Scripted::new(size));
+        let object = source.object();
+        let store = open(&disk, dir.path());
+        let partial = store.partial(source.part(), object.size).unwrap();
+        let lease = partial.claim(5..6).unwrap().unwrap();
+        let chunk = &source.data[5 * MIB..6 * MIB];
+        lease.commit(5, chunk, store::WriteMode::Cached).unwrap();
+        partial.checkpoint().unwrap();
+        drop((lease, partial));
+        let at = 5 * MIB as u64 + 8192;
+        disk.bad_sectors(at..at + 4096, heals);
+        let engine = Engine::new(store, config());
+        let handle = engine.open(&object, &source.source()).unwrap();
+        let warm = tokio::time::timeout(Duration::from_secs(120), handle.ensure(Class::Warm));
+        let warmed = warm.await.expect("it hangs");
+        match heals {
+            true => assert_eq!(warmed.unwrap().digest, Digest::of(&source.data)),
+            false => assert_eq!(warmed.unwrap_err().kind(), FetchErrorKind::Disk),
+        }
+    }
+}
+
 /// The disk is full as the file is opened: it is streamed, until there is space again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_streamed_is_kept_once_there_is_space() {
@@ -231,4 +260,22 @@ async fn the_snapshotter_bears_a_disk_that_fails_at_any_call() {
             }
         }
     }
+}
+
+/// A small object that the disk has no room for is verified all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_small_object_is_verified_past_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FailingDisk::new();
+    let engine = Engine::new(open(&disk, dir.path()), config());
+    let source = Arc::new(Scripted::new(9000).script([Some(Fault::Flip)]));
+    let handle = engine.open(&source.object(), &source.source()).unwrap();
+    disk.fail_after(0, libc::EIO);
+    let read = handle.read(0, 100).await.unwrap();
+    assert!(read == source.data.slice(0..100), "wrong bytes were served");
+    let wrong = Arc::new(Scripted::new(9001));
+    wrong.serve_wrong_bytes(true);
+    let handle = engine.open(&wrong.object(), &wrong.source());
+    let error = handle.unwrap().read(0, 100).await.unwrap_err();
+    assert_eq!(error.kind(), FetchErrorKind::Corrupt);
 }

@@ -2,11 +2,14 @@
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
+use futures_util::{StreamExt as _, stream};
 use hearth::{
     digest::{Digest, ObjectId},
     fetch::{Class, Config, Engine, FetchErrorKind, Handle, VerifyPolicy},
-    source::SourceErrorKind,
+    reference::Reference,
+    source::{ByteStream, Source, SourceError, SourceErrorKind},
     store::{self, Store},
+    tree::{Artifact, Location, Object, Recipe},
 };
 
 use crate::scripted_source::{Fault, Scripted};
@@ -388,7 +391,10 @@ async fn an_interrupted_warm_goes_on_where_it_stopped() {
     let mut present = 0;
     loop {
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let before = std::mem::replace(&mut present, store.present_bytes(&object.id, object.size));
+        let before = std::mem::replace(
+            &mut present,
+            store.present_bytes(bed.source.part(), object.size),
+        );
         if before == present && hearth::metrics::global().fetch_connections.get() == 0 {
             break;
         }
@@ -436,7 +442,7 @@ async fn two_engines_on_one_store_share_the_work() {
 async fn a_gap_that_nobody_fills_any_more_is_filled() {
     let bed = Bed::new(Scripted::new(170 * MIB));
     let (other, object) = (open(bed.dir.path()), bed.source.object());
-    let partial = other.partial(&object.id, object.size).unwrap();
+    let partial = other.partial(bed.source.part(), object.size).unwrap();
     let lease = partial.claim(1..2).unwrap().unwrap();
     let handle = bed.handle();
     let warm = tokio::spawn({
@@ -461,7 +467,7 @@ async fn what_another_process_discards_is_not_served_from_memory() {
     let read = handle.read(0, 1000).await.unwrap();
     assert!(read != bed.source.data.slice(0..1000), "not verified yet");
     let (other, object) = (open(bed.dir.path()), bed.source.object());
-    let partial = other.partial(&object.id, object.size).unwrap();
+    let partial = other.partial(bed.source.part(), object.size).unwrap();
     partial.discard(partial.generation()).unwrap();
     bed.source.serve_wrong_bytes(false);
     for chunk in 0..3 {
@@ -592,5 +598,225 @@ async fn what_came_by_another_way_is_not_fetched() {
         check_read(&handle, &bed.source, 0..size).await;
         bed.check_whole().await;
         assert_eq!(bed.asked(), asked);
+    }
+}
+
+/// An origin that claims to have a well-known digest, and gives bytes of its own but never the last: whoever
+/// has the content from elsewhere sees none of that, in this process or the next, nor is kept waiting.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_one_origin_claims_is_not_served_to_who_asked_another() {
+    let bed = Bed::new(Scripted::new(4 * MIB).at("hf://models/good/model"));
+    let liar = Scripted::new(4 * MIB)
+        .false_bytes()
+        .at("hf://models/bad/model");
+    let liar = Arc::new(liar.script((0..100).map(|_| Some(Fault::Hold(3 << 20)))));
+    let object = bed.source.object();
+    let theirs = bed.engine.open(&object, &liar.source()).unwrap();
+    check_read(&theirs, &liar, 0..3 * MIB).await;
+    // It claims another size, too.
+    let longer = Object {
+        size: object.size + 1,
+        ..object.clone()
+    };
+    let other_size = bed.engine.open(&longer, &liar.source()).unwrap();
+    let next = Engine::new(open(bed.dir.path()), config());
+    for engine in [&bed.engine, &next] {
+        let handle = engine.open(&object, &bed.source.source()).unwrap();
+        for chunk in 0..4 {
+            check_read(&handle, &bed.source, chunk * MIB..chunk * MIB + 1000).await;
+        }
+    }
+    assert!(bed.source.requests().len() >= 2, "nothing was asked of it");
+    drop(next);
+    bed.check_whole().await;
+    // Now everybody has the verified one, and nobody a share in what was false.
+    check_read(&theirs, &bed.source, 0..3 * MIB).await;
+    assert!(theirs.complete().is_some());
+    drop(other_size);
+}
+
+/// What was brought of a verified object is everybody's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_verified_object_is_shared_between_origins() {
+    let bed = Bed::new(Scripted::new(3 * MIB).at("hf://models/a/one"));
+    bed.check_whole().await;
+    let other = Arc::new(Scripted::new(3 * MIB).at("oci://registry/two"));
+    let handle = bed.engine.open(&other.object(), &other.source()).unwrap();
+    check_read(&handle, &bed.source, 0..3 * MIB).await;
+    assert!(other.requests().is_empty());
+}
+
+/// One of two ways to the content is dead: however many fetches fail at once, none goes back to it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_origin_is_left_for_good() {
+    let bed = Bed::new(Scripted::new(40 * MIB));
+    let refuse = |kind| (0..1000).map(move |_| Some(Fault::Refuse(kind)));
+    for kind in [SourceErrorKind::NotFound, SourceErrorKind::Denied] {
+        let object = bed.source.object();
+        let dead = Arc::new(Scripted::new(40 * MIB).script(refuse(kind)));
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Engine::new(open(dir.path()), config());
+        let _good = engine.open(&object, &bed.source.source()).unwrap();
+        let handle = engine.open(&object, &dead.source()).unwrap();
+        let reads = (0..8u64).map(|at| {
+            let handle = Arc::clone(&handle);
+            async move { handle.read(at * 5 * MIB as u64, 1000).await }
+        });
+        for read in futures_util::future::join_all(reads).await {
+            read.unwrap();
+        }
+        let asked = dead.requests().len();
+        assert!(asked <= 16, "{asked} times");
+        check_read(&handle, &bed.source, 39 * MIB..39 * MIB + 1000).await;
+        handle.ensure(Class::Warm).await.unwrap();
+        assert_eq!(dead.requests().len(), asked, "{kind:?}: it was asked again");
+    }
+}
+
+/// What one origin gives is wrong, and another has the true content.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wrong_content_is_fetched_again_from_another_origin() {
+    for size in [1000, 3 * MIB] {
+        let bed = Bed::new(Scripted::new(size));
+        let wrong = Arc::new(Scripted::new(size));
+        wrong.serve_wrong_bytes(true);
+        let object = bed.source.object();
+        let _good = bed.handle();
+        let handle = bed.engine.open(&object, &wrong.source()).unwrap();
+        handle.ensure(Class::Warm).await.unwrap();
+        assert!(!wrong.requests().is_empty());
+    }
+}
+
+/// Reads through the engine, as files in a layer do.
+#[derive(Debug)]
+struct InLayer {
+    blob: Arc<Handle>,
+}
+
+#[async_trait::async_trait]
+impl Source for InLayer {
+    async fn resolve(&self, reference: &Reference) -> Result<Artifact, SourceError> {
+        let what = reference.to_string();
+        Err(SourceError::new(SourceErrorKind::NotFound, what, "is none"))
+    }
+
+    fn origin(&self) -> String {
+        "oci://registry/layers".into()
+    }
+
+    fn waits_for_objects(&self) -> bool {
+        true
+    }
+
+    async fn read(&self, _: &Location, range: Range<u64>) -> Result<ByteStream, SourceError> {
+        let blob = Arc::clone(&self.blob);
+        let pieces = stream::try_unfold(range.start, move |at| {
+            let (blob, end) = (Arc::clone(&blob), range.end);
+            async move {
+                let len = (end - at).min(100_000) as usize;
+                let piece = blob.read(at, len).await.map_err(|e| e.as_source())?;
+                let next = at + piece.len() as u64;
+                Ok((!piece.is_empty()).then_some((piece, next)))
+            }
+        });
+        Ok(pieces.boxed())
+    }
+}
+
+/// More cold readers of files in a layer than there are buffers: what a file holds is not what its layer
+/// needs to arrive.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_of_files_in_a_layer_do_not_wait_for_each_other() {
+    const FILE: usize = 3 * MIB;
+    let config = Config {
+        memory: store::ByteSize(8 << 20),
+        ..config()
+    };
+    let bed = Bed::with(
+        Scripted::new(13 * FILE).paced(64 << 10, Duration::from_millis(1)),
+        config,
+    );
+    let layer: Arc<dyn Source> = Arc::new(InLayer { blob: bed.handle() });
+    let reads = (0..12).map(|at| {
+        let start = at * FILE + MIB / 2;
+        let data = bed.source.data.slice(start..start + FILE);
+        let object = Object {
+            id: ObjectId::Sha256(Digest::of(&data)),
+            size: FILE as u64,
+            git_sha1: None,
+            recipe: Recipe::Raw(Location {
+                path: format!("file {at}"),
+                generation: None,
+                offset: start as u64,
+            }),
+        };
+        let handle = bed.engine.open(&object, &layer).unwrap();
+        async move {
+            for chunk in 0..3 {
+                let read = handle.read((chunk * MIB) as u64, MIB).await.unwrap();
+                assert!(read == data.slice(chunk * MIB..(chunk + 1) * MIB));
+            }
+        }
+    });
+    let all = futures_util::future::join_all(reads);
+    let done = tokio::time::timeout(Duration::from_secs(60), all).await;
+    assert!(done.is_ok(), "they wait for each other");
+}
+
+/// Now and then a few bytes: that is given up as no bytes are, where somebody waits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_trickling_body_holds_no_reader_for_good() {
+    let config = Config {
+        patience: Duration::from_secs(2),
+        ..config()
+    };
+    let trickle = Scripted::new(3 * MIB).paced(64, Duration::from_millis(100));
+    let bed = Bed::with(trickle, config);
+    let handle = bed.handle();
+    let read = tokio::time::timeout(Duration::from_secs(30), handle.read(900_000, 1000));
+    let error = read.await.expect("it waits for good").unwrap_err();
+    assert_eq!(error.kind(), FetchErrorKind::Unavailable);
+    assert!(error.to_string().contains("too slowly"), "{error}");
+}
+
+/// Another process has claimed all that a reader wants and brings none of it: he waits for it once, not for
+/// each piece.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_process_is_waited_for_once() {
+    let bed = Bed::new(Scripted::new(60 * MIB));
+    let other = open(bed.dir.path());
+    let partial = other.partial(bed.source.part(), 60 * MIB as u64).unwrap();
+    let _lease = partial.claim(0..60).unwrap().unwrap();
+    let handle = bed.handle();
+    let reads = async {
+        for chunk in 0..60 {
+            check_read(&handle, &bed.source, chunk * MIB..chunk * MIB + 1000).await;
+        }
+    };
+    // Each for itself would take 12 s.
+    let all = tokio::time::timeout(Duration::from_secs(6), reads).await;
+    assert!(all.is_ok(), "each piece was waited for");
+}
+
+/// Others fetch what is first in the queue, slowly; what comes after it does not stand still for that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_others_fetch_does_not_hold_up_the_queue() {
+    let bed = Bed::new(Scripted::new(3 * MIB));
+    let other = open(bed.dir.path());
+    let mut held = Vec::new();
+    for size in 10..16 {
+        let source = Arc::new(Scripted::new(size * MIB));
+        let partial = other.partial(source.part(), (size * MIB) as u64).unwrap();
+        let lease = partial.claim(0..size as u64).unwrap().unwrap();
+        let handle = bed.engine.open(&source.object(), &source.source()).unwrap();
+        let warm = tokio::spawn(async move { handle.ensure(Class::Warm).await });
+        held.push((lease, warm));
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let whole = tokio::time::timeout(Duration::from_secs(20), bed.check_whole()).await;
+    assert!(whole.is_ok(), "it waits for the others");
+    for (_, warm) in held {
+        warm.abort();
     }
 }

@@ -14,10 +14,10 @@ const LAYERS: &[&[&str]] = &[
     &["image"],
     &["store", "source"],
     &["disk", "tree", "socket"],
-    &["reference", "digest", "chunk"],
+    &["reference", "digest", "chunk", "limits"],
 ];
-/// Imported by any room, imports none.
-const GROUND: &[&str] = &["metrics", "gen"];
+/// Imported by any room, import none but each other.
+const GROUND: &[&str] = &["metrics", "gen", "telemetry"];
 
 fn layer(room: &str) -> Option<usize> {
     LAYERS.iter().position(|rooms| rooms.contains(&room))

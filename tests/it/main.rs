@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod bad_bytes;
+mod collector;
 mod corpus;
 mod csi;
 mod decode;
@@ -14,6 +15,7 @@ mod http_faults;
 mod kube;
 mod layers;
 mod manifests;
+mod otlp;
 mod registry;
 mod scripted;
 mod scripted_source;

@@ -427,6 +427,10 @@ fn what_manifests_name_exists() {
                 "{at}"
             );
             for subject in document["subjects"].as_array().unwrap() {
+                if subject["kind"] == "Group" {
+                    assert_eq!(subject["name"], "system:nodes", "{at}");
+                    continue;
+                }
                 assert!(is_there("ServiceAccount", &subject["name"]), "{at}");
                 assert_eq!(subject["namespace"], "hearth-system", "{at}");
             }
@@ -543,10 +547,55 @@ fn a_rolling_update_drops_no_mount() {
 }
 
 #[test]
+fn the_keeper_has_the_configuration_that_it_reads() {
+    let base = base();
+    let keeper = base
+        .iter()
+        .find(|d| d["kind"] == "DaemonSet" && d["metadata"]["name"] == "hearth-keeper");
+    let pod = pod_spec(keeper.unwrap()).unwrap();
+    let arguments = pod["containers"][0]["args"].as_array().unwrap();
+    assert!(arguments.contains(&json!("--config=/etc/hearth/config.toml")));
+    // It is never replaced: what it names must not go with the next configuration.
+    let kustomization = &documents(&root().join("base/kustomization.yaml"))[0];
+    let generated = kustomization["configMapGenerator"].as_array().unwrap();
+    let own = generated.iter().find(|g| g["name"] == "hearth-keeper");
+    assert_eq!(own.unwrap()["options"]["disableNameSuffixHash"], true);
+    let config = Config::read(&root().join("base/config/keeper.toml")).unwrap();
+    assert_eq!(config.mount, Default::default());
+}
+
+#[test]
+fn the_provisioner_may_see_the_node_of_a_claim() {
+    let base = base();
+    let role = base
+        .iter()
+        .find(|d| d["kind"] == "ClusterRole" && d["metadata"]["name"] == "hearth-provisioner");
+    let rules = role.unwrap()["rules"].as_array().unwrap();
+    let nodes = rules
+        .iter()
+        .find(|rule| rule["resources"] == json!(["nodes"]));
+    assert_eq!(nodes.unwrap()["verbs"], json!(["get", "list", "watch"]));
+}
+
+#[test]
 fn configurations_are_valid_and_fit_the_manifests() {
     for file in files("toml") {
         Config::read(&file).unwrap_or_else(|e| panic!("{e}"));
     }
+    // And so is what one only has to uncomment.
+    let text = fs::read_to_string(root().join("systemd/config.toml")).unwrap();
+    let lines = text.lines().map(|line| match line.strip_prefix("# ") {
+        Some(said) if said.starts_with('[') || said.contains(" = \"") || said.ends_with("true") => {
+            said
+        }
+        _ => line,
+    });
+    let text = lines.collect::<Vec<_>>().join("\n");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), text).unwrap();
+    let config = Config::read(file.path()).unwrap();
+    assert_eq!(config.node_name(), "node-1");
+    assert!(config.kube.enabled && config.kube.warmups.enabled);
     let read = |name: &str| Config::read(&root().join("base/config").join(name)).unwrap();
     let (agent, controller, provisioner) = (
         read("agent.toml"),

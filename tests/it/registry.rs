@@ -28,6 +28,7 @@ use crate::scripted::{Reply, Scripted, Seen};
 
 mod auth;
 mod manifests;
+mod passing;
 mod ways;
 
 const SECRET: &str = "geheim";

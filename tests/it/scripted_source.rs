@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use hearth::{
-    digest::{Digest, ObjectId},
+    digest::{Digest, ObjectId, PartialId},
     reference::Reference,
     source::{ByteStream, Source, SourceError, SourceErrorKind},
     tree::{Artifact, Location, Object, Recipe},
@@ -50,6 +50,7 @@ pub(crate) struct Scripted {
     frame: usize,
     pace: Duration,
     always_wrong: AtomicBool,
+    origin: &'static str,
 }
 
 impl Scripted {
@@ -61,12 +62,25 @@ impl Scripted {
             frame: 64 << 10,
             pace: Duration::ZERO,
             always_wrong: AtomicBool::new(false),
+            origin: "hf://models/a/a",
         }
     }
 
     /// Frames of `frame` bytes with a pause before each.
     pub(crate) fn paced(mut self, frame: usize, pace: Duration) -> Self {
         (self.frame, self.pace) = (frame, pace);
+        self
+    }
+
+    /// Its content is nowhere what others have.
+    pub(crate) fn false_bytes(mut self) -> Self {
+        self.data = self.data.iter().map(|byte| !byte).collect();
+        self
+    }
+
+    /// It is at another origin.
+    pub(crate) fn at(mut self, origin: &'static str) -> Self {
+        self.origin = origin;
         self
     }
 
@@ -88,6 +102,11 @@ impl Scripted {
     /// An object with the content, named by its digest.
     pub(crate) fn object(&self) -> Object {
         self.object_as(ObjectId::Sha256(Digest::of(&self.data)))
+    }
+
+    /// What the object is called in the store until it is verified.
+    pub(crate) fn part(&self) -> PartialId {
+        self.object().partial_id(self.origin)
     }
 
     pub(crate) fn object_as(&self, id: ObjectId) -> Object {
@@ -130,6 +149,10 @@ impl Source for Scripted {
             reference.to_string(),
             "not scripted",
         ))
+    }
+
+    fn origin(&self) -> String {
+        self.origin.into()
     }
 
     async fn read(

@@ -26,7 +26,7 @@ struct Bed {
 
 /// Slices of the content of `source`: path, offset, size.
 fn bed(source: Scripted, files: &[(&str, u64, u64)]) -> Bed {
-    let source = Arc::new(source);
+    let source = Arc::new(source.at("oci://127.0.0.1:1/m"));
     let mut tree = TreeBuilder::new(Meta::dir(0));
     let mut objects = Vec::new();
     for (path, offset, size) in files {

@@ -195,6 +195,7 @@ async fn start(
         sync: false,
     };
     let snapshotter = Snapshotter::open(settings, roots).unwrap();
+    snapshotter.sweep().await;
     let address = dir.join("run/s.sock");
     let listener = Listener::bind(&address).unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel();

@@ -37,6 +37,7 @@ mod private;
 mod secrets;
 mod survive;
 mod systemd;
+mod tables;
 mod tiers;
 
 /// Longest time that anything but a server may take.

@@ -2,6 +2,9 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod cli;
+#[path = "../it/collector.rs"]
+#[expect(dead_code, reason = "here only some of it is needed")]
+mod collector;
 mod compressors;
 mod containerd;
 #[path = "../it/digests.rs"]

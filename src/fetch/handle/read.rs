@@ -21,6 +21,9 @@ const OTHER_PROCESS: Duration = Duration::from_millis(5);
 /// How long a reader waits for what another process has claimed.
 const OTHER_PROCESS_PATIENCE: Duration = Duration::from_millis(200);
 
+/// For how long one that was slow is taken to be slow.
+const SLOW_HOLDER: Duration = Duration::from_secs(5);
+
 /// How often one who follows looks again, should nothing wake him.
 const FOLLOW: Duration = Duration::from_millis(50);
 
@@ -182,7 +185,12 @@ impl Handle {
             if let Some(error) = carrier.and_then(|f| f.failure()) {
                 return Err(error.clone());
             }
-            if carrier.is_some() {
+            if let Some(flight) = carrier {
+                // Its chunks were being written when it was asked to give this one up: once more.
+                if let Some(lease) = flight.yield_from(index) {
+                    let flight = self.cover(&self.engine()?, partial, lease, index + 1);
+                    carriers.push(flight);
+                }
                 changed.await;
                 continue;
             }
@@ -190,8 +198,13 @@ impl Handle {
             if carriers.is_empty() {
                 // Claimed, but not in this process; or just now landed.
                 let since = *elsewhere_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > OTHER_PROCESS_PATIENCE {
-                    // It may be slow, or stopped: no reader waits for that.
+                let slow_since = *self.slow_holder.lock();
+                let is_slow = slow_since.is_some_and(|since| since.elapsed() < SLOW_HOLDER);
+                if is_slow || since.elapsed() > OTHER_PROCESS_PATIENCE {
+                    // It may be slow, or stopped: no reader waits for that, and none twice.
+                    if !is_slow {
+                        *self.slow_holder.lock() = Some(Instant::now());
+                    }
                     self.streamed.store(true, Ordering::Relaxed);
                     let data = self.receive(piece.clone(), Class::Demand).await?;
                     out.copy_from_slice(&data);

@@ -8,8 +8,9 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{Handle, State};
+use super::{Handle, LONGEST_READ, State};
 use crate::{
+    chunk::CHUNK_SIZE,
     fetch::{Class, FetchError, FetchErrorKind},
     metrics,
     store::Partial,
@@ -61,7 +62,7 @@ impl Handle {
         let looking = self.engine().ok()?.runtime.spawn_blocking(move || {
             let failed = |e| FetchError::store(&handle, &e);
             let store = Arc::clone(&handle.engine()?.store);
-            let partial = store.partial(handle.id(), handle.size()).map_err(failed)?;
+            let partial = store.partial(handle.part, handle.size()).map_err(failed)?;
             {
                 let mut state = handle.state.write();
                 if matches!(*state, State::Streamed) {
@@ -81,8 +82,29 @@ impl Handle {
         }
     }
 
+    /// As [`Handle::read`], but what is not here is not stored: there is no room for it.
+    ///
+    /// # Errors
+    /// As [`Handle::read`].
+    pub async fn read_past_disk(&self, offset: u64, len: usize) -> Result<Bytes, FetchError> {
+        let left = usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX);
+        let mut here = vec![0; len.min(left).min(LONGEST_READ)];
+        if here.is_empty() || self.try_read(offset, &mut here)? {
+            return Ok(here.into());
+        }
+        self.read_through(offset..offset + here.len() as u64).await
+    }
+
     /// Reads without storing: the disk is full, or fails.
     pub(super) async fn read_through(&self, bytes: Range<u64>) -> Result<Bytes, FetchError> {
+        // A small one is verified before any of it is served.
+        if self.size() <= CHUNK_SIZE {
+            let whole = self.receive_verified().await?;
+            let data = whole.slice(bytes.start as usize..bytes.end as usize);
+            let streamed = &metrics::global().fetch_streamed_bytes;
+            streamed.add(data.len() as u64);
+            return Ok(data);
+        }
         if self.strict() {
             let why =
                 "the disk is full, and nothing may be served before it is stored and verified";

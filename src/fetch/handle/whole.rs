@@ -14,9 +14,10 @@ use futures_util::StreamExt as _;
 use super::{Handle, NOTHING_SERVED, State, Wrong, cannot_keep};
 use crate::{
     chunk,
+    digest::Digest,
     fetch::{
         Class, FetchError, FetchErrorKind, Inner,
-        retry::Retry,
+        retry::{Retry, is_of_origin},
         small::Urgency,
         verify::{Verdict, judge_bytes},
     },
@@ -86,8 +87,12 @@ impl Handle {
                 .await?;
             match self.finish(&partial).await {
                 Ok(Some(complete)) => return Ok(complete),
-                // Somebody else has found it wrong, or its pages were lost.
-                Ok(None) => {}
+                // Somebody else has found it wrong, or a part of it was lost: once is an accident.
+                Ok(None) => match self.lost.lock().take() {
+                    Some(error) if lost => return Err(error),
+                    Some(_) => lost = true,
+                    None => {}
+                },
                 Err(error)
                     if error.kind() == FetchErrorKind::Corrupt && !self.was_wrong_twice() =>
                 {
@@ -260,10 +265,13 @@ impl Handle {
                 retry.progress();
                 self.trouble.is_over();
             }
-            let Some(pause) = retry.pause(&failure) else {
-                if routes_tried + 1 < self.routes() {
+            let has_others = routes_tried + 1 < self.routes();
+            let at_once = has_others && is_of_origin(failure.kind());
+            let Some(pause) = retry.pause(&failure).filter(|_| !at_once) else {
+                if has_others {
                     routes_tried += 1;
-                    self.next_route();
+                    self.leave(&route);
+                    retry = Retry::new(engine.config.patience, self.trouble.gave());
                     data.clear();
                     continue;
                 }
@@ -276,6 +284,25 @@ impl Handle {
         self.trouble.is_over();
         self.count(class, data.len() as u64);
         Ok(data.into())
+    }
+
+    /// The whole content of a small object, verified, and not stored.
+    pub(super) async fn receive_verified(&self) -> Result<Bytes, FetchError> {
+        self.held_off()?;
+        let mut wrong = None;
+        for _ in 0..2 {
+            let data = match self.size() {
+                0 => Bytes::new(),
+                size => self.receive(0..size, Class::Demand).await?,
+            };
+            match judge_bytes(&self.object, &data) {
+                Verdict::Good(..) => return Ok(data),
+                Verdict::Bad {
+                    expected, found, ..
+                } => wrong = Some(self.poison(&expected, &found)),
+            }
+        }
+        Err(wrong.unwrap_or_else(|| FetchError::cancelled(self)))
     }
 
     /// The whole content of a small object, verified. On return it is complete, unless the disk is
@@ -418,6 +445,8 @@ impl Handle {
                 };
                 metrics::global().store_objects_completed.add(1);
                 self.completed(&complete, partial);
+                // What others claim to have is the same, or was never true.
+                engine.came(self.id());
                 Ok(Some(complete))
             }
             // What was hashed is gone: of what is here now it says nothing.
@@ -485,8 +514,15 @@ impl Handle {
         self.wrong.lock().as_ref().is_some_and(|w| w.times >= 2)
     }
 
+    /// The error of content that was passed on, and has another digest than it should.
+    pub fn is_wrong(&self, expected: &Digest, found: &Digest) -> FetchError {
+        self.poison(&expected.to_string(), &found.to_string())
+    }
+
     fn poison(&self, expected: &str, found: &str) -> FetchError {
         self.poisoned.store(true, Ordering::Relaxed);
+        // Another origin may have the true content.
+        self.leave(&self.route());
         metrics::global().fetch_corrupt_objects.add(1);
         let message = format!("the content is wrong: expected {expected}, received {found}");
         tracing::error!(object = %self.id(), path = %self.name, expected, found, "wrong content");

@@ -30,6 +30,10 @@ impl Source for Blobs {
         ))
     }
 
+    fn origin(&self) -> String {
+        "oci://registry/a".into()
+    }
+
     async fn read(
         &self,
         location: &Location,

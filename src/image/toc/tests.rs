@@ -228,6 +228,10 @@ impl Source for Origin {
         ))
     }
 
+    fn origin(&self) -> String {
+        "oci://registry/a".into()
+    }
+
     async fn read(&self, at: &Location, range: Range<u64>) -> Result<ByteStream, SourceError> {
         assert_eq!(at.path, Digest::of(&self.blob).to_string());
         self.requests.lock().push(range.clone());
@@ -323,6 +327,11 @@ async fn a_table_says_what_decoding_says_and_any_file_is_read_by_it() {
         let whole = unpacked(compression, &layer.blob);
         assert_eq!(plain(&toc.index.entries), plain(&whole));
         assert!(whole.len() > 12);
+        let unpacked = LayerIndex {
+            entries: whole,
+            ..toc.index.clone()
+        };
+        assert_eq!(difference(&toc.index, &unpacked), None);
         // What is before the landmark comes first.
         assert_eq!(toc.prefetch, 1);
         let index = Arc::new(toc.index);
@@ -357,6 +366,81 @@ async fn a_table_says_what_decoding_says_and_any_file_is_read_by_it() {
         // The table was not read again with the last file.
         let farthest = origin.requests.lock().iter().map(|range| range.end).max();
         assert!(farthest.unwrap() <= index.spans.last().unwrap().blob_start);
+    }
+}
+
+#[tokio::test]
+async fn what_a_table_says_otherwise_is_found() {
+    type Change = fn(&mut Vec<LayerEntry>);
+    fn entry<'e>(entries: &'e mut [LayerEntry], path: &str) -> &'e mut LayerEntry {
+        let found = entries.iter_mut().find(|e| *e.path == *path.as_bytes());
+        found.unwrap_or_else(|| panic!("no {path}"))
+    }
+    let changes: &[(&str, Change)] = &[
+        ("it has \"evil\" where the layer has \"first\"", |x| {
+            entry(x, "first").path = b"evil"[..].into();
+        }),
+        ("\"usr/large\" has another mode", |x| {
+            entry(x, "usr/large").meta.mode = 0o6755;
+        }),
+        ("\"hard\" has another mode", |x| {
+            entry(x, "hard").meta.mode = 0o6755;
+        }),
+        ("\"last\" has another owner", |x| {
+            entry(x, "last").meta.gid = 0
+        }),
+        ("\"last\" has another time", |x| {
+            entry(x, "last").meta.mtime.0 -= 1;
+        }),
+        ("\"last\" has another extended attribute", |x| {
+            let xattr = (b"security.capability"[..].into(), b"\x01"[..].into());
+            entry(x, "last").meta.xattrs.push(xattr);
+        }),
+        ("\"last\" has another kind, content or target", |x| {
+            if let EntryKind::File(content) = &mut entry(x, "last").kind {
+                content.digest = Digest::of(b"evil");
+            }
+        }),
+        ("\"link\" has another kind, content or target", |x| {
+            let target = b"last"[..].into();
+            entry(x, "link").kind = EntryKind::Symlink { target };
+        }),
+        ("\"null\" has another kind, content or target", |x| {
+            entry(x, "null").kind = EntryKind::Fifo;
+        }),
+        ("it does not have \"pipe\"", |x| _ = x.pop()),
+        ("it has \"more\", the layer does not", |x| {
+            let mut more = x[0].clone();
+            more.path = b"more"[..].into();
+            x.push(more);
+        }),
+        ("where the layer has", |x| {
+            let at = x.iter().position(|e| matches!(e.kind, EntryKind::Whiteout));
+            x.remove(at.unwrap());
+        }),
+    ];
+    for compression in [Compression::Gzip, Compression::Zstd] {
+        let layer = layer(compression);
+        let table = layer.toc().await.unwrap().index;
+        let unpacked = LayerIndex {
+            entries: unpacked(compression, &layer.blob),
+            ..table.clone()
+        };
+        for (why, change) in changes {
+            let mut forged = table.clone();
+            change(&mut forged.entries);
+            let found = difference(&forged, &unpacked).unwrap_or_else(|| panic!("{why}"));
+            assert!(found.contains(why), "{found} is not {why}");
+        }
+        // Seconds, cut off or rounded, are all that some tables have.
+        let mut precise = unpacked.clone();
+        entry(&mut precise.entries, "last").meta.mtime.1 = 500_000_000;
+        let mut rounded = table.clone();
+        for seconds in [0, 1] {
+            entry(&mut rounded.entries, "last").meta.mtime.0 += seconds;
+            assert_eq!(difference(&rounded, &precise), None);
+        }
+        assert!(difference(&rounded, &unpacked).is_some());
     }
 }
 

@@ -19,7 +19,7 @@ use super::{
         client::within,
         crd::{API_VERSION, MAX_REFERENCE, MAX_SECRETS, MAX_TERMS, Warmup},
         templates::{self, KINDS, Template},
-        watch::{Event, Selection, follow},
+        watch::{Event, Selection, follow_as},
     },
     RELIST,
     plan::Key,
@@ -140,7 +140,9 @@ pub(super) async fn follow_all(client: &Client) -> impl Stream<Item = Seen> + Un
                 ..Selection::default()
             };
             let (kind, version) = (kind.kind.clone(), kind.api_version());
-            let seen = follow(api, selection).map(move |event| seen(&kind, &version, event));
+            let (named, version) = (kind.clone(), version);
+            let read = move |object| Asking::read(&named, &version, object);
+            let seen = follow_as(api, selection, read).map(move |event| seen(&kind, event));
             streams.push(seen.boxed());
             break;
         }
@@ -156,33 +158,40 @@ fn versions(group: &str) -> &'static [&'static str] {
     }
 }
 
-fn seen(kind: &str, version: &str, event: Event<DynamicObject>) -> Seen {
-    let workload = |object: &DynamicObject| {
-        let (namespace, name) = (
-            object.metadata.namespace.clone(),
-            object.metadata.name.clone(),
-        );
-        (
-            kind.to_owned(),
-            namespace.unwrap_or_default(),
-            name.unwrap_or_default(),
-        )
-    };
+/// What matters of a workload.
+struct Asking {
+    workload: Workload,
+    wanted: BTreeMap<Key, Value>,
+}
+
+impl Asking {
+    fn read(kind: &str, version: &str, mut object: Value) -> serde_json::Result<Self> {
+        if !object.is_object() {
+            return Err(serde::de::Error::custom("it is no object"));
+        }
+        // Items of lists do not say what they are.
+        object["apiVersion"] = json!(version);
+        object["kind"] = json!(kind);
+        let metadata = &object["metadata"];
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let (namespace, name) = (text(&metadata["namespace"]), text(&metadata["name"]));
+        Ok(Self {
+            workload: (kind.to_owned(), namespace, name),
+            wanted: match metadata["deletionTimestamp"].is_null() {
+                true => warmups(&object),
+                false => BTreeMap::new(),
+            },
+        })
+    }
+}
+
+fn seen(kind: &str, event: Event<Asking>) -> Seen {
     match event {
         Event::Listing => Seen::Listing(kind.to_owned()),
         Event::Listed => Seen::Listed(kind.to_owned()),
-        Event::Gone(object) => Seen::Asks(workload(&object), BTreeMap::new()),
-        Event::Found(object) | Event::Changed(object) => {
-            let workload = workload(&object);
-            let is_going = object.metadata.deletion_timestamp.is_some();
-            let mut whole = serde_json::to_value(object).unwrap_or_default();
-            // Items of lists do not say what they are.
-            whole["apiVersion"] = json!(version);
-            whole["kind"] = json!(kind);
-            match is_going {
-                true => Seen::Asks(workload, BTreeMap::new()),
-                false => Seen::Asks(workload, warmups(&whole)),
-            }
+        Event::Gone(gone) => Seen::Asks(gone.workload, BTreeMap::new()),
+        Event::Found(Asking { workload, wanted }) | Event::Changed(Asking { workload, wanted }) => {
+            Seen::Asks(workload, wanted)
         }
     }
 }

@@ -56,6 +56,8 @@ pub struct World {
 /// What matters of a `NodeCache`.
 #[derive(Debug, Clone)]
 pub struct CacheView {
+    /// Its name: that of the node.
+    pub name: String,
     /// The node it belongs to: one of the same name may have been there before.
     owner: Option<String>,
     warmups: Vec<WarmupOnNode>,
@@ -70,8 +72,10 @@ impl CacheView {
     pub fn new(cache: NodeCache, now: Instant) -> Self {
         let status = cache.status.unwrap_or_default();
         let owners = cache.metadata.owner_references.into_iter().flatten();
+        let name = cache.metadata.name.unwrap_or_default();
         let warm = status.artifacts.iter().filter(|artifact| artifact.warm);
         Self {
+            name,
             owner: owners
                 .into_iter()
                 .find(|owner| owner.kind == "Node")

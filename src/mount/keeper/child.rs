@@ -17,6 +17,8 @@ use nix::{
     unistd::Pid,
 };
 
+use crate::limits;
+
 /// A server that served for so long before it died is no failure.
 const SETTLED: Duration = Duration::from_millis(100);
 /// Failures in a row after which it is started again without a pause.
@@ -132,6 +134,7 @@ impl Child {
         // SAFETY: one system call, allowed between fork and exec. The signals that the keeper reads from a
         // descriptor are blocked, and would stay so.
         unsafe { command.pre_exec(|| Ok(SigSet::empty().thread_set_mask()?)) };
+        limits::restore(&mut command);
         let process = command.spawn()?;
         let started = Started {
             socket: ours,

@@ -165,10 +165,17 @@ impl FdStore {
         Ok(())
     }
 
-    pub(super) fn end(&self, dir: &Path) {
-        if let Some(held) = self.0.lock().remove(dir) {
-            forget(held.connection);
+    pub(super) fn end(&self, dir: &Path, connection: u32) {
+        let mut all = self.0.lock();
+        // Another may have been mounted there since.
+        if all
+            .get(dir)
+            .is_some_and(|held| held.connection == connection)
+        {
+            all.remove(dir);
         }
+        drop(all);
+        forget(connection);
     }
 
     pub(super) fn abort(&self, dir: &Path) -> Result<(), MountError> {

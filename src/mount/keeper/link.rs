@@ -6,9 +6,9 @@ use std::{
 };
 
 use super::{
-    super::{MountError, device, session::Session},
+    super::{MountError, MountErrorKind, device, session::Session, table},
     fdstore::{self, FdStore},
-    talk::Talk,
+    line::Line,
     wire::Kept,
 };
 
@@ -18,7 +18,7 @@ pub struct Link(Way);
 
 #[derive(Debug)]
 enum Way {
-    Keeper(Talk),
+    Keeper(Line),
     Manager(FdStore),
 }
 
@@ -34,6 +34,12 @@ impl Orphan {
     pub fn about(&self) -> &[u8] {
         &self.about
     }
+
+    /// Whether it is what its directory shows. One that was detached may go on elsewhere, but whoever looks there sees
+    /// nothing of it.
+    pub fn is_mounted(&self) -> bool {
+        table::shows(&self.session.dir, self.session.connection)
+    }
 }
 
 impl Link {
@@ -42,7 +48,8 @@ impl Link {
     /// # Errors
     /// None is there, or it does not speak with this version.
     pub fn connect(path: &Path) -> Result<Self, MountError> {
-        Talk::connect(path).map(|talk| Self(Way::Keeper(talk)))
+        let line = Line::connect(path)?;
+        Ok(Self(Way::Keeper(line)))
     }
 
     /// Takes the connection that the keeper gave this process as its standard input, and leaves nothing
@@ -51,7 +58,8 @@ impl Link {
     /// # Errors
     /// There is none.
     pub fn inherited() -> Result<Self, MountError> {
-        Talk::inherited().map(|talk| Self(Way::Keeper(talk)))
+        let line = Line::inherited()?;
+        Ok(Self(Way::Keeper(line)))
     }
 
     /// Has the service manager keep mounts. Takes those of the process before this one from what the manager
@@ -67,7 +75,7 @@ impl Link {
     /// The process id of the keeper, where there is one.
     pub fn keeper(&self) -> Option<u32> {
         match &self.0 {
-            Way::Keeper(talk) => Some(talk.keeper()),
+            Way::Keeper(line) => Some(line.talk().keeper()),
             Way::Manager(_) => None,
         }
     }
@@ -78,16 +86,16 @@ impl Link {
     /// The keeper is gone.
     pub fn sessions(&self) -> Result<Vec<Kept>, MountError> {
         match &self.0 {
-            Way::Keeper(talk) => talk.sessions(),
+            Way::Keeper(line) => line.talk().sessions(),
             Way::Manager(store) => Ok(store.sessions()),
         }
     }
 
     /// Mount points at or below `dir`, which is named as the kernel does, that a successor of this server
-    /// asks for, from now on, in place of whoever was told of those at `dir` before. Ends with the keeper.
+    /// asks for, from now on, in place of whoever was told of those at `dir` before.
     pub fn leaves_below(&self, dir: &Path) -> tokio::sync::mpsc::Receiver<PathBuf> {
         match &self.0 {
-            Way::Keeper(talk) => talk.leaves_below(dir),
+            Way::Keeper(line) => line.talk().leaves_below(dir),
             // It starts no process while another runs.
             Way::Manager(_) => tokio::sync::mpsc::channel(1).1,
         }
@@ -101,7 +109,7 @@ impl Link {
         about: &str,
     ) -> Result<Session, MountError> {
         match &self.0 {
-            Way::Keeper(talk) => talk.open(dir, options, about),
+            Way::Keeper(line) => line.talk().open(dir, options, about),
             Way::Manager(store) => store.open(dir, options, about),
         }
     }
@@ -112,7 +120,7 @@ impl Link {
     /// There is none, or it is of a format that this version does not know.
     pub fn show(&self, dir: &Path) -> Result<Orphan, MountError> {
         let session = match &self.0 {
-            Way::Keeper(talk) => talk.show(dir),
+            Way::Keeper(line) => line.talk().show(dir),
             Way::Manager(store) => store.show(dir),
         }?;
         let failed = |e| MountError::system(dir, "session", e);
@@ -123,10 +131,41 @@ impl Link {
         Ok(Orphan { session, about })
     }
 
-    /// From now on this process serves the session on `dir`, and no other does.
-    pub(in super::super) fn take(&self, dir: &Path) -> Result<(), MountError> {
+    /// The session of what is mounted on `dir`, where there is one that is kept: to go on with.
+    ///
+    /// # Errors
+    /// As [`Link::show`], but that there is none.
+    pub fn find(&self, dir: &Path) -> Result<Option<Orphan>, MountError> {
+        match self.show(dir) {
+            Ok(orphan) => Ok(Some(orphan).filter(Orphan::is_mounted)),
+            Err(error) if error.kind() == MountErrorKind::NotMounted => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the keeper is gone, or has not answered in time: what is mounted goes on, and nothing else is mounted.
+    pub fn is_lost(&self) -> bool {
         match &self.0 {
-            Way::Keeper(talk) => talk.take(dir),
+            Way::Keeper(line) => line.talk().is_lost(),
+            Way::Manager(_) => false,
+        }
+    }
+
+    /// Connects once more where the connection was lost, and has the keeper keep what this process serves, as before. Blocks.
+    ///
+    /// # Errors
+    /// No keeper is there.
+    pub fn revive(&self) -> Result<(), MountError> {
+        match &self.0 {
+            Way::Keeper(line) => line.revive(),
+            Way::Manager(_) => Ok(()),
+        }
+    }
+
+    /// From now on this process serves `session`, and no other does.
+    pub(in super::super) fn take(&self, session: &Session) -> Result<(), MountError> {
+        match &self.0 {
+            Way::Keeper(line) => line.take(session),
             Way::Manager(_) => Ok(()),
         }
     }
@@ -137,25 +176,25 @@ impl Link {
     /// There is no such session, or no keeper any more.
     pub fn hold(&self, dir: &Path, fds: &[BorrowedFd<'_>]) -> Result<(), MountError> {
         match &self.0 {
-            Way::Keeper(talk) => talk.hold(dir, fds),
+            Way::Keeper(line) => line.hold(dir, fds),
             Way::Manager(store) => store.hold(dir, fds),
         }
     }
 
     /// This process serves the session on `dir` no more; the next one may.
-    pub(in super::super) fn left(&self, dir: &Path) -> Result<(), MountError> {
+    pub(in super::super) fn left(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
         match &self.0 {
-            Way::Keeper(talk) => talk.left(dir),
+            Way::Keeper(line) => line.left(dir, connection),
             Way::Manager(_) => Ok(()),
         }
     }
 
     /// The mount on `dir` is gone.
-    pub(in super::super) fn end(&self, dir: &Path) -> Result<(), MountError> {
+    pub(in super::super) fn end(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
         match &self.0 {
-            Way::Keeper(talk) => talk.end(dir),
+            Way::Keeper(line) => line.end(dir, connection),
             Way::Manager(store) => {
-                store.end(dir);
+                store.end(dir, connection);
                 Ok(())
             }
         }
@@ -167,7 +206,7 @@ impl Link {
     /// There is no such mount.
     pub fn abort(&self, dir: &Path) -> Result<(), MountError> {
         match &self.0 {
-            Way::Keeper(talk) => talk.abort(dir),
+            Way::Keeper(line) => line.talk().abort(dir),
             Way::Manager(store) => store.abort(dir),
         }
     }

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
         mpsc::{self, Receiver, RecvTimeoutError},
     },
     time::Duration,
@@ -39,20 +40,22 @@ pub(super) struct Talk {
     socket: Arc<OwnedFd>,
     answers: Mutex<Receiver<(Answer, Vec<OwnedFd>)>>,
     leaves: Arc<Mutex<Leaves>>,
+    lost: Arc<AtomicBool>,
     keeper: u32,
+    takes: bool,
 }
 
 /// Who is told of sessions that a successor asks for, by what their mount points begin with.
-type Leaves = Vec<(PathBuf, Sender<PathBuf>)>;
+pub(super) type Leaves = Vec<(PathBuf, Sender<PathBuf>)>;
 
 impl Talk {
     /// Connects to the keeper that listens on `path`.
     ///
     /// # Errors
     /// None is there, or it does not speak with this version.
-    pub(super) fn connect(path: &Path) -> Result<Self, MountError> {
+    pub(super) fn connect(path: &Path, leaves: Arc<Mutex<Leaves>>) -> Result<Self, MountError> {
         let socket = packet::dial(path).map_err(|e| MountError::system(path, "keeper", e))?;
-        Self::over(socket, path)
+        Self::over(socket, path, leaves)
     }
 
     /// Takes the connection that the keeper gave this process as its standard input, and leaves nothing
@@ -67,15 +70,15 @@ impl Talk {
         let nothing = std::fs::File::open("/dev/null").map_err(failed)?;
         // Children must not inherit it: the keeper would take this process for alive.
         nix::unistd::dup2_stdin(&nothing).map_err(|e| failed(e.into()))?;
-        Self::over(socket, Path::new("stdin"))
+        Self::over(socket, Path::new("stdin"), Arc::default())
     }
 
-    fn over(socket: OwnedFd, name: &Path) -> Result<Self, MountError> {
+    fn over(socket: OwnedFd, name: &Path, leaves: Arc<Mutex<Leaves>>) -> Result<Self, MountError> {
         let failed = |e: io::Error| MountError::system(name, "keeper", e);
         let socket = Arc::new(socket);
         let (answer, answers) = mpsc::sync_channel(4);
-        let leaves = Arc::<Mutex<Leaves>>::default();
-        let (listening, told) = (socket.clone(), leaves.clone());
+        let lost = Arc::new(AtomicBool::new(false));
+        let (listening, told, ended) = (socket.clone(), leaves.clone(), lost.clone());
         std::thread::Builder::new()
             .name("hearth-keeper".into())
             .spawn(move || {
@@ -90,7 +93,7 @@ impl Talk {
                         }
                     };
                     if !sent {
-                        told.lock().clear();
+                        ended.store(true, Relaxed);
                         return;
                     }
                 }
@@ -100,19 +103,31 @@ impl Talk {
             socket,
             answers: Mutex::new(answers),
             leaves,
+            lost,
             keeper: 0,
+            takes: false,
         };
         let hello = Request::Hello {
             protocol: PROTOCOL,
             version: env!("HEARTH_VERSION").into(),
         };
         match talk.ask(name, &hello, &[])?.0 {
-            Answer::Welcome { keeper, .. } => {
-                talk.keeper = keeper;
+            Answer::Welcome { keeper, takes, .. } => {
+                (talk.keeper, talk.takes) = (keeper, takes);
                 Ok(talk)
             }
             other => Err(unexpected(name, &other)),
         }
+    }
+
+    /// Whether the keeper is gone, or has not answered in time.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.load(Relaxed)
+    }
+
+    /// Who is told of sessions that a successor asks for: also by another connection.
+    pub(super) fn leaves(&self) -> Arc<Mutex<Leaves>> {
+        Arc::clone(&self.leaves)
     }
 
     /// The process id of the keeper.
@@ -194,25 +209,40 @@ impl Talk {
     }
 
     /// This process serves the session on `dir` no more; the next one may.
-    pub(super) fn left(&self, dir: &Path) -> Result<(), MountError> {
-        self.tell(
-            dir,
-            &Request::Left {
-                dir: Dir(dir.into()),
-            },
-            &[],
-        )
+    pub(super) fn left(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
+        let request = Request::Left {
+            dir: Dir(dir.into()),
+            connection: Some(connection),
+        };
+        self.tell(dir, &request, &[])
     }
 
     /// The mount on `dir` is gone.
-    pub(super) fn end(&self, dir: &Path) -> Result<(), MountError> {
-        self.tell(
-            dir,
-            &Request::End {
-                dir: Dir(dir.into()),
-            },
-            &[],
-        )
+    pub(super) fn end(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
+        let request = Request::End {
+            dir: Dir(dir.into()),
+            connection: Some(connection),
+        };
+        self.tell(dir, &request, &[])
+    }
+
+    /// Has the keeper have a session that this process serves.
+    pub(super) fn give(
+        &self,
+        dir: &Path,
+        connection: u32,
+        device: BorrowedFd<'_>,
+        state: BorrowedFd<'_>,
+    ) -> Result<(), MountError> {
+        if !self.takes {
+            let message = "the keeper is of an earlier version, and takes no mount of another";
+            return Err(MountError::new(MountErrorKind::Keeper, dir, message));
+        }
+        let request = Request::Give {
+            dir: Dir(dir.into()),
+            connection,
+        };
+        self.tell(dir, &request, &[device, state])
     }
 
     /// Has the keeper take the mount on `dir` away, whatever its server does.

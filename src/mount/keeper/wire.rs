@@ -46,13 +46,24 @@ pub(super) enum Request {
     Hold {
         dir: Dir,
     },
-    /// This server serves the session on `dir` no more; another will.
+    /// This server serves the session on `dir` no more; another will. The connection tells it from one that was
+    /// mounted there since; earlier versions do not say it.
     Left {
         dir: Dir,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        connection: Option<u32>,
     },
     /// The mount on `dir` is gone, and nobody is to serve it again.
     End {
         dir: Dir,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        connection: Option<u32>,
+    },
+    /// This server serves the session on `dir`, and the keeper that had it is gone: have it from now on. With the fds of the
+    /// connection and of the state. Only to a keeper that [`Answer::Welcome`] says it of.
+    Give {
+        dir: Dir,
+        connection: u32,
     },
     /// Take the mount on `dir` away, whatever its server does.
     Abort {
@@ -67,6 +78,9 @@ pub(super) enum Answer {
         /// Process id.
         keeper: u32,
         version: String,
+        /// Whether it knows [`Request::Give`], which earlier versions do not.
+        #[serde(default)]
+        takes: bool,
     },
     Next(Option<Kept>),
     /// With the fds of the connection and of the state.

@@ -59,6 +59,14 @@ impl Source for Blobs {
         self.origin.resolve(reference).await
     }
 
+    fn origin(&self) -> String {
+        self.origin.origin()
+    }
+
+    fn waits_for_objects(&self) -> bool {
+        true
+    }
+
     async fn read(
         &self,
         location: &Location,

@@ -7,7 +7,10 @@ use futures_util::StreamExt as _;
 use crate::{
     digest::Digest,
     fetch::VerifyPolicy,
-    image::{ImageError, LayerIndex, toc::TocLayer},
+    image::{
+        ImageError, LayerIndex,
+        toc::{self, TocLayer},
+    },
     node::{Node, NodeError, blocking, joined},
     reference::{Locator, Reference},
     source::{Layer, Layered, Source, SourceError, SourceErrorKind},
@@ -67,6 +70,20 @@ impl Maker {
     }
 }
 
+impl Known {
+    /// What it says otherwise than the layer, of which unpacking gave `own`.
+    pub(super) fn refuted_by(&self, own: &LayerIndex) -> Option<String> {
+        match self.maker {
+            Maker::Own | Maker::CheckedTable => None,
+            Maker::Table => toc::difference(&self.index, own)
+                .map(|what| format!("its table of contents describes something else: {what}")),
+            Maker::Found => (!self.index.agrees_with(own)).then(|| {
+                "the index that was found beside the image describes something else".to_owned()
+            }),
+        }
+    }
+}
+
 /// Whether an artifact is known by an index that nobody here has checked yet.
 ///
 /// # Errors
@@ -81,8 +98,8 @@ pub(in crate::node) fn waits_for_a_check(
         blobs.extend(image.layers.iter().map(|layer| layer.blob));
     }
     for blob in blobs {
-        let mark = store.index_mark(&blob)?.and_then(Maker::of);
-        if mark.is_some_and(|maker| !maker.is_checked()) {
+        let maker = store.index_mark(&blob)?.and_then(Maker::of);
+        if maker.is_some_and(|maker| !maker.is_checked()) {
             return Ok(true);
         }
     }
@@ -178,7 +195,11 @@ impl Node {
             return Ok(true);
         }
         let now = self.index_of(reference, layer).await?;
-        Ok(now.is_some_and(|now| now.maker.is_checked() && now.index.agrees_with(&known.index)))
+        Ok(now.is_some_and(|now| match now.maker {
+            Maker::Own => known.refuted_by(&now.index).is_none(),
+            Maker::CheckedTable => now.index.agrees_with(&known.index),
+            Maker::Table | Maker::Found => false,
+        }))
     }
 
     /// What `layer` of `reference` unpacks to is `found`, and not what was said: forgets all that was
@@ -371,8 +392,9 @@ fn read_kept(
             _ => Ok(None),
         };
     }
-    let (maker, encoded) = match (Maker::of(mark), encoded.split_at_checked(32)) {
-        (Some(Maker::Found), Some((of, encoded))) if !strict && of == home.as_bytes() => {
+    let maker = Maker::of(mark).filter(|maker| maker.is_checked() || !strict);
+    let (maker, encoded) = match (maker, encoded.split_at_checked(32)) {
+        (Some(Maker::Found), Some((of, encoded))) if of == home.as_bytes() => {
             (Maker::Found, encoded)
         }
         (Some(Maker::Found) | None, _) => return Ok(None),

@@ -1,6 +1,11 @@
 //! Access profiles of images: recorded when one is read for the first time before it is complete,
 //! replayed when another node (or this one, later) reads it anew. They are kept, and pushed, beside
 //! the indexes of the image's layers, under the digest of its manifest.
+//!
+//! An image that was pulled before its first start gets none: its root is native, and nobody sees what
+//! is read of it. Nobody else does either: overlayfs reads what is below it without leaving a time or
+//! telling fanotify (`OVL_OPEN_FLAGS` in the kernel's fs/overlayfs), and in the page cache is all
+//! that was just unpacked. A first start by FUSE, only to record it, would cost what the pull was for.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -224,6 +229,8 @@ impl Node {
         let objects = &resolved.artifact.objects;
         stream::iter(neighbourhoods(objects, profile))
             .map(|near| async move {
+                // The start is not over, whatever its readers find here already.
+                self.engine.touch();
                 if let Err(error) = self.prefetch_blob(layers, objects, &near).await {
                     tracing::debug!(%error, "the layer is not fetched ahead of its readers");
                 }

@@ -19,6 +19,7 @@ use crate::{
     },
     source::{Layer, Source},
     store::{Import, StoreError},
+    telemetry::{self, span},
     tree::{Artifact, Tree},
 };
 
@@ -55,6 +56,18 @@ impl Pace {
         }
     }
 
+    /// Waits until those who read need the machine again, while it is theirs.
+    async fn disturbed(self, engine: &Engine) {
+        if let Self::Behind(until) = self
+            && tokio::time::timeout_at(until.into(), engine.used())
+                .await
+                .is_ok()
+        {
+            return;
+        }
+        std::future::pending().await
+    }
+
     /// Sets the priority of this thread, and of those that it starts.
     fn set(self) {
         if let Self::Behind(_) = self {
@@ -68,8 +81,8 @@ impl Pace {
 /// A layer that was unpacked.
 struct Pulled {
     index: Arc<LayerIndex>,
-    /// Whether an index was believed that says something else.
-    was_misled: bool,
+    /// What an index that was believed says otherwise.
+    refuted: Option<String>,
 }
 
 impl Node {
@@ -97,21 +110,33 @@ impl Node {
         progress.begin_named(&Arc::new(blobs), names, self.store());
         let mut pulls = Vec::with_capacity(layers.len());
         for (at, &layer) in layers.iter().enumerate() {
-            pulls.push(self.pull_shown(reference, at, layer, (origin, import), progress, pace));
+            let pull = self.pull_shown(reference, at, layer, (origin, import), progress, pace);
+            // Made when it begins: not all of them do at once.
+            pulls.push(async move {
+                let (layer, _) = layer;
+                let span = span!(
+                    "pull layer",
+                    hearth.reference = reference,
+                    hearth.layer.digest = %layer.blob,
+                    hearth.layer.bytes = layer.size,
+                    hearth.layer.media_type = layer.media_type
+                );
+                telemetry::within(span, NodeError::about, pull).await
+            });
         }
         let pulled: Vec<Pulled> = stream::iter(pulls)
             .buffered(LAYERS_AT_ONCE)
             .try_collect()
             .await?;
         // Only now: each layer has its true index, and who asks again is not told of the next one.
-        if let Some(wrong) = pulled.iter().find(|pulled| pulled.was_misled) {
-            return Err(NodeError::Misled {
-                reference: reference.to_owned(),
-                layer: wrong.index.blob.to_string(),
-                why: "the index that was found beside the image describes something else; the \
-                      true one has taken its place"
-                    .into(),
-            });
+        for Pulled { index, refuted } in &pulled {
+            if let Some(why) = refuted {
+                return Err(NodeError::Misled {
+                    reference: reference.to_owned(),
+                    layer: index.blob.to_string(),
+                    why: format!("{why}; a true index has taken its place"),
+                });
+            }
         }
         Ok(pulled.into_iter().map(|pulled| pulled.index).collect())
     }
@@ -137,31 +162,28 @@ impl Node {
             index: Arc::new(index),
             maker: Maker::Own,
         };
-        let mut was_misled = false;
+        let refuted = believed.and_then(|believed| believed.refuted_by(&known.index));
+        if refuted.is_some() {
+            // First, so that nothing built on it is left when the true index is there.
+            let (store, name) = (Arc::clone(self.store()), reference.to_owned());
+            blocking(move || store.forget_resolution(&name)).await?;
+        }
         match believed {
-            // What is recorded reads the layer at the places of its own table.
-            Some(believed) if matches!(believed.maker, Maker::Table | Maker::CheckedTable) => {
+            Some(believed) if refuted.is_none() && believed.maker == Maker::CheckedTable => {}
+            // What is recorded reads the layer at the places of its table, which is true.
+            Some(believed) if refuted.is_none() && believed.maker == Maker::Table => {
                 let checked = Known {
+                    index: Arc::clone(&believed.index),
                     maker: Maker::CheckedTable,
-                    ..believed.clone()
                 };
                 self.keep_index(reference, &checked).await?;
-            }
-            Some(believed)
-                if believed.maker == Maker::Found && !believed.index.agrees_with(&known.index) =>
-            {
-                // First, so that nothing built on it is left when the true index is there.
-                let (store, name) = (Arc::clone(self.store()), reference.to_owned());
-                blocking(move || store.forget_resolution(&name)).await?;
-                self.keep_own_index(reference, &known).await?;
-                was_misled = true;
             }
             _ => self.keep_own_index(reference, &known).await?,
         }
         shown.finished();
         Ok(Pulled {
             index: known.index,
-            was_misled,
+            refuted,
         })
     }
 
@@ -206,7 +228,7 @@ impl Node {
                     }
                 }
             };
-            let fetched = tokio::try_join!(handle.ensure(Class::Warm), feeding);
+            let fetched = tokio::try_join!(self.fetch(handle, pace), feeding);
             let unpacked = unpacked.await;
             fetched.map_err(fetch_failed(reference))?;
             let unpacked = unpacked.unwrap_or_else(|_| {
@@ -238,6 +260,17 @@ impl Node {
                     tracing::info!(%error, "unpacking once more, from the verified layer");
                     again = true;
                 }
+            }
+        }
+    }
+
+    /// Fetches all of a layer. What is under way when a reader comes is brought to its end.
+    async fn fetch(&self, handle: &Arc<Handle>, pace: Pace) -> Result<(), FetchError> {
+        loop {
+            pace.wait(&self.engine).await;
+            tokio::select! {
+                brought = handle.ensure(Class::Warm) => return brought.map(drop),
+                () = pace.disturbed(&self.engine) => {}
             }
         }
     }

@@ -65,6 +65,14 @@ pub(super) fn open_live(store: &Store, paths: &Paths, scope: &Scope) -> Result<O
     if file.stat()?.len != scope.live_len() {
         return Ok(None);
     }
+    // A page of a mapping that the disk does not give is a SIGBUS; here it is an error.
+    let mut piece = vec![0; scope.live_len().min(1 << 20) as usize];
+    let mut at = 0;
+    while at < scope.live_len() {
+        let len = (scope.live_len() - at).min(1 << 20);
+        file.read_at(&mut piece[..len as usize], at)?;
+        at += len;
+    }
     let map = SharedMap::new(file.file(), scope.live_len())
         .map_err(|e| StoreError::io(paths.live.display(), &e))?;
     Ok(Live::new(map, scope))

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use super::Tier;
+use super::{Tier, listing::Listing};
 use crate::{
     store::{Result, Store},
     tree::Artifact,
@@ -43,7 +43,8 @@ impl Placement {
 
 impl Store {
     /// Where every object of an artifact is found, in the store and on tiers; none where one is missing, or
-    /// would be taken from a tier on which it is damaged.
+    /// would be taken from a tier on which it is damaged. What lies on a tier goes by its name here, as
+    /// elsewhere until it has been verified.
     ///
     /// # Errors
     /// What the disk says.
@@ -53,29 +54,32 @@ impl Store {
         let mut used = vec![false; tiers.len()];
         // Before it is looked: what is found damaged meanwhile shows.
         let stamps: Vec<_> = tiers.iter().map(|tier| self.stamp(tier)).collect();
+        let mut own = Listing::new(self);
+        let mut on_tiers = Vec::new();
+        for tier in &tiers {
+            on_tiers.push((Listing::new(&tier.store), self.damaged_on(tier)?));
+        }
         for object in &artifact.objects {
             let Some(digest) = object.id.sha256() else {
                 return Ok(None);
             };
-            if self.has_itself(&digest)? {
+            if own.has(&digest)? {
                 continue;
             }
-            let has = |tier: &Arc<Tier>| {
-                let stat = tier.or_nothing(self.stat_on_tier(tier, &digest));
-                stat.is_some_and(|stat| stat.len == object.size)
-            };
-            let Some(at) = tiers.iter().position(has) else {
+            let at = (tiers.iter().zip(&mut on_tiers)).position(|(tier, (names, damaged))| {
+                !damaged.contains(&digest) && tier.or_nothing(names.has(&digest))
+            });
+            let Some(at) = at else {
                 return Ok(None);
             };
             used[at] = true;
             needed.push((digest, at));
         }
-        let shadowed = |(digest, at): &(_, usize)| {
-            (tiers[..*at].iter().zip(&used)).any(|(tier, used)| {
-                *used && tier.store.object_path(digest).symlink_metadata().is_ok()
-            })
+        let mut shadowed = |(digest, at): &(_, usize)| {
+            (on_tiers.iter_mut().zip(&used).take(*at))
+                .any(|(names, used)| *used && names.0.has(digest).unwrap_or(true))
         };
-        if needed.iter().any(shadowed) {
+        if needed.iter().any(&mut shadowed) {
             return Ok(None);
         }
         let mut dirs = vec![self.objects_dir()];

@@ -200,6 +200,72 @@ async fn complete_volumes_are_published_when_they_are() {
     bed.assert_empty();
 }
 
+/// The kubelet forgets a volume that it never had after every error but those that may pass: nobody unpublishes it.
+#[tokio::test]
+async fn what_failed_for_good_is_left_by_nobody() {
+    let bed = Bed::new().await;
+    let mut asked = bed.publish("v", "a");
+    let context = &mut asked.volume_context;
+    context.insert("mode".into(), "complete".into());
+    bed.models.state().complete = Some(Err(ModelErrorKind::Failed));
+    let (code, _) = bed.published(asked.clone()).await.unwrap_err();
+    assert_eq!(code, Code::Internal);
+    bed.assert_empty();
+    // It was begun, and may still come when the second call finds out that it will not.
+    for (fails, completes) in [
+        (None, ModelErrorKind::Failed),
+        (None, ModelErrorKind::NotFound),
+        (Some(ModelErrorKind::Denied), ModelErrorKind::Unavailable),
+        (Some(ModelErrorKind::Failed), ModelErrorKind::Unavailable),
+    ] {
+        bed.models.state().complete = Some(Err(ModelErrorKind::Unavailable));
+        let (code, _) = bed.published(asked.clone()).await.unwrap_err();
+        assert_eq!(code, Code::Unavailable);
+        assert_eq!(bed.models.state().users.len(), 1, "it goes on");
+        bed.models.state().fails = fails;
+        bed.models.state().complete = Some(Err(completes));
+        bed.published(asked.clone()).await.unwrap_err();
+        bed.assert_empty();
+        bed.models.state().fails = None;
+    }
+    // What a pod has stays, whatever a call about it says.
+    bed.models.state().complete = Some(Ok(()));
+    bed.published(asked.clone()).await.unwrap();
+    bed.models.state().fails = Some(ModelErrorKind::Denied);
+    bed.published(asked.clone()).await.unwrap_err();
+    let mut other = asked.clone();
+    other
+        .volume_context
+        .insert("verify".into(), "strict".into());
+    bed.published(other).await.unwrap_err();
+    assert_eq!(
+        (bed.marks.get().len(), bed.models.state().pins.len()),
+        (1, 1)
+    );
+}
+
+#[tokio::test]
+async fn a_volume_whose_pod_is_gone_does_not_come_back() {
+    let mut bed = Bed::new().await;
+    let pod = PathBuf::from(bed.target("gone"));
+    std::fs::create_dir(&pod).unwrap();
+    bed.published(bed.publish("v", "gone/mount")).await.unwrap();
+    bed.published(bed.publish("w", "here")).await.unwrap();
+    // The node was made anew, but for the disk of the store.
+    bed.marks.mounted.lock().unwrap().clear();
+    std::fs::remove_dir(&pod).unwrap();
+    bed.restart().await;
+    for _ in 0..500 {
+        if bed.models.state().pins.len() == 1 && bed.marks.get().len() == 1 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(bed.marks.get().contains_key(Path::new(&bed.target("here"))));
+    bed.unpublished("w", &bed.target("here")).await.unwrap();
+    bed.assert_empty();
+}
+
 #[tokio::test]
 async fn an_unpublished_volume_does_not_come_back() {
     let bed = Bed::new().await;

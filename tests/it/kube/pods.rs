@@ -292,6 +292,24 @@ async fn images_of_the_pod_and_their_secrets() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_example_opens_the_model_and_its_public_image() {
+    let bed = Bed::new().await;
+    bed.fake.put("", "secrets", super::example_secret());
+    let template = super::example("vllm.yaml")[0]["spec"]["template"].clone();
+    let mut pod = pod("vllm", &template["metadata"]["annotations"]);
+    pod["metadata"]["namespace"] = json!("models");
+    pod["spec"] = template["spec"].clone();
+    pod["spec"]["nodeName"] = json!("n1");
+    bed.fake.put("", "pods", pod);
+    until("both are asked for", || bed.made.wishes().len() == 2).await;
+    for wish in bed.made.wishes() {
+        let is_image = wish.reference.to_string().starts_with("oci://");
+        let keys = wish.keys;
+        assert_eq!(keys.is_some_and(|keys| keys.hub_token.is_some()), !is_image);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_wrong_is_told_once_and_does_not_hinder_the_rest() {
     let bed = Bed::new().await;
     let wrong = json!({

@@ -6,10 +6,13 @@ use std::{
 };
 
 use hearth::{
-    daemon::PodContent,
+    daemon::{NodeWarmer, PodContent},
     fetch::{self, Engine},
-    kube::{Content, ContentErrorKind, Wish},
-    node::{Node, NodeError, TenancyConfig},
+    kube::{
+        Content, ContentErrorKind, Wish,
+        warmups::{Order, Warmer},
+    },
+    node::{Node, NodeError, Progress, TenancyConfig},
     reference::{Reference, Secret},
     source::{self, Credentials, Keys, SourceErrorKind, Sources},
     store::{self, ByteSize, Store},
@@ -75,6 +78,19 @@ impl Bed {
             priority: 0,
             keys,
         }
+    }
+}
+
+/// What a `Warmup` asks for.
+fn order(warmup: &str, wish: Wish) -> Order {
+    Order {
+        reference: wish.reference,
+        namespace: wish.namespace,
+        warmup: warmup.to_owned(),
+        owner: Some(format!("warmup-{warmup}")),
+        priority: 0,
+        bandwidth: None,
+        keys: wish.keys,
     }
 }
 
@@ -176,4 +192,69 @@ async fn quotas_are_per_namespace_and_given_back() {
         content.owners().await,
         ["pod-p3", "pod-p4"].map(String::from).into()
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_warmup_brings_is_its_namespaces_own() {
+    let config = TenancyConfig {
+        quotas: BTreeMap::from([("small".to_owned(), ByteSize(4))]),
+        ..TenancyConfig::default()
+    };
+    let bed = Bed::new(config).await;
+    let warmer = NodeWarmer::new(bed.node.clone());
+    let (progress, tenancy) = (Progress::default(), bed.node.tenancy());
+    let warm = async |uid: &str, namespace: &str, name: &str, keys| {
+        let order = order(uid, bed.wish("", namespace, name, keys));
+        warmer.warm(&order, &progress).await
+    };
+    warm("u1", "ours", "/closed", password("geheim"))
+        .await
+        .unwrap();
+    assert!(is_denied(&bed.show("theirs", "/closed", None).await));
+    bed.show("ours", "/closed", password("geheim"))
+        .await
+        .unwrap();
+    // It is all here, and is not shown as warm to who may not have it either.
+    let denied = warm("u2", "theirs", "/closed", None).await.unwrap_err();
+    assert_eq!(denied.reason, "Denied", "{denied}");
+
+    assert_eq!(tenancy.used("ours"), 7);
+    let refused = warm("u3", "small", "/open", None).await.unwrap_err();
+    assert_eq!(refused.reason, "OverQuota", "{refused}");
+    warm("u1", "ours", "/open", None).await.unwrap();
+    assert_eq!(tenancy.used("ours"), 12);
+    let keep = [bed.reference("/open")];
+    warmer.release("warmup-u1", &keep).await.unwrap();
+    assert_eq!(tenancy.used("ours"), 5);
+    warmer.release("warmup-u1", &[]).await.unwrap();
+    assert_eq!(tenancy.used("ours"), 0);
+    // What was warm before this process is counted, and stays though it is too much by now.
+    let kept = warmer.keep(&keep[0], "warmup-u4", "small").await;
+    assert!(kept.unwrap());
+    assert_eq!(tenancy.used("small"), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_public_is_not_what_came_by_credentials_later() {
+    let bed = Bed::new(TenancyConfig::default()).await;
+    bed.show("ours", "/open", None).await.unwrap();
+    // The same generation by somebody's credentials: it stays everybody's, also without the origin.
+    bed.show("ours", "/open", password("geheim")).await.unwrap();
+    bed.origin
+        .now(|_| Reply::new("503 Service Unavailable", ""));
+    bed.show("theirs", "/open", None).await.unwrap();
+    // It is closed, and changed.
+    bed.origin.now(
+        |seen| match seen.header("authorization") == Some("Basic dXNlcjpnZWhlaW0=") {
+            true => Reply::good(seen, b"secret", "\"2\""),
+            false => Reply::new("401 Unauthorized\nwww-authenticate: Basic realm=x", ""),
+        },
+    );
+    let content = PodContent::new(bed.node.clone());
+    let wish = bed.wish("p", "ours", "/open", password("geheim"));
+    content.bring(&wish).await.unwrap();
+    assert!(is_denied(&bed.show("theirs", "/open", None).await));
+    bed.show("theirs", "/open", password("geheim"))
+        .await
+        .unwrap();
 }

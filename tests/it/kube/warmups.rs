@@ -71,7 +71,7 @@ impl Warmer for Store {
         Ok(())
     }
 
-    async fn keep(&self, reference: &Reference, owner: &str) -> Result<bool, WarmError> {
+    async fn keep(&self, reference: &Reference, owner: &str, _: &str) -> Result<bool, WarmError> {
         let mut here = self.here.lock();
         Ok(here
             .get_mut(&reference.to_string())
@@ -262,6 +262,7 @@ async fn a_node_does_what_is_asked_and_no_more() {
         .cloned()
         .unwrap();
     assert_eq!((order.priority, order.bandwidth), (7, Some(1 << 20)));
+    assert_eq!(order.namespace, "d");
     let reported = |name: &str, state: &str| {
         let cache = fake.get(&cache_key("n1")).unwrap_or_default();
         let entries = cache["status"]["warmups"]
@@ -336,6 +337,28 @@ async fn a_node_does_what_is_asked_and_no_more() {
     until("it is made anew", || reported("late", "Warm")).await;
     running.abort();
     assert_eq!(asked(&fake), allowed(&["hearth-warmups"]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_example_opens_the_model_and_its_public_image() {
+    let fake = Fake::start().await;
+    node(&fake, "n1", false);
+    fake.edit(&Key::new("", "nodes", "", "n1"), |node| {
+        node["metadata"]["labels"]["nvidia.com/gpu.product"] = json!("NVIDIA-H200");
+    });
+    fake.put("", "secrets", super::example_secret());
+    let mut example = super::example("warmup.yaml").swap_remove(0);
+    example["spec"]["maxParallelNodes"] = json!(0);
+    fake.put(GROUP, "warmups", example);
+    let store = Arc::new(Store::default());
+    let running = agent(&fake, "n1", Arc::clone(&store));
+    until("both are brought", || store.here.lock().len() == 2).await;
+    for order in store.orders.lock().iter() {
+        let is_image = order.reference.to_string().starts_with("oci://");
+        let keys = order.keys.as_ref();
+        assert_eq!(keys.is_some_and(|keys| keys.hub_token.is_some()), !is_image);
+    }
+    running.abort();
 }
 
 #[tokio::test(flavor = "multi_thread")]

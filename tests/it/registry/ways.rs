@@ -263,7 +263,7 @@ async fn a_mirror_does_not_ask_itself() {
         let hosts = format!("server = \"http://{host}\"\n[host.\"http://{address}\"]\n");
         let settings = Settings::new().hosts(&(host.replace(':', "_") + "_"), &hosts);
         let dir = tempfile::tempdir().unwrap();
-        let store = Arc::new(Store::open(dir.path(), &Default::default()).unwrap());
+        let store = Store::open(dir.path(), &Default::default()).unwrap();
         let config = Config {
             asker: Some(Asker {
                 store: store.id().to_owned(),

@@ -1,7 +1,7 @@
 //! Layers that the node serves.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     time::Duration,
 };
 
@@ -22,7 +22,14 @@ struct Node {
     hints: Mutex<Option<Hints>>,
     down: Mutex<bool>,
     forgotten: Mutex<Vec<Digest>>,
+    /// What is to stay, as it was said at the start: claims, and mounts.
+    swept: Mutex<Option<(BTreeSet<Digest>, BTreeSet<Digest>)>>,
+    /// What [`Roots::knows`] was said of and [`Roots::forget`] not since; each takes a moment.
+    pinned: Mutex<HashSet<Digest>>,
 }
+
+/// Lets others go on in between.
+const MOMENT: Duration = Duration::from_millis(1);
 
 impl Node {
     fn knowing(chains: &[Digest]) -> Arc<Self> {
@@ -52,12 +59,18 @@ impl Roots for Node {
     async fn knows(&self, chain: &Digest, hints: &Hints) -> Result<bool, RootsError> {
         *self.hints.lock() = Some(hints.clone());
         match *self.down.lock() {
-            true => Err(RootsError::new(
-                RootsErrorKind::Unavailable,
-                "no route to registry",
-            )),
-            false => Ok(self.known.lock().contains(chain)),
+            true => {
+                return Err(RootsError::new(
+                    RootsErrorKind::Unavailable,
+                    "no route to registry",
+                ));
+            }
+            false if self.known.lock().contains(chain) => {}
+            false => return Ok(false),
         }
+        self.pinned.lock().insert(*chain);
+        tokio::time::sleep(MOMENT).await;
+        Ok(true)
     }
 
     async fn root(&self, chain: &Digest, hints: &Hints) -> Result<Root, RootsError> {
@@ -85,6 +98,12 @@ impl Roots for Node {
 
     async fn forget(&self, chain: &Digest) {
         self.forgotten.lock().push(*chain);
+        tokio::time::sleep(MOMENT).await;
+        self.pinned.lock().remove(chain);
+    }
+
+    async fn sweep(&self, claimed: &BTreeSet<Digest>, used: &BTreeSet<Digest>) {
+        *self.swept.lock() = Some((claimed.clone(), used.clone()));
     }
 
     async fn usage(&self, _: &Digest) -> Result<Usage, RootsError> {
@@ -222,6 +241,54 @@ async fn namespaces_share_claims_and_parents_that_were_unpacked_do_not_clash() {
         bed.remove(key).await.unwrap();
     }
     assert!(node.mounted().is_empty());
+
+    // Claimed twice, upon two parents: it is given back with the last.
+    let second = bed.target(chain(2), &chain(1).to_string()).await;
+    bed.remove(&upon_own[0]).await.unwrap();
+    assert_eq!(*node.forgotten.lock(), []);
+    bed.remove(&second[0]).await.unwrap();
+    assert_eq!(*node.forgotten.lock(), [chain(2)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_claimed_stays_pinned_whoever_gives_it_back_meanwhile() {
+    let node = Node::knowing(&[chain(1)]);
+    let bed = Bed::with(node.clone()).await;
+    let name = chain(1).to_string();
+    for round in 0..50 {
+        let claim = bed.unpack("a/1/x", "", chain(1));
+        if round == 0 {
+            claim.await;
+            continue;
+        }
+        let (claimed, _) = tokio::join!(claim, bed.remove(&name));
+        assert_eq!(claimed, Code::AlreadyExists);
+        let is_claimed = bed.list(&[]).await.unwrap() == [&*name];
+        let is_pinned = node.pinned.lock().contains(&chain(1));
+        assert!(is_pinned || !is_claimed, "round {round}");
+    }
+}
+
+#[tokio::test]
+async fn the_node_hears_what_is_to_stay_unless_that_is_not_known() {
+    let mut bed = Bed::with(Node::knowing(&[chain(1), chain(2)])).await;
+    bed.unpack("a/1/x", "", chain(1)).await;
+    let (one, two) = (chain(1).to_string(), chain(2).to_string());
+    bed.unpack("a/2/x", &one, chain(2)).await;
+    bed.prepare("a/3/container", &two).await.unwrap();
+    let after = Node::knowing(&[]);
+    bed.restart(after.clone()).await;
+    let (claimed, used) = after.swept.lock().take().unwrap();
+    assert_eq!(claimed, [chain(1), chain(2)].into());
+    assert_eq!(used, [chain(2)].into());
+    bed.stop().await;
+    // Whose record is damaged may need anything.
+    let record = bed.root().join("m/1");
+    std::fs::write(record, "damaged").unwrap();
+    let (_, stop, serving) = start(bed.dir.path(), after.clone()).await;
+    assert_eq!(*after.swept.lock(), None);
+    drop(stop);
+    serving.await.unwrap();
 }
 
 #[tokio::test]

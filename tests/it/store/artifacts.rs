@@ -125,10 +125,86 @@ fn damaged_records_and_trees_count_as_absent() {
         }
         let report = store.verify(VerifyScope::All, true, |_| true).unwrap();
         assert_eq!(report.damaged.len(), 1);
-        assert!(!path.exists());
+        // The tree says what the record was.
+        let is_record = path == record_path(&store, "s3://b/p/");
+        assert_eq!(store.artifact("s3://b/p/").unwrap().is_some(), is_record);
         store.record(&artifact).unwrap();
         assert!(store.artifact("s3://b/p/").unwrap().is_some());
     }
+}
+
+/// One bad block, and nobody knows any more what a pinned artifact consists of.
+#[test]
+fn a_collection_keeps_what_a_damaged_record_may_lead_to() {
+    let (mine, other) = (content(1, 9000), content(2, 5000));
+    for located in [false, true] {
+        for victim in 0..if located { 3 } else { 2 } {
+            let dir = tempfile::tempdir().unwrap();
+            let store = open(dir.path());
+            let artifact = warm(&store, "hf://a/pinned@main", &[&mine], located);
+            store.pin("hf://a/pinned@main", "pod/a").unwrap();
+            let gone = warm(&store, "hf://a/gone@main", &[&other], false);
+            store.remove("hf://a/gone@main").unwrap();
+            let path = match victim {
+                0 => store.root().join("trees").join(artifact.digest().hex()),
+                1 => record_path(&store, "hf://a/pinned@main"),
+                _ => {
+                    let hex = artifact.objects[0].id.to_string().replace("located:", "");
+                    store.root().join("located").join(&hex[..2]).join(hex)
+                }
+            };
+            let bytes = fs::read(&path).unwrap();
+            fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+            let case = path.display();
+            for target in [None, Some(0)] {
+                let options = CollectOptions {
+                    target_bytes: target,
+                    dry_run: false,
+                };
+                let report = store.collect(&options).unwrap();
+                assert_eq!(report.objects, 0, "{case}");
+                assert!(object_path(&store, &mine).exists(), "{case}");
+            }
+            // Nor between the repair and the fetch that follows it.
+            store.verify(VerifyScope::All, true, |_| true).unwrap();
+            if victim < 2 {
+                store.collect(&CollectOptions::default()).unwrap();
+                assert!(object_path(&store, &mine).exists(), "{case}");
+                assert_eq!(
+                    store.artifact("hf://a/pinned@main").unwrap().is_some(),
+                    victim == 1,
+                    "{case}"
+                );
+            }
+            store.record(&artifact).unwrap();
+            let batch = [(artifact.objects[0].id, mine.clone().into())];
+            store.put(&batch).unwrap();
+            collect_to(&store, u64::MAX);
+            assert!(is_complete(&store, &artifact.objects[0]), "{case}");
+            assert!(!is_complete(&store, &gone.objects[0]), "{case}");
+        }
+    }
+}
+
+/// What is not pinned and cannot be opened goes first, and does not keep the disk full.
+#[test]
+fn what_cannot_be_read_is_evicted_where_space_is_needed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let (bad, good) = (content(1, 9000), content(2, 9000));
+    let artifact = warm(&store, "hf://a/bad@main", &[&bad], false);
+    warm(&store, "hf://a/good@main", &[&good], false);
+    age(&store, "hf://a/good@main", 1000);
+    fs::write(
+        store.root().join("trees").join(artifact.digest().hex()),
+        b"?",
+    )
+    .unwrap();
+    let used = store.usage().unwrap().bytes();
+    let report = collect_to(&store, used - 1);
+    assert_eq!(report.evicted, ["hf://a/bad@main"]);
+    assert!(!object_path(&store, &bad).exists());
+    assert!(object_path(&store, &good).exists());
 }
 
 #[test]
@@ -379,4 +455,105 @@ fn a_collection_never_takes_what_a_warm_has_seen() {
     store.collect(&CollectOptions::default()).unwrap();
     let usage = store.usage().unwrap();
     assert_eq!((usage.objects, usage.partials), (0, 0));
+}
+
+/// Who is told that something is pinned finds its content afterwards, or finds that it was gone before.
+#[test]
+fn a_pin_that_is_told_during_a_collection_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let contents: Vec<Vec<u8>> = (0..60).map(|seed| content(seed, 3000)).collect();
+    for round in 0..20 {
+        let name = |at: usize| format!("hf://a/b@{at}");
+        for (at, bytes) in contents.iter().enumerate() {
+            warm(&store, &name(at), &[bytes], false);
+        }
+        let collecting = std::thread::spawn({
+            let store = Arc::clone(&store);
+            move || collect_to(&store, 0)
+        });
+        std::thread::sleep(Duration::from_micros(300 * round));
+        let wanted: Vec<usize> = (0..contents.len()).step_by(7).collect();
+        let mut kept = Vec::new();
+        for &at in &wanted {
+            store.pin(&name(at), "pod/a").unwrap();
+            if store.artifact(&name(at)).unwrap().is_some() {
+                kept.push(at);
+            }
+        }
+        collecting.join().unwrap();
+        for at in kept {
+            assert!(
+                store.artifact(&name(at)).unwrap().is_some(),
+                "{round}: {at}"
+            );
+            assert!(object_path(&store, &contents[at]).exists(), "{round}: {at}");
+        }
+        for at in wanted {
+            store.unpin(&name(at), "pod/a").unwrap();
+        }
+    }
+}
+
+/// A part of something was here when the whole came by another way.
+#[test]
+fn what_is_left_of_a_complete_object_is_collected() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let bytes = content(1, 2 * MIB + 5);
+    for located in [false, true] {
+        let reference = format!("hf://a/b@{located}");
+        let artifact = artifact(&reference, &[&bytes], located);
+        store.record(&artifact).unwrap();
+        let id = artifact.objects[0].id;
+        for part in [
+            artifact.objects[0].partial_id("hf://models/a/b"),
+            artifact.objects[0].partial_id("hf://models/c/d"),
+        ] {
+            let partial = store.partial(part, bytes.len() as u64).unwrap();
+            if let Some(lease) = partial.claim(0..1).unwrap() {
+                lease.commit(0, &bytes[..MIB], WriteMode::Cached).unwrap();
+            }
+            store.collect(&CollectOptions::default()).unwrap();
+            drop(partial);
+        }
+        store.collect(&CollectOptions::default()).unwrap();
+        let parts = if located { 1 } else { 2 };
+        assert_eq!(store.usage().unwrap().partials, parts);
+        store.put(&[(id, bytes.clone().into())]).unwrap();
+        let report = store.collect(&CollectOptions::default()).unwrap();
+        assert_eq!((report.partials, report.objects), (parts, 0));
+        assert_eq!(store.usage().unwrap().partials, 0);
+        assert!(is_complete(&store, &artifact.objects[0]));
+    }
+}
+
+#[test]
+fn what_is_not_ours_among_the_objects_stands_in_nobodys_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let bytes = content(1, 100);
+    let artifact = warm(&store, "hf://a/b@main", &[&bytes], false);
+    for stray in ["README", "zz"] {
+        fs::write(store.root().join("objects/sha256").join(stray), b"stray").unwrap();
+    }
+    assert_eq!(store.usage().unwrap().objects, 1);
+    store.pin("hf://a/b@main", "a").unwrap();
+    store.collect(&CollectOptions::default()).unwrap();
+    assert!(
+        store
+            .verify(VerifyScope::All, true, |_| true)
+            .unwrap()
+            .damaged
+            .is_empty()
+    );
+    assert!(is_complete(&store, &artifact.objects[0]));
+    // Nor do the places of pins stay that are gone.
+    let pins = || fs::read_dir(store.root().join("pins")).unwrap().count();
+    assert_eq!(pins(), 1);
+    store.unpin("hf://a/b@main", "a").unwrap();
+    store.collect(&CollectOptions::default()).unwrap();
+    assert_eq!(pins(), 0);
+    store.pin("hf://a/b@main", "a").unwrap();
+    assert_eq!(store.pins("hf://a/b@main").unwrap(), ["a"]);
 }

@@ -3,8 +3,12 @@
 use std::{
     ffi::OsString,
     fs::File,
+    ops::Range,
     path::Path,
-    sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst},
+    },
 };
 
 use super::*;
@@ -19,6 +23,14 @@ struct Plan {
     from: AtomicU64,
     errno: AtomicI32,
     failed: AtomicBool,
+    /// A complete object was removed.
+    removed: AtomicBool,
+    /// Where objects on their way cannot be read, and whether they can be once that is written anew.
+    bad: Mutex<Option<(Range<u64>, bool)>>,
+    /// A file that cannot be read until another takes its place.
+    bad_file: Mutex<Option<std::path::PathBuf>>,
+    /// What is free: at first, how often that is said after something was removed, and then.
+    free: Mutex<Option<(u64, u32, u64)>>,
 }
 
 /// Wraps the real disk; never syncs.
@@ -42,6 +54,10 @@ impl FailingDisk {
             from: AtomicU64::new(u64::MAX),
             errno: AtomicI32::new(0),
             failed: AtomicBool::new(false),
+            removed: AtomicBool::new(false),
+            bad: Mutex::default(),
+            bad_file: Mutex::default(),
+            free: Mutex::default(),
         }))
     }
 
@@ -50,6 +66,17 @@ impl FailingDisk {
         self.0.errno.store(errno, SeqCst);
         self.0.failed.store(false, SeqCst);
         self.0.from.store(self.0.calls.load(SeqCst) + calls, SeqCst);
+    }
+
+    /// Bytes of objects on their way that cannot be read, nor written; `until_written`: the disk has
+    /// other sectors to put in their place.
+    pub(crate) fn bad_sectors(&self, bytes: Range<u64>, until_written: bool) {
+        *self.0.bad.lock().unwrap() = Some((bytes, until_written));
+    }
+
+    /// A file system that shows what was freed only when it was asked some times since.
+    pub(crate) fn frees_late(&self, free: u64, asked: u32, then: u64) {
+        *self.0.free.lock().unwrap() = Some((free, asked, then));
     }
 
     pub(crate) fn heal(&self) {
@@ -89,6 +116,20 @@ impl FailingFile {
     fn call(&self, call: Call) -> disk::Result<()> {
         self.disk.call(call, &self.path)
     }
+
+    fn unusable(&self, what: &'static str) -> DiskError {
+        DiskError::new(
+            what,
+            &self.path,
+            std::io::Error::from_raw_os_error(libc::EIO),
+        )
+    }
+
+    fn is_bad(&self, bad: &Option<(Range<u64>, bool)>, offset: u64, len: usize) -> bool {
+        let within = |bytes: &Range<u64>| offset < bytes.end && offset + len as u64 > bytes.start;
+        let is_data = self.path.extension().is_some_and(|e| e == "data");
+        is_data && bad.as_ref().is_some_and(|(bytes, _)| within(bytes))
+    }
 }
 
 impl Disk for FailingDisk {
@@ -103,6 +144,9 @@ impl Disk for FailingDisk {
     }
     fn rename(&self, from: &Path, to: &Path) -> disk::Result<()> {
         self.call(Call::Write, to)?;
+        let mut bad = self.0.bad_file.lock().unwrap();
+        *bad = bad.take().filter(|bad| bad != to);
+        drop(bad);
         RealDisk.rename(from, to)
     }
     fn rename_new(&self, from: &Path, to: &Path) -> disk::Result<bool> {
@@ -115,6 +159,9 @@ impl Disk for FailingDisk {
     }
     fn unlink(&self, path: &Path) -> disk::Result<bool> {
         self.call(Call::Remove, path)?;
+        if path.to_string_lossy().contains("objects/sha256") {
+            self.0.removed.store(true, SeqCst);
+        }
         RealDisk.unlink(path)
     }
     fn create_dir(&self, path: &Path) -> disk::Result<bool> {
@@ -141,7 +188,19 @@ impl Disk for FailingDisk {
         RealDisk.touch(path)
     }
     fn space(&self, path: &Path) -> disk::Result<Space> {
-        RealDisk.space(path)
+        let real = RealDisk.space(path)?;
+        let mut late = self.0.free.lock().unwrap();
+        let free = match &mut *late {
+            None => real.free,
+            Some((_, 0, then)) => *then,
+            Some((free, asked, _)) => {
+                if self.0.removed.load(SeqCst) {
+                    *asked -= 1;
+                }
+                *free
+            }
+        };
+        Ok(Space { free, ..real })
     }
     fn writable(&self, path: &Path) -> bool {
         RealDisk.writable(path)
@@ -157,6 +216,14 @@ impl DiskFile for FailingFile {
     }
     fn write_at(&self, data: &[u8], offset: u64) -> disk::Result<()> {
         let failed = self.call(Call::Write);
+        let mut bad = self.disk.0.bad.lock().unwrap();
+        if self.is_bad(&bad, offset, data.len()) {
+            *bad = bad.take().filter(|(_, until_written)| !until_written);
+            if bad.is_some() {
+                return Err(self.unusable("write"));
+            }
+        }
+        drop(bad);
         // What fails has written a part, of whole blocks where it went past the page cache.
         let part = match failed {
             Ok(()) => data,
@@ -189,6 +256,12 @@ impl DiskFile for FailingFile {
     }
     fn read_at(&self, buf: &mut [u8], offset: u64) -> disk::Result<()> {
         self.call(Call::Read)?;
+        if self.disk.0.bad_file.lock().unwrap().as_ref() == Some(&self.path) {
+            return Err(self.unusable("read"));
+        }
+        if self.is_bad(&self.disk.0.bad.lock().unwrap(), offset, buf.len()) {
+            return Err(self.unusable("read"));
+        }
         self.inner.read_at(buf, offset)
     }
 }
@@ -352,4 +425,71 @@ fn at_calls(errno: i32, kind: StoreErrorKind, step: usize) {
             .unwrap_or_else(|error| panic!("{case}: then {error}"));
         goods.check_whole(&store, &case);
     }
+}
+
+/// XFS and btrfs free in the background: what an admission has evicted for is not refused meanwhile.
+#[test]
+fn space_that_shows_late_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FailingDisk::new();
+    let store = Store::open_on(Arc::new(disk.clone()), dir.path(), &config()).unwrap();
+    let old = artifact("hf://a/old@main", &[&content(1, 3 * MIB)], false);
+    store.record(&old).unwrap();
+    let batch = [(old.objects[0].id, content(1, 3 * MIB).into())];
+    drop(store.put(&batch).unwrap());
+    disk.frees_late(MIB as u64, 4, 5 * MIB as u64);
+    let new = artifact("hf://a/new@main", &[&content(2, 2 * MIB)], false);
+    store.record(&new).unwrap();
+    let room = store.admit(&new).unwrap();
+    assert!(store.artifact("hf://a/old@main").unwrap().is_none());
+    drop(room);
+}
+
+/// The words that say which chunks are here are mapped: what of them cannot be read must not be.
+#[test]
+fn chunk_words_that_cannot_be_read_are_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FailingDisk::new();
+    let open = || Store::open_on(Arc::new(disk.clone()), dir.path(), &config()).unwrap();
+    let bytes = content(1, 3 * MIB);
+    let id = ObjectId::Sha256(Digest::of(&bytes));
+    let store = open();
+    let partial = store.partial(&id, bytes.len() as u64).unwrap();
+    let lease = partial.claim(0..2).unwrap().unwrap();
+    lease
+        .commit(0, &bytes[..2 * MIB], WriteMode::Cached)
+        .unwrap();
+    partial.checkpoint().unwrap();
+    let stem = dir
+        .path()
+        .join("partial")
+        .join(id.to_string().replace(':', "-"));
+    *disk.0.bad_file.lock().unwrap() = Some(stem.with_extension("live"));
+    // Who has it open already goes on; another process does without.
+    let error = open().partial(&id, bytes.len() as u64).unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Io);
+    drop((lease, partial));
+    let again = open().partial(&id, bytes.len() as u64).unwrap();
+    assert_eq!(
+        again.present_bytes(),
+        2 * MIB as u64,
+        "from the durable map"
+    );
+}
+
+#[test]
+fn a_pin_that_is_there_needs_no_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FailingDisk::new();
+    let root = dir.path().join("store");
+    let store = Store::open_on(Arc::new(disk.clone()), &root, &config()).unwrap();
+    store.pin("hf://a/b", "volume").unwrap();
+    // Its directory may be made durable once more.
+    disk.fail_after(1, libc::ENOSPC);
+    store.pin("hf://a/b", "volume").unwrap();
+    assert!(!disk.has_failed());
+    let error = store.pin("hf://a/b", "another").unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::NoSpace);
+    disk.heal();
+    assert_eq!(store.pins("hf://a/b").unwrap(), ["volume"]);
 }

@@ -253,7 +253,8 @@ fn flipped_bits_in_the_store_are_found_named_and_mended() {
                 "{what} was not found in pass {pass}"
             );
             assert!(
-                !named || !path.exists(),
+                // The tree says what a record was.
+                !named || !path.exists() || path.parent() == Some(&root.join("artifacts")),
                 "{what} was not removed in pass {pass}"
             );
         }

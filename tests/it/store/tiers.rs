@@ -698,3 +698,40 @@ fn tiers_are_read_through_in_the_background() {
     assert!(store.tiers()[0].verified_at.is_some());
     assert_eq!(read(&store, &id(b"flipped")), None);
 }
+
+/// Pipes where files should be: opening one waits for whoever writes, for good.
+#[test]
+fn pipes_on_a_tier_hold_up_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    bake(dir.path(), "tier", &[("s3://b/a", &[b"a"])]);
+    bake(dir.path(), "other", &[("s3://b/b", &[b"b"])]);
+    let tier = dir.path().join("tier");
+    let mut paths = vec![
+        dir.path().join("other/hearth.json"),
+        object_path(&tier, b"a"),
+    ];
+    for below in ["artifacts", "trees"] {
+        let names = fs::read_dir(tier.join(below)).unwrap();
+        paths.extend(names.map(|name| name.unwrap().path()));
+    }
+    assert!(paths.len() >= 4, "{paths:?}");
+    let places = dir.path().to_owned();
+    let (done, finished) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for path in paths {
+            fs::remove_file(&path).unwrap();
+            let made = std::process::Command::new("mkfifo").arg(&path).status();
+            assert!(made.unwrap().success());
+            let store = over(&places, &["tier", "other"]);
+            let a = ObjectId::Sha256(Digest::of(b"a"));
+            assert!(read(&store, &a).is_none_or(|read| read == b"a"));
+            store.artifact("s3://b/a").unwrap();
+            store.artifact("s3://b/b").unwrap();
+            store.records().unwrap();
+            store.collect(&CollectOptions::default()).unwrap();
+        }
+        done.send(()).unwrap();
+    });
+    let waited = finished.recv_timeout(std::time::Duration::from_secs(60));
+    assert!(waited.is_ok(), "somebody waits for a pipe");
+}

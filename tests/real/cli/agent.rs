@@ -1,6 +1,8 @@
 //! `hearth agent`: all faces in one process; probes; a new one that takes over from an old one while readers and
 //! clients go on; refusals that leave the old one serving; the service manager as keeper.
 
+mod spans;
+
 use std::{
     io::{Read as _, Write as _},
     net::TcpStream,
@@ -43,10 +45,15 @@ fn config(bed: &Bed, admin: u16, mirror: u16) -> String {
 
 impl Agent {
     fn new() -> Self {
+        Self::with("")
+    }
+
+    /// With `more` in the configuration.
+    fn with(more: &str) -> Self {
         let bed = Bed::new();
         let (admin, mirror) = (servers::free_port(), servers::free_port());
         let path = bed.path("config.toml");
-        fs::write(&path, config(&bed, admin, mirror)).unwrap();
+        fs::write(&path, config(&bed, admin, mirror) + more).unwrap();
         bed.ok(&format!("--config {} config --check", path.display()));
         let options = format!("--config {} -v agent", path.display());
         let csi = Csi::by(bed, true, options);
@@ -372,4 +379,50 @@ print('done')
         "{said}"
     );
     assert!(later.wait().unwrap().success());
+}
+
+/// The keeper is killed: the agent goes on and says that it is not ready; the next keeper has all of its mounts, and so has
+/// the next agent.
+#[test]
+fn another_keeper_gets_what_the_agent_serves() {
+    let web = Web::slow("1m");
+    let model = web.model("m", 8, 2);
+    let mut agent = Agent::new();
+    let target = agent.csi.publish("v", &model);
+    let readers =
+        ["random_reads", "sequential"].map(|how| Reader::start(&target, &web.path("m"), how, 1));
+    for round in 0..2 {
+        let keeper = agent.csi.keeper.take().unwrap();
+        keeper.signal(Signal::SIGKILL);
+        keeper.done();
+        wait_for("not ready", || agent.get("/readyz").0 == 503);
+        let (_, said) = agent.get("/readyz");
+        assert!(said.contains("keeper: starting: "), "{said}");
+        let socket = agent.csi.bed.path("keeper.sock");
+        let keeper = agent
+            .csi
+            .bed
+            .start(&format!("keeper --socket {}", socket.display()));
+        agent.csi.keeper = Some(keeper);
+        wait_for("ready again", || agent.get("/readyz").0 == 200);
+        let connection = connections(&target);
+        match round {
+            0 => agent.upgrade(),
+            _ => {
+                agent.csi.stop(Signal::SIGKILL);
+                agent.csi.start();
+            }
+        }
+        assert_eq!(agent.csi.publish("v", &model), target);
+        assert_eq!(connections(&target), connection, "it is the same mount");
+        let other = agent.csi.publish("w", &model);
+        assert_same(&other, &web.path("m"));
+        agent.csi.unpublish("w");
+    }
+    for reader in readers {
+        assert!(reader.done() > 0);
+    }
+    agent.csi.unpublish("v");
+    agent.csi.assert_empty();
+    agent.csi.stop(Signal::SIGTERM);
 }

@@ -46,7 +46,7 @@ impl Drop for Pods {
 /// A driver under way, and a client of it.
 pub(super) struct Csi {
     pub(super) server: Option<Running>,
-    keeper: Option<Running>,
+    pub(super) keeper: Option<Running>,
     /// How it is started.
     pub(super) options: String,
     runtime: Runtime,
@@ -55,7 +55,7 @@ pub(super) struct Csi {
 }
 
 impl Csi {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::on(Bed::new(), false)
     }
 
@@ -199,7 +199,7 @@ impl Csi {
         assert!(!Path::new(&self.target(volume)).exists());
     }
 
-    fn stats(&self, volume: &str) -> api::NodeGetVolumeStatsResponse {
+    pub(super) fn stats(&self, volume: &str) -> api::NodeGetVolumeStatsResponse {
         let asked = api::NodeGetVolumeStatsRequest {
             volume_id: volume.into(),
             volume_path: self.target(volume),
@@ -549,6 +549,42 @@ print('done')
     csi.unpublish("w");
     csi.assert_empty();
     drop(csi.keeper.take());
+}
+
+/// Somebody detaches the mount that all volumes of a model are bind mounts of: those that are there go on, and no volume is
+/// an empty directory, in this process or the next.
+#[test]
+fn a_volume_is_never_an_empty_directory() {
+    let web = Web::new();
+    let model = web.model("m", 4, 1);
+    for kept in [true, false] {
+        let mut csi = Csi::on(Bed::new(), kept);
+        let first = csi.publish("first", &model);
+        let detach = || {
+            let shared = csi.bed.store().join("run/csi/mounts");
+            let mut list = hearth::mount::mounted().unwrap();
+            list.retain(|info| info.mountpoint.starts_with(&shared));
+            assert_eq!(list.len(), 1);
+            umount2(&list[0].mountpoint, MntFlags::MNT_DETACH).unwrap();
+        };
+        detach();
+        let second = csi.publish("second", &model);
+        assert_same(&second, &web.path("m"));
+        assert_same(&first, &web.path("m"));
+        detach();
+        csi.stop(Signal::SIGKILL);
+        csi.start();
+        let third = csi.publish("third", &model);
+        assert_same(&third, &web.path("m"));
+        // Published again, which the kubelet does, they are whole again, too.
+        for volume in ["first", "second"] {
+            assert_same(&csi.publish(volume, &model), &web.path("m"));
+        }
+        for volume in ["first", "second", "third"] {
+            csi.unpublish(volume);
+        }
+        csi.assert_empty();
+    }
 }
 
 #[test]

@@ -13,7 +13,10 @@ use serde_json::json;
 
 use crate::pushed::{INDEX, MANIFEST, Registry, gzip, tar};
 
-use super::*;
+use super::{
+    csi::{Csi, wait_for},
+    *,
+};
 
 const KIND: &str = "application/vnd.hearth.index.v1";
 const LAYER_INDEX: &str = "application/vnd.hearth.layer-index.v1";
@@ -205,7 +208,7 @@ fn content<'i>(index: &'i mut LayerIndex, path: &str) -> &'i mut FileContent {
 }
 
 /// What a read of `path` in the mount gives: the SHA-256, or the error's name.
-fn read(dir: &str, path: &str) -> String {
+pub(super) fn read(dir: &str, path: &str) -> String {
     let script = r#"
 import errno, hashlib, os, sys
 try: print(hashlib.sha256(open(os.path.join(sys.argv[1], sys.argv[2]), "rb").read()).hexdigest())
@@ -218,7 +221,7 @@ except OSError as e: print(errno.errorcode[e.errno])
 }
 
 /// Waits until the background fetch has stopped; its error.
-fn wait_error(bed: &Bed, dir: &str) -> String {
+pub(super) fn wait_error(bed: &Bed, dir: &str) -> String {
     let begun = Instant::now();
     loop {
         let status = bed.json(&format!("status {dir} --json"));
@@ -454,7 +457,7 @@ fn served(bed: &Bed, chain: &Digest, named: Option<&str>) -> Option<(String, Dig
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let store = Store::open(&bed.store(), &Default::default()).unwrap();
-        let engine = Engine::new(std::sync::Arc::new(store), Default::default());
+        let engine = Engine::new(store, Default::default());
         let node = Node::new(engine, Sources::new(Default::default()));
         let named = named.map(|name| name.parse::<Reference>().unwrap());
         let known = node.knows_chain(chain, named.as_ref()).await.unwrap();
@@ -544,4 +547,25 @@ fn an_index_from_another_repository_is_not_believed() {
     bed.ok(&format!("mount --no-fill {} {dir}", image.reference));
     assert_same(&dir, image.dir.path());
     bed.ok(&format!("umount {dir}"));
+}
+
+/// A volume shows nothing of it any more either, and is what it should be once it is published again.
+#[test]
+fn a_volume_that_was_forged_is_refused_until_it_is_published_again() {
+    let image = Pushed::new();
+    image.forge(|index| entry(index, "bin/tool").meta.mode = 0o6755);
+    let csi = Csi::new();
+    let target = csi.publish("v", &image.reference);
+    wait_for("found out", || read(&target, "top/salt") == "EIO");
+    let condition = csi.stats("v").volume_condition.unwrap();
+    let layer = Digest::of(&image.layers[0]).to_string();
+    assert!(
+        condition.abnormal && condition.message.contains(&layer),
+        "{condition:?}"
+    );
+    assert_eq!(csi.publish("v", &image.reference), target);
+    assert_same(&target, image.dir.path());
+    image.assert_recorded_truly(&csi.bed);
+    csi.unpublish("v");
+    csi.assert_empty();
 }

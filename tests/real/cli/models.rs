@@ -1,8 +1,11 @@
 //! Models from a real registry: looked at, warmed, mounted while they arrive.
 
+use hearth::digest::Digest;
+use serde_json::json;
+
 use crate::{
     oci_models::{Model, Push, layouts},
-    pushed::{Registry, tar},
+    pushed::{MANIFEST, Registry, gzip, tar},
 };
 
 use super::*;
@@ -107,6 +110,78 @@ print(hashlib.sha256(tail + last).hexdigest())
     assert_same(&dir, &model);
     bed.wait_complete(&dir);
     assert_eq!(bed.objects().len(), 1, "the tar, once");
+    assert_eq!(read().trim(), right);
+    bed.ok(&format!("umount {dir}"));
+}
+
+/// A modelcar whose layers have indexes is read as any image is: what is asked for comes, and the rest later.
+#[test]
+fn a_modelcar_with_an_index_is_read_before_it_is_pulled() {
+    let registry = Registry::start();
+    let maker = Bed::new();
+    let (model, base) = (maker.path("model"), maker.path("base"));
+    write_model(&model, 12, 2, 7);
+    fs::create_dir_all(base.join("opt")).unwrap();
+    fs::write(base.join("opt/server"), bytes(5, 3 << 20)).unwrap();
+    let format = ["--sort=name", "--format=gnu"];
+    let below = [&format[..], &["--transform=s,^\\.,models,"]].concat();
+    let layers = [tar(&base, &format, &["opt"]), tar(&model, &below, &["."])];
+    let config = json!({
+        "architecture": "amd64", "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": layers.each_ref().map(|l| Digest::of(l).to_string())},
+    });
+    let kind = |what: &str| format!("application/vnd.oci.image.{what}");
+    let blobs = layers.each_ref().map(|layer| gzip(layer));
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": MANIFEST,
+        "config": registry.blob("car", &kind("config.v1+json"), config.to_string().as_bytes()),
+        "layers": blobs.each_ref().map(|blob| registry.blob("car", &kind("layer.v1.tar+gzip"), blob)),
+    });
+    registry.manifest("car", "1", &manifest);
+    let image = registry.reference("car", "1");
+    maker.ok(&format!("index push {image}"));
+
+    let bed = Bed::new();
+    let reference = format!("{image}?path=models");
+    let dir = bed.mount_dir("mnt");
+    bed.ok(&format!("mount --no-fill {reference} {dir}"));
+    let shard = "model-00002-of-00002.safetensors";
+    let script = r#"
+import hashlib, os, sys
+f = os.open(os.path.join(*sys.argv[1:]), os.O_RDONLY)
+print(hashlib.sha256(os.pread(f, 5000, os.fstat(f).st_size - 5000)).hexdigest())
+"#;
+    let read = || Done::of(&mut python(script, &[&dir, shard])).ok();
+    let weights = fs::read(model.join(shard)).unwrap();
+    let right = Digest::of(&weights[weights.len() - 5000..]).hex();
+    assert_eq!(read().trim(), right);
+    let status = bed.json(&format!("status {dir} --json"));
+    let fetched: u64 = ["demand", "readahead", "warm"]
+        .iter()
+        .map(|class| {
+            status["metrics"][format!("hearth_fetch_{class}_bytes_total")]
+                .as_u64()
+                .unwrap()
+        })
+        .sum();
+    assert!(
+        fetched > 0 && fetched < blobs[1].len() as u64 / 2,
+        "{status}"
+    );
+    assert!(bed.objects().is_empty(), "nothing was unpacked");
+    bed.ok(&format!("umount {dir}"));
+
+    bed.ok(&format!("mount {reference} {dir}"));
+    assert_same(&dir, &model);
+    let status = bed.wait_complete(&dir);
+    assert_eq!(status["error"], Value::Null);
+    bed.ok(&format!("umount {dir}"));
+    let warm = &bed.json(&format!("warm {reference} --json"))[0];
+    assert_eq!(warm["bytes"], warm["bytes_before"]);
+    // What is here needs no registry.
+    drop(registry);
+    bed.ok(&format!("mount {reference} {dir}"));
+    assert_same(&dir, &model);
     assert_eq!(read().trim(), right);
     bed.ok(&format!("umount {dir}"));
 }

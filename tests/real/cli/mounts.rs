@@ -427,3 +427,63 @@ fn a_umount_half_way_keeps_what_has_arrived() {
     );
     bed.ok("verify --all");
 }
+
+/// Something of a mount is open when it is detached: it goes on for whoever has it open, and the directory is free for
+/// another, which is not taken for it.
+#[test]
+fn a_detached_mount_and_another_in_its_place() {
+    const SCRIPT: &str = r"
+import sys
+f = open(sys.argv[1], 'rb', buffering=0)
+print('open', flush=True); sys.stdin.read()
+assert f.readall() == open(sys.argv[2], 'rb').read()
+print('same')
+";
+    let bed = Bed::new();
+    let web = Web::slow("2m");
+    let (one, two) = (web.model("one", 8, 1), web.model("two", 2, 2));
+    let dir = bed.mount_dir("mnt");
+    bed.ok(&format!("mount --no-fill {one} {dir}"));
+    let before = bed.json(&format!("status {dir} --json"));
+    let shard = "model-00001-of-00001.safetensors";
+    let truth = web.path("one").join(shard);
+    let mut reader = python(
+        SCRIPT,
+        &[&format!("{dir}/{shard}"), truth.to_str().unwrap()],
+    );
+    let mut reader = reader
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut word = [0; 5];
+    std::io::Read::read_exact(reader.stdout.as_mut().unwrap(), &mut word).unwrap();
+    bed.ok(&format!("umount --lazy {dir}"));
+    assert!(!is_mounted(&dir));
+
+    bed.ok(&format!("mount {two} {dir}"));
+    assert_same(&dir, &web.path("two"));
+    let after = bed.json(&format!("status {dir} --json"));
+    assert_ne!(after["keeper_pid"], before["keeper_pid"]);
+    drop(reader.stdin.take());
+    let read = Done::from("reader".into(), reader.wait_with_output().unwrap());
+    assert!(read.out.ends_with("same\n"), "{read:?}");
+    // What the first one leaves behind is not what the second one needs.
+    for process in ["keeper_pid", "pid"] {
+        assert_ended(before[process].as_u64().unwrap());
+    }
+    assert_eq!(
+        bed.json(&format!("status {dir} --json"))["pid"],
+        after["pid"]
+    );
+    bed.ok(&format!("umount {dir}"));
+    assert_ended(after["keeper_pid"].as_u64().unwrap());
+    let traces = traces(&bed);
+    assert!(
+        traces
+            .iter()
+            .all(|(file, _)| file.extension().is_some_and(|e| e == "log")),
+        "{traces:?}"
+    );
+}

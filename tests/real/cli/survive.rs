@@ -547,3 +547,92 @@ fn a_new_server_takes_over_while_the_old_one_serves() {
     assert_eq!(keeper.done().code, Some(0));
     assert!(!socket.exists() && !is_mounted(&dir));
 }
+
+/// Told to end while long reads are in hand, where the kernel sends nothing again: whoever reads gets bytes, or an
+/// error from the next server, and is not forgotten. An answer is longer than a process without privileges may put
+/// into a socket.
+#[test]
+fn without_resending_an_orderly_end_forgets_no_long_read() {
+    const SCRIPT: &str = r"
+import errno, mmap, os, sys, threading
+path, truth = sys.argv[1:]
+body = open(truth, 'rb').read()
+f = os.open(path, os.O_RDONLY | os.O_DIRECT)
+def read(at, said):
+    page = mmap.mmap(-1, 1 << 20)
+    try: n = os.preadv(f, [page], at)
+    except OSError as error: said.append(errno.errorcode[error.errno])
+    else: said.append('same' if n == 1 << 20 and page[:n] == body[at:at + n] else f'wrong: {n}')
+said = []
+threads = [threading.Thread(target=read, args=(n << 20, said)) for n in range(1, 5)]
+for t in threads: t.start()
+print('begun', flush=True)
+for t in threads: t.join()
+print(*sorted(set(said)))
+";
+    for unprivileged in [false, true] {
+        let bed = Bed::new();
+        // So slow that none is answered before it is told to end, and all are before it gives up.
+        let web = Web::slow("2m");
+        let model = web.model("m", 8, 1);
+        let dir = bed.mount_dir("mnt");
+        let config = bed.path("config.toml");
+        fs::write(&config, "[mount]\nresend = false\n").unwrap();
+        let socket = bed.path("keeper.sock");
+        let keeper = bed.start(&format!("keeper --socket {}", socket.display()));
+        let begun = Instant::now();
+        while !socket.exists() {
+            assert!(begun.elapsed() < Duration::from_secs(20));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let line = format!(
+            "--config {} mount --foreground --no-fill --keeper {} {model} {dir}",
+            config.display(),
+            socket.display()
+        );
+        let serve = || {
+            if !unprivileged {
+                return bed.start(&line);
+            }
+            let hearth = bed.command(&line);
+            // Only root of the whole machine may have longer packets.
+            let mut command = Command::new("setpriv");
+            command.args(["--bounding-set=-net_admin", "--inh-caps=-net_admin", "--"]);
+            command.args(hearth.get_args().skip(1));
+            command.env("HEARTH_STORE", bed.store());
+            command.env("HOME", bed.dir.path());
+            command.env_remove("HEARTH_CONFIG").env_remove("HEARTH_LOG");
+            Running::of(&mut command)
+        };
+        let server = serve();
+        let shard = "model-00001-of-00001.safetensors";
+        let begun = Instant::now();
+        while !is_mounted(&dir) || bed.run(&format!("status {dir} --json")).code != Some(0) {
+            assert!(begun.elapsed() < Duration::from_secs(20));
+        }
+        let truth = web.path("m").join(shard);
+        let mut reader = python(
+            SCRIPT,
+            &[&format!("{dir}/{shard}"), truth.to_str().unwrap()],
+        );
+        let mut reader = Running::of(&mut reader);
+        let begun = Instant::now();
+        while status(&bed, &dir)["mount"]["waited_reads"].as_u64() < Some(4) {
+            assert!(begun.elapsed() < Duration::from_secs(20) && reader.runs());
+        }
+        server.signal(Signal::SIGTERM);
+        assert_eq!(server.done().code, Some(0));
+        let server = serve();
+        let said = reader.done().ok();
+        let said = said.lines().last().unwrap();
+        match unprivileged {
+            true => assert!(said.split(' ').all(|s| s == "same" || s == "EIO"), "{said}"),
+            false => assert_eq!(said, "same"),
+        }
+        assert_same(&dir, &web.path("m"));
+        bed.ok(&format!("umount {dir}"));
+        assert_eq!(server.done().code, Some(0));
+        keeper.signal(Signal::SIGTERM);
+        assert_eq!(keeper.done().code, Some(0));
+    }
+}

@@ -199,6 +199,21 @@ fn mounts_and_sockets_outlive_the_agent_as_a_service() {
     wait_for("all of the mount is forgotten", || {
         systemd.show("NFileDescriptorStore") == sockets
     });
+    // Listening elsewhere: the manager does not keep a port on which nobody answers.
+    let config = csi.bed.path("config.toml");
+    let other = servers::free_port();
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(
+        &config,
+        text.replace(&admin.to_string(), &other.to_string()),
+    )
+    .unwrap();
+    systemd.run("systemctl", &["restart", "hearth"]).ok();
+    wait_for("ready", || matches!(get(other, "/readyz"), Ok((200, _))));
+    wait_for("the old port is forgotten", || {
+        systemd.show("NFileDescriptorStore") == sockets
+    });
+    assert!(get(admin, "/readyz").is_err());
     systemd.run("systemctl", &["stop", "hearth"]).ok();
     assert_eq!(systemd.show("Result"), "success", "{}", log());
 }

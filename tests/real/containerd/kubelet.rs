@@ -92,6 +92,8 @@ impl Roots for Unpacked {
 
     async fn forget(&self, _: &Digest) {}
 
+    async fn sweep(&self, _: &BTreeSet<Digest>, _: &BTreeSet<Digest>) {}
+
     async fn usage(&self, _: &Digest) -> Result<Usage, RootsError> {
         Ok(Usage {
             bytes: 4096,

@@ -100,6 +100,13 @@ async fn a_warmed_image_runs_without_its_registry_and_without_fuse() {
     assert_eq!(seen, format!("{SEEN}warmedtwo4711\n"));
     assert_eq!(all_reads(&registry, &image), before);
 
+    // Somebody unmounts the root: who runs on it goes on, and the next one has one again.
+    unmount_below(&store.join("run"));
+    assert_eq!(kubelet.exec(&two, "cat /data/salt").await, "warmed");
+    let three = kubelet.run(&pod, "three", &app).await;
+    let seen = kubelet.exec(&three, LOOK).await;
+    assert_eq!(seen, format!("{SEEN}warmedtwo4711\n"));
+
     kubelet.remove_pod(&pod).await;
     kubelet.remove_image(&app).await;
     kubelet.remove_image(&pause).await;
@@ -112,6 +119,36 @@ async fn a_warmed_image_runs_without_its_registry_and_without_fuse() {
         serde_json::from_slice::<serde_json::Value>(&listed).unwrap(),
         serde_json::json!([])
     );
+
+    // Killed with the last snapshot gone, and what belongs to it not: the next process sees to that.
+    run(&mut hearth(
+        &store,
+        &format!("warm oci://{app} oci://{pause}"),
+    ));
+    kubelet.pull(&app).await;
+    let pod = kubelet.run_pod().await;
+    kubelet.run(&pod, "four", &app).await;
+    assert!(!mounts(&store.join("run")).is_empty());
+    bed.kill_snapshotter();
+    for record in fs::read_dir(bed.path("hearth/m")).unwrap() {
+        fs::remove_file(record.unwrap().path()).unwrap();
+    }
+    bed.start_snapshotter();
+    assert_eq!(mounts(&store.join("run")), []);
+    let listed = run(&mut hearth(&store, "list --json"));
+    let listed: serde_json::Value = serde_json::from_slice(&listed).unwrap();
+    for image in listed.as_array().unwrap() {
+        assert_eq!(image["pins"], serde_json::json!([]));
+    }
+}
+
+/// Detaches whatever is mounted below `dir`.
+fn unmount_below(dir: &Path) {
+    let found = mounts(dir);
+    assert!(!found.is_empty());
+    for (dir, _) in found {
+        run(Command::new("umount").args(["-l", &dir]));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -369,4 +406,59 @@ fn what_a_start_reads_is_foreseen_on_the_next_node() {
     run(&mut hearth(&store, "gc --target-bytes 0"));
     let left = fs::read_dir(store.join("indexes")).unwrap().count();
     assert_eq!(left, 0);
+}
+
+/// Who starts from an image has the machine: the rest of it comes when nothing is read.
+#[test]
+fn the_rest_of_an_image_waits_while_somebody_reads() {
+    let source = tempfile::tempdir().unwrap();
+    let image = Image::make(source.path(), "read");
+    let registry = registry(&image);
+    let app = format!("oci://127.0.0.1:{}/app:1", registry.port);
+    let maker = source.path().join("maker");
+    run(&mut hearth(&maker, &format!("index push {app}")));
+
+    let (store, dir) = (source.path().join("store"), source.path().join("root"));
+    fs::create_dir(&dir).unwrap();
+    let unread = || {
+        let layers = image.layers[..2].iter();
+        let gets = layers.map(|layer| reads(&registry, "app", &layer.blob));
+        gets.sum::<usize>()
+    };
+    let before = unread();
+    let started = std::time::Instant::now();
+    run(&mut hearth(
+        &store,
+        &format!("mount {app} {}", dir.display()),
+    ));
+    let script = r#"
+import sys, time
+last = time.monotonic()
+longest, end = 0, last + 8
+while last < end:
+    open(sys.argv[1], "rb").read()
+    time.sleep(0.05)
+    longest, last = max(longest, time.monotonic() - last), time.monotonic()
+print(longest)
+"#;
+    let salt = dir.join("data/salt").display().to_string();
+    let longest = run(Command::new("timeout").args(["60", "python3", "-c", script, &salt]));
+    let longest: f64 = String::from_utf8(longest).unwrap().trim().parse().unwrap();
+    // On a machine so busy that the reader stood still for long, nobody has read.
+    if longest < 2.0 && started.elapsed().as_secs() < 20 {
+        assert_eq!(unread(), before, "fetched beside the reader");
+    }
+    let status = || {
+        let status = run(&mut hearth(
+            &store,
+            &format!("status {} --json", dir.display()),
+        ));
+        serde_json::from_slice::<serde_json::Value>(&status).unwrap()
+    };
+    while status()["complete"] != true {
+        assert!(started.elapsed().as_secs() < 100, "{}", status());
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    assert!(unread() > before);
+    run(&mut hearth(&store, &format!("umount {}", dir.display())));
 }

@@ -1,5 +1,7 @@
 //! What holds a root, and what a root holds.
 
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+
 use super::*;
 
 #[test]
@@ -68,9 +70,19 @@ fn what_a_mounted_root_needs_is_not_evicted() {
     assert!(!store.root_image(&digest).exists());
     let image = store.write_root_image(&digest, write).unwrap();
     assert_eq!(fs::read(&image).unwrap(), fs::read(bed.image()).unwrap());
+    let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+    let first = inode(&image);
     // What is there stays: it may be mounted.
-    let again = store.write_root_image(&digest, |_| panic!("is there"));
-    assert_eq!(again.unwrap(), image);
+    assert_eq!(store.write_root_image(&digest, write).unwrap(), image);
+    assert_eq!(inode(&image), first);
+    // Unless it is damaged.
+    let damage = || {
+        let file = fs::File::options().write(true).open(&image).unwrap();
+        file.write_all_at(b"?", 1500).unwrap();
+    };
+    damage();
+    assert_eq!(store.write_root_image(&digest, write).unwrap(), image);
+    assert_eq!(fs::read(&image).unwrap(), fs::read(bed.image()).unwrap());
 
     let dir = bed.path("root");
     let root = native::mount(&image, &[&store.objects_dir()], &dir).unwrap();

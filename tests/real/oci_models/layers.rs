@@ -3,9 +3,17 @@
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn compressed_tars_are_reported_as_layers() {
+async fn compressed_tars_are_layers_that_are_unpacked_to_the_same_files() {
     let (registry, model) = (Registry::start(), Model::new());
     let bed = Bed::new();
+    // Without modes: a compressed tar keeps its own.
+    let names = |artifact: &Artifact| -> Vec<String> {
+        let lines = shape(artifact);
+        let names = lines.iter().filter_map(|line| line.rsplitn(3, ' ').nth(2));
+        names.map(ToOwned::to_owned).collect()
+    };
+    let (_, raw) = &layouts(&registry, &model)[0];
+    let expected = names(&bed.resolve(raw).await);
     let all = model.tar(&[], &["model.safetensors", "nested", "tokenizer"]);
     let config = &model.files["config.json"];
     let zstd = zstd::encode_all(&all[..], 1).unwrap();
@@ -68,6 +76,11 @@ async fn compressed_tars_are_reported_as_layers() {
         assert_eq!(tar.diff_id.is_some(), repository == "oras");
         assert_eq!(file.as_file.as_deref(), Some("config.json"));
         assert_eq!(file.blob, Digest::of(config));
+        let artifact = bed.warm(&reference).await.unwrap();
+        assert_eq!(names(&artifact), expected, "{repository}");
+        for (path, content) in bed.contents(&artifact) {
+            assert!(content == model.files[&*path], "{repository}: {path}");
+        }
     }
 }
 

@@ -15,6 +15,8 @@ use nix::{
 };
 use zeroize::Zeroizing;
 
+use crate::limits;
+
 /// Largest answer, in bytes.
 const MAX_OUTPUT: u64 = 1 << 20;
 /// Largest question: what a pipe takes without a reader.
@@ -71,6 +73,7 @@ pub(super) fn run(
         // What it complains about may hold secrets, and nobody reads it.
         .stderr(Stdio::null())
         .process_group(0);
+    limits::restore(&mut command);
     let child = command.spawn().map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => "is not there".to_owned(),
         _ => format!("cannot be run ({error})"),
