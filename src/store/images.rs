@@ -8,7 +8,8 @@
 //!
 //! The record of an image lives as long as the artifact record of its reference, whose name it
 //! shares; without that it counts as absent. A chain file only says where to look: an image counts
-//! if its layers give the chain id. So none of them can lie, and what is torn is absent.
+//! if its layers give the chain id. So none of them can lie, and what is torn is absent. Which diff ids
+//! its layers have, though, is what somebody has said of an image: `node` knows whom to believe.
 
 use std::{
     path::{Path, PathBuf},

@@ -98,8 +98,8 @@ pub(in crate::node) fn waits_for_a_check(
         blobs.extend(image.layers.iter().map(|layer| layer.blob));
     }
     for blob in blobs {
-        let maker = store.index_mark(&blob)?.and_then(Maker::of);
-        if maker.is_some_and(|maker| !maker.is_checked()) {
+        let mark = store.index_mark(&blob)?;
+        if mark.is_some_and(|mark| !Maker::of(mark).is_some_and(Maker::is_checked)) {
             return Ok(true);
         }
     }
