@@ -33,7 +33,7 @@ use crate::{
     mount::{self, Mount, keeper::Link},
     node::{Node, NodeError, Resolved},
     reference::Locator,
-    source::{Credentials, Keys, SourceErrorKind},
+    source::{Credentials, SourceErrorKind},
     store::{Hold, StoreErrorKind},
 };
 
@@ -255,7 +255,7 @@ impl Models for SharedModels {
         if let Some(digest) = generation {
             let id = model_id(&digest, want);
             if let Some(renewal) = self.renewal(&id, Some(&user.id)).await {
-                self.renew(renewal, want).await?;
+                self.renew(renewal, want, digest).await?;
                 let slot = self.slot(&id);
                 let mut slot = slot.lock().await;
                 let is_user = slot.users.contains(&user.id);
@@ -304,7 +304,7 @@ impl Models for SharedModels {
         let size = resolved.artifact.size();
         let id = model_id(&digest, want);
         if let Some(renewal) = self.renewal(&id, None).await {
-            self.renew(renewal, want).await?;
+            self.renew(renewal, want, digest).await?;
         }
         let slot = self.slot(&id);
         let mut slot = slot.lock_owned().await;

@@ -260,7 +260,7 @@ fn charge(
         artifact.size(),
     );
     let charged = tenancy.charge(namespace, owner, what, known);
-    charged.map_err(|error| WarmError {
+    charged.map(drop).map_err(|error| WarmError {
         reason: "OverQuota",
         message: error.to_string(),
     })

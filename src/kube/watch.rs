@@ -85,6 +85,7 @@ pub fn follow_as<K, T>(
     read: impl Fn(Value) -> serde_json::Result<T> + Send + Sync + 'static,
 ) -> impl Stream<Item = Event<T>> + Send
 where
+    K: Resource,
     T: Send + 'static,
 {
     let follower = Follower {
@@ -208,7 +209,7 @@ impl<K: Send + 'static> Follower<K> {
             continue_token: token,
             ..ListParams::default()
         };
-        let request = Request::new(&self.url).list(&params);
+        let request = Request::new(&*self.url).list(&params);
         let request = request.map_err(kube::Error::BuildRequest)?;
         // There may be tens of thousands of objects.
         let listed = self.client.request_text(request);
@@ -248,7 +249,7 @@ impl<K: Send + 'static> Follower<K> {
             send_initial_events: false,
         };
         let begun = async {
-            let request = Request::new(&self.url).watch(&params, &version);
+            let request = Request::new(&*self.url).watch(&params, &version);
             let request = request.map_err(kube::Error::BuildRequest)?;
             self.client.request_events::<Value>(request).await
         };

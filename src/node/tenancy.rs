@@ -125,14 +125,14 @@ impl Tenancy {
         }
     }
 
-    /// Whether the origin has said yes to these keys, not long ago.
-    pub fn has_accepted(&self, reference: &Reference, keys: &Keys) -> bool {
-        self.knows(&Proof::new(reference, Some(keys)), Instant::now())
+    /// Whether the origin has said yes to these keys for this artifact, not long ago.
+    pub fn has_accepted(&self, reference: &Reference, artifact: Digest, keys: &Keys) -> bool {
+        self.knows(&Proof::new(reference, artifact, Some(keys)), Instant::now())
     }
 
     /// The origin says yes to these keys.
-    pub fn accept(&self, reference: &Reference, keys: &Keys) {
-        self.note(Proof::new(reference, Some(keys)), Instant::now());
+    pub fn accept(&self, reference: &Reference, artifact: Digest, keys: &Keys) {
+        self.note(Proof::new(reference, artifact, Some(keys)), Instant::now());
     }
 
     fn knows(&self, proof: &Proof, now: Instant) -> bool {

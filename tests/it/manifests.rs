@@ -594,7 +594,7 @@ fn configurations_are_valid_and_fit_the_manifests() {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), text).unwrap();
     let config = Config::read(file.path()).unwrap();
-    assert_eq!(config.node_name(), "node-1");
+    assert_eq!(config.agent.node_name(), "node-1");
     assert!(config.kube.enabled && config.kube.warmups.enabled);
     let read = |name: &str| Config::read(&root().join("base/config").join(name)).unwrap();
     let (agent, controller, provisioner) = (

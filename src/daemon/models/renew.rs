@@ -3,6 +3,7 @@
 use super::{Filling, SharedModels, of_node};
 use crate::{
     csi::{ModelError, ModelErrorKind, Want},
+    digest::Digest,
     source::{Credentials, Keys},
 };
 
@@ -28,9 +29,14 @@ impl SharedModels {
     }
 
     /// Uses the keys of `want` for what is served, if the origin takes them. Under no lock: others need the model while
-    /// the origin is asked. Keys that it took not long ago replace others only where it takes those no more: two
+    /// the origin is asked. Keys that it took for the same `artifact` not long ago replace others only where it takes those no more: two
     /// tenants that renew theirs in turn do not have it asked each time.
-    pub(super) async fn renew(&self, renewal: Renewal, want: &Want) -> Result<(), ModelError> {
+    pub(super) async fn renew(
+        &self,
+        renewal: Renewal,
+        want: &Want,
+        artifact: Digest,
+    ) -> Result<(), ModelError> {
         let (Some(held), Some(keys)) = (&renewal.held, &want.keys) else {
             return Ok(());
         };
@@ -39,13 +45,13 @@ impl SharedModels {
             return Ok(());
         }
         let tenancy = self.node.tenancy();
-        if !renewal.denied && tenancy.has_accepted(&want.reference, keys) {
+        if !renewal.denied && tenancy.has_accepted(&want.reference, artifact, keys) {
             return Ok(());
         }
         let node = self.node(want, Some(&Credentials::new(keys.clone())));
         let inspected = self.unless_ending(node.inspect(&want.reference));
-        inspected.await?.map_err(|e| of_node(&e))?;
-        tenancy.accept(&want.reference, keys);
+        let found = inspected.await?.map_err(|e| of_node(&e))?;
+        tenancy.accept(&want.reference, found.digest(), keys);
         held.replace(keys.clone());
         Ok(())
     }
