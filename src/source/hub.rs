@@ -575,6 +575,12 @@ mod tests {
             (
                 "RepoNotFound",
                 401,
+                Kind::Denied,
+                "does not exist or is private",
+            ),
+            (
+                "RepoNotFound",
+                404,
                 Kind::NotFound,
                 "does not exist or is private",
             ),
