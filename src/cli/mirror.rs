@@ -19,7 +19,11 @@ its registry configuration):
   [host.\"http://127.0.0.1:5700\"]
     capabilities = [\"pull\", \"resolve\"]
 
-When the mirror does not answer, containerd asks the registry itself.")]
+When the mirror does not answer, containerd asks the registry itself. hearth reads these files, too, and passes
+its own mirror by.
+
+What is only pulled through the mirror is kept until room is needed or `hearth gc` runs: no artifact needs it. To
+keep an image, warm it (`hearth warm --pin oci://...`).")]
 pub(super) struct Args {
     /// Where to listen [default: mirror.address of the configuration, else 127.0.0.1:5700]
     #[arg(long, value_name = "IP:PORT")]

@@ -27,7 +27,7 @@ use crate::{
         Mount,
         keeper::{self, Keeper, Link, Orphan},
     },
-    node::{Node, Progress, Resolved, Start},
+    node::{Node, NodeError, Progress, Resolved, Start},
     reference::{Locator, Reference},
     store::Hold,
 };
@@ -280,7 +280,7 @@ const SECRET_VARIABLE: &str = "HEARTH_REFERENCE_URL";
 /// The parent is gone.
 fn tell(word: &Word) -> std::io::Result<()> {
     if let Ok(text) = serde_json::to_string(word) {
-        output::line(text)?;
+        output::text(text)?;
     }
     Ok(())
 }
@@ -560,7 +560,12 @@ impl Mounted {
             let mount = Arc::downgrade(&mount);
             tokio::spawn(async move {
                 tokio::time::sleep(HEAD_START).await;
-                if let Err(failed) = node.fill(&resolved, &progress).await {
+                let waits = |failed: &NodeError| *error.lock() = Some(output::chain(failed));
+                let filled = node.fill(&resolved, &progress, waits).await;
+                if filled.is_ok() {
+                    *error.lock() = None;
+                }
+                if let Err(failed) = filled {
                     if failed.is_cancelled() {
                         return; // it is being unmounted
                     }

@@ -19,7 +19,7 @@ use crate::{
     fetch::{Class, FetchError, FetchErrorKind, Handle},
     node::{Node, NodeError},
     reference::{Locator, OciRef, Reference},
-    source::{Keys, SourceErrorKind},
+    source::{Keys, SourceErrorKind, VIA},
     store::Reservation,
 };
 
@@ -57,6 +57,11 @@ impl Refusal {
 pub(super) async fn answer<B>(mirror: &Mirror, request: &Request<B>) -> Answer {
     let head = request.method() == Method::HEAD;
     let given = match request.method() {
+        _ if asks_itself(&mirror.node, request.headers()) => Err(Refusal::new(
+            StatusCode::NOT_FOUND,
+            "NAME_UNKNOWN",
+            "this is the mirror of the node that asks: it has nothing that the node has not",
+        )),
         &Method::GET | &Method::HEAD => give(mirror, request, head).await,
         _ => Err(Refusal::new(
             StatusCode::METHOD_NOT_ALLOWED,
@@ -69,6 +74,12 @@ pub(super) async fn answer<B>(mirror: &Mirror, request: &Request<B>) -> Answer {
     let name = HeaderName::from_static("docker-distribution-api-version");
     answer.headers_mut().insert(name, version);
     answer
+}
+
+/// Whether it is this node that asks, since its registries have this mirror.
+fn asks_itself(node: &Node, headers: &HeaderMap) -> bool {
+    let via = headers.get(VIA);
+    via.is_some_and(|via| via.as_bytes() == node.store().id().as_bytes())
 }
 
 async fn give<B>(mirror: &Mirror, request: &Request<B>, head: bool) -> Result<Answer, Refusal> {

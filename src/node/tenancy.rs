@@ -336,6 +336,19 @@ mod tests {
     use super::*;
     use crate::reference::Secret;
 
+    #[test]
+    fn a_guard_that_cannot_be_seen_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(read_guard(&dir.path().join("none")).unwrap(), None);
+        let there = dir.path().join("there");
+        fs::write(&there, "x").unwrap();
+        assert_eq!(read_guard(&there).unwrap().as_deref(), Some("x"));
+        // As good as any error: root may read everything.
+        let looped = dir.path().join("loop");
+        std::os::unix::fs::symlink("loop", &looped).unwrap();
+        assert!(read_guard(&looped.join("x")).is_err());
+    }
+
     fn reference(name: &str) -> Reference {
         format!("hf://o/{name}").parse().unwrap()
     }

@@ -73,7 +73,12 @@ impl Node {
         };
         let mut blobs = Vec::with_capacity(layers.layers.len());
         for layer in &layers.layers {
-            let Some(known) = self.index_of(layer).await? else {
+            // A file as it is needs none.
+            if layer.as_file.is_some() {
+                report.layers -= 1;
+                continue;
+            }
+            let Some(known) = self.index_of(&reference.to_string(), layer).await? else {
                 return Err(NodeError::Unknown(format!(
                     "the index of layer {}",
                     layer.blob
