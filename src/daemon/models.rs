@@ -87,7 +87,7 @@ struct Found {
     digest: Digest,
     credentials: Option<Credentials>,
     /// Until it is served, which holds it, too.
-    _hold: Option<Hold>,
+    _hold: Option<Arc<Hold>>,
 }
 
 /// A mounted model and what belongs to it.
@@ -207,6 +207,7 @@ impl SharedModels {
             resolved,
             digest,
             credentials,
+            _hold,
         } = found;
         let artifact = Arc::clone(&resolved.artifact);
         let mut holds = Vec::new();
@@ -285,7 +286,7 @@ impl SharedModels {
             resolved,
             digest,
             credentials,
-            _hold: hold,
+            _hold: hold.map(Arc::new),
         })
     }
 
