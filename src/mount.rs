@@ -439,9 +439,8 @@ impl Mount {
         metrics::global().keeper_left.add(1);
         let failed = |e| MountError::system(&self.dir, "leave", e);
         if let Some(device) = self.device.upgrade() {
-            let (channel, threads) = self.channel;
-            let fuse = (channel, threads);
-            retire::retire(&self.server, &device, fuse, &self.ended, haste).map_err(failed)?;
+            let left = retire::retire(&self.server, &device, self.channel, &self.ended, haste);
+            left.map_err(failed)?;
         }
         match &self.keeper {
             Some(keeper) => keeper.left(&self.dir, self.connection),

@@ -96,7 +96,18 @@ impl Targets for Binds {
         let none = None::<&str>;
         mount(Some(&model.dir), target, none, MsFlags::MS_BIND, none)
             .map_err(|e| failed("mount on", target, &e.into()))?;
-        protect(target, flags).inspect_err(|_| {
+        // What the model was mounted on may have lost it just now, and is a directory like any other.
+        let bound = match here(target)?.last() == Some(&model.connection) {
+            true => protect(target, flags),
+            false => Err(CsiError::new(
+                CsiErrorKind::Unavailable,
+                format!(
+                    "model {} was unmounted meanwhile: ask again",
+                    model.reference
+                ),
+            )),
+        };
+        bound.inspect_err(|_| {
             let _ = umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
         })
     }

@@ -192,7 +192,11 @@ impl ImageRoots {
     async fn adopt_one(&self, orphan: Orphan, about: About) -> anyhow::Result<()> {
         let (id, digest) = (about.chain.parse()?, about.digest.parse()?);
         let reference: Reference = about.reference.parse()?;
-        let resolved = self.node.resume(&reference, &digest).await?;
+        // It may be of the lowest layers only: then no record is of its digest.
+        let resolved = match self.node.image_up_to(&reference, &id).await? {
+            Some(resolved) if resolved.artifact.digest() == digest => resolved,
+            _ => self.node.resume(&reference, &digest).await?,
+        };
         let chain = self.chain(&id);
         let mut chain = chain.lock().await;
         let dir = self.dir(&id, "lazy");

@@ -171,9 +171,37 @@ impl Node {
         chain: &Digest,
         named: Option<&Reference>,
     ) -> Result<Option<Resolved>, NodeError> {
-        let Some((mut image, count)) = self.image_of_chain(chain, named).await? else {
+        match self.image_of_chain(chain, named).await? {
+            Some((image, count)) => self.lowest_layers(image, count).await,
+            None => Ok(None),
+        }
+    }
+
+    /// As [`Node::image_by_chain`], of the image called `reference`, and no other.
+    ///
+    /// # Errors
+    /// What the source or the store says.
+    pub async fn image_up_to(
+        &self,
+        reference: &Reference,
+        chain: &Digest,
+    ) -> Result<Option<Resolved>, NodeError> {
+        let (store, name) = (Arc::clone(self.store()), reference.to_string());
+        let Some(image) = blocking(move || store.image(&name)).await? else {
             return Ok(None);
         };
+        match image.layers_of(chain) {
+            Some(count) => self.lowest_layers(image, count).await,
+            None => Ok(None),
+        }
+    }
+
+    /// The lowest `count` layers of an image; `None` where their indexes are not here.
+    async fn lowest_layers(
+        &self,
+        mut image: ImageRecord,
+        count: usize,
+    ) -> Result<Option<Resolved>, NodeError> {
         let Ok(reference) = image.reference.parse::<Reference>() else {
             return Ok(None);
         };

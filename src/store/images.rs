@@ -3,7 +3,7 @@
 //! ```text
 //! <root>/images/<sha256 of reference>.json   the image of a reference, with a checksum
 //! <root>/images/lock                         flock: held to write chains
-//! <root>/chains/<hex of chain id>            names of records above, newest first: a hint
+//! <root>/chains/<hex of chain id>            names of records above, one that ends there first: a hint
 //! ```
 //!
 //! The record of an image lives as long as the artifact record of its reference, whose name it
@@ -213,11 +213,14 @@ impl Store {
         let _chains = self.lock(&lock, Span::Exclusive)?;
         let mut batch = Batch::new(self);
         let own = Digest::of(reference.as_bytes());
-        for chain in image.chain_ids() {
-            let path = self.chain_path(&chain);
+        let chains = image.chain_ids();
+        for chain in &chains {
+            let path = self.chain_path(chain);
             let mut names = self.read_chain(&path)?.unwrap_or_default();
             if !names.contains(&own) {
-                names.insert(0, own);
+                // An image that ends here is not displaced by those that stand on it.
+                let at = usize::from(chains.last() != Some(chain));
+                names.insert(at.min(names.len()), own);
                 batch.add_record(chain_text(&names).as_bytes(), path)?;
             }
         }
@@ -264,8 +267,8 @@ impl Store {
         Ok(images)
     }
 
-    /// An image whose lowest `n` layers have this chain id, and `n`. Reads a few small files,
-    /// however many images there are.
+    /// An image whose lowest `n` layers have this chain id, and `n`: one that has no more layers, if there is one, since
+    /// only that is recorded as it is to be shown. Reads a few small files, however many images there are.
     ///
     /// # Errors
     /// What the disk says.
@@ -273,7 +276,7 @@ impl Store {
         Ok(self.images_by_chain(chain)?.into_iter().next())
     }
 
-    /// As [`Store::image_by_chain`], several of them, the newest first, those of tiers last. Whether
+    /// As [`Store::image_by_chain`], several of them, those of tiers last. Whether
     /// an image has layers of these diff ids is for the caller to know: its configuration says so.
     ///
     /// # Errors
@@ -289,6 +292,7 @@ impl Store {
                 images.push((image, count));
             }
         }
+        images.sort_by_key(|(image, count)| *count != image.layers.len());
         for tier in &self.usable_tiers() {
             images.extend(tier.or_nothing(tier.store.images_by_chain(chain)));
         }

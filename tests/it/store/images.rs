@@ -239,3 +239,40 @@ fn indexes_and_documents_live_as_long_as_their_artifacts() {
     let usage = store.usage().unwrap();
     assert_eq!((usage.bytes(), store.images().unwrap().len()), (0, 0));
 }
+
+#[test]
+fn a_chain_is_of_the_image_that_ends_with_it_whoever_stands_on_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let images = [
+        image("oci://r/first", &["base", "middle", "first"]),
+        image("oci://r/base", &["base", "middle"]),
+        image("oci://r/last", &["base", "middle", "last"]),
+    ];
+    let [low, chain] = <[Digest; 2]>::try_from(images[1].chain_ids()).unwrap();
+    for (image, expected) in images.iter().zip(["first", "base", "base"]) {
+        store
+            .record(&artifact(&image.reference, &[b"x"], false))
+            .unwrap();
+        store.record_image(image).unwrap();
+        let (found, count) = store.image_by_chain(&chain).unwrap().unwrap();
+        assert_eq!(
+            (&*found.reference, count),
+            (&*format!("oci://r/{expected}"), 2)
+        );
+    }
+    assert_eq!(store.image_by_chain(&low).unwrap().unwrap().1, 1);
+    // However many there are.
+    for n in 0..40 {
+        let image = image(
+            &format!("oci://r/{n}"),
+            &["base", "middle", &format!("{n}")],
+        );
+        store
+            .record(&artifact(&image.reference, &[b"x"], false))
+            .unwrap();
+        store.record_image(&image).unwrap();
+    }
+    let (found, _) = store.image_by_chain(&chain).unwrap().unwrap();
+    assert_eq!(found.reference, "oci://r/base");
+}

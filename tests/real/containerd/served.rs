@@ -3,8 +3,8 @@
 use std::{
     ffi::OsStr,
     fs,
-    path::Path,
-    process::{Command, Stdio},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
 };
 
 use super::{
@@ -220,6 +220,80 @@ async fn a_container_on_an_arriving_image_outlives_an_upgrade() {
     outlives(true).await;
 }
 
+/// A keeper, and where it listens.
+fn keeper(bed: &Bed) -> (Child, PathBuf) {
+    let socket = bed.path("keeper.sock");
+    let keeper = Command::new(env!("CARGO_BIN_EXE_hearth"))
+        .arg("--store")
+        .arg(bed.path("store"))
+        .args(["keeper", "--socket"])
+        .arg(&socket)
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    bed.wait_for("the keeper", |_| socket.exists());
+    (keeper, socket)
+}
+
+/// Nor does it where the node knows only the lower layers of its image, from another that stands on the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_on_layers_of_another_image_outlives_the_snapshotter() {
+    let source = tempfile::tempdir().unwrap();
+    let known = Image::make(&source.path().join("known"), "known");
+    let other = Image::make(&source.path().join("other"), "other");
+    let (known_at, other_at) = (registry(&known), registry(&other));
+    let name = |registry: &Server, what: &str| format!("127.0.0.1:{}/{what}:1", registry.port);
+    let (app, pause) = (name(&known_at, "app"), name(&known_at, "pause"));
+    let mut bed = Bed::new(Some(Cri {
+        sandbox_image: &pause,
+        labels: false,
+    }));
+    let store = bed.path("store");
+    run(&mut hearth(
+        &store,
+        &format!("warm oci://{app} oci://{pause}"),
+    ));
+    let (mut keeper, socket) = keeper(&bed);
+    let arguments = [OsStr::new("--keeper"), socket.as_os_str()];
+    bed.start_snapshotter_with(&arguments);
+    bed.start_containerd();
+    let mut kubelet = Kubelet::new(&bed).await;
+    let app = name(&other_at, "app");
+    kubelet.pull(&app).await;
+    let before = all_reads(&other_at, &other);
+    assert_eq!(
+        before,
+        reads(&other_at, "app", &other.layers[2].blob),
+        "only the layer of its own"
+    );
+    let pod = kubelet.run_pod().await;
+    let one = kubelet.run(&pod, "one", &app).await;
+    assert_eq!(kubelet.exec(&one, "cat /data/salt").await, "other");
+    let found = mounts(&store.join("run"));
+    assert!(
+        found.iter().any(|(_, kind)| kind.starts_with("fuse")),
+        "{found:?}"
+    );
+    bed.kill_snapshotter();
+    bed.start_snapshotter_with(&arguments);
+    bed.wait_connected();
+    let seen = kubelet.exec(&one, LOOK).await;
+    assert_eq!(seen, format!("{SEEN}othertwo4711\n"));
+    assert_eq!(
+        mounts(&store.join("run")),
+        found,
+        "the mounts are still the same"
+    );
+    kubelet.remove_pod(&pod).await;
+    for image in [&app, &pause] {
+        kubelet.remove_image(image).await;
+    }
+    bed.wait_for("collection", |bed| bed.records() == 0 && bed.dirs() == 0);
+    bed.wait_for("unmounting", |_| mounts(&store.join("run")).is_empty());
+    keeper.kill().unwrap();
+    keeper.wait().unwrap();
+}
+
 async fn outlives(upgrade: bool) {
     let source = tempfile::tempdir().unwrap();
     let image = Image::make(source.path(), "outlived");
@@ -232,16 +306,7 @@ async fn outlives(upgrade: bool) {
         labels: true,
     }));
     let store = bed.path("store");
-    let socket = bed.path("keeper.sock");
-    let mut keeper = Command::new(env!("CARGO_BIN_EXE_hearth"))
-        .arg("--store")
-        .arg(&store)
-        .args(["keeper", "--socket"])
-        .arg(&socket)
-        .stdin(Stdio::null())
-        .spawn()
-        .unwrap();
-    bed.wait_for("the keeper", |_| socket.exists());
+    let (mut keeper, socket) = keeper(&bed);
     let arguments = [OsStr::new("--keeper"), socket.as_os_str()];
     match upgrade {
         true => bed.start_agent(&socket),
