@@ -231,10 +231,14 @@ impl Node {
     ) -> Result<Option<Resolved>, NodeError> {
         let (store, reference) = (Arc::clone(self.store()), artifact.reference.clone());
         let Some(image) = blocking(move || store.image(&reference)).await? else {
-            // A model, or a part of an image: nothing can be read but what is here.
+            // A model, or a part of an image: nothing can be read but what is here. Where the reference
+            // has no record, that was forgotten, perhaps since it is not true.
             let (store, this) = (Arc::clone(self.store()), Arc::clone(artifact));
-            let whole = self.has_all(artifact).await?
-                && !blocking(move || waits_for_a_check(&store, &this)).await?;
+            let is_good = blocking(move || {
+                let recorded = store.artifact(&this.reference)?.is_some();
+                Ok(recorded && !waits_for_a_check(&store, &this)?)
+            });
+            let whole = is_good.await? && self.has_all(artifact).await?;
             let plain = || Resolved::plain(Arc::clone(artifact), Arc::clone(origin), false);
             return Ok(whole.then(plain));
         };

@@ -267,8 +267,8 @@ impl Store {
         Ok(images)
     }
 
-    /// An image whose lowest `n` layers have this chain id, and `n`. Reads a few small files,
-    /// however many images there are.
+    /// An image whose lowest `n` layers have this chain id, and `n`: one that has no more layers, if there is one, since
+    /// only that is recorded as it is to be shown. Reads a few small files, however many images there are.
     ///
     /// # Errors
     /// What the disk says.
@@ -276,8 +276,7 @@ impl Store {
         Ok(self.images_by_chain(chain)?.into_iter().next())
     }
 
-    /// As [`Store::image_by_chain`], several of them: first those that have no more layers, since only these are
-    /// recorded as they are to be shown; else the newest first, those of tiers last. Whether
+    /// As [`Store::image_by_chain`], several of them, those of tiers last. Whether
     /// an image has layers of these diff ids is for the caller to know: its configuration says so.
     ///
     /// # Errors
@@ -293,10 +292,10 @@ impl Store {
                 images.push((image, count));
             }
         }
+        images.sort_by_key(|(image, count)| *count != image.layers.len());
         for tier in &self.usable_tiers() {
             images.extend(tier.or_nothing(tier.store.images_by_chain(chain)));
         }
-        images.sort_by_key(|(image, count)| image.layers.len() > *count);
         Ok(images)
     }
 

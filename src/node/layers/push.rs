@@ -38,7 +38,15 @@ impl Node {
             reference: reference.to_string(),
             source,
         };
-        let resolved = self.resolve_showing(reference, progress).await?;
+        let mut resolved = self.resolve_showing(reference, progress).await?;
+        // Of a model that is here nothing but its files is looked at.
+        if resolved.layers.is_none() {
+            let source = self.sources.open(reference).map_err(failed)?;
+            if let Some(layered) = source.layered(reference).await.map_err(failed)? {
+                let again = self.resolve_layered(reference, layered, &source, Some(progress));
+                resolved = again.await?.unwrap_or(resolved);
+            }
+        }
         let Some(layers) = &resolved.layers else {
             let why = "it does not lie in layers: nothing to index";
             return Err(failed(SourceError::new(
