@@ -57,7 +57,8 @@ pub async fn serve(
 ) -> JoinSet<()> {
     let shared = Arc::new((node, config.default_registry.clone()));
     let answer = move |request| respond(Arc::clone(&shared), request);
-    web::serve(listener, config.max_connections, stop, answer).await
+    let most = (config.max_connections, web::Full::Waits);
+    web::serve(listener, most, stop, answer).await
 }
 
 /// The span of a request for content, until its answer begins.
