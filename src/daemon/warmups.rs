@@ -168,6 +168,7 @@ impl Warmer for NodeWarmer {
             let records = node.store().records()?;
             let space = node.store().space()?;
             Ok(Inventory {
+                store_id: node.store().id().to_owned(),
                 capacity_bytes: space.total,
                 free_bytes: space.free,
                 used_bytes: seen.used(&node)?,
