@@ -11,6 +11,7 @@ use hearth::digest::Digest;
 use serde_json::json;
 
 /// A layer: its tar, and as it lies in the registry.
+#[derive(Clone)]
 pub(crate) struct Layer {
     pub(crate) diff_id: Digest,
     pub(crate) blob: Digest,
@@ -88,6 +89,14 @@ impl Image {
         };
         image.write();
         image
+    }
+
+    /// Makes another image, upon the first two layers of this one.
+    pub(crate) fn make_beside(&self, dir: &Path, salt: &str) -> Self {
+        let mut other = Self::make(dir, salt);
+        other.layers[..2].clone_from_slice(&self.layers[..2]);
+        other.write();
+        other
     }
 
     fn write(&self) {

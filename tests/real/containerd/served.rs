@@ -240,7 +240,7 @@ fn keeper(bed: &Bed) -> (Child, PathBuf) {
 async fn a_container_on_layers_of_another_image_outlives_the_snapshotter() {
     let source = tempfile::tempdir().unwrap();
     let known = Image::make(&source.path().join("known"), "known");
-    let other = Image::make(&source.path().join("other"), "other");
+    let other = known.make_beside(&source.path().join("other"), "other");
     let (known_at, other_at) = (registry(&known), registry(&other));
     let name = |registry: &Server, what: &str| format!("127.0.0.1:{}/{what}:1", registry.port);
     let (app, pause) = (name(&known_at, "app"), name(&known_at, "pause"));
