@@ -565,7 +565,18 @@ fn a_volume_that_was_forged_is_refused_until_it_is_published_again() {
     );
     assert_eq!(csi.publish("v", &image.reference), target);
     assert_same(&target, image.dir.path());
-    image.assert_recorded_truly(&csi.bed);
+    let mode = Done::of(&mut tool(
+        "stat",
+        &["-c", "%a", &format!("{target}/bin/tool")],
+    ))
+    .ok();
+    assert_ne!(mode.trim(), "6755", "the forged one is shown again");
+    wait_for("whole", || {
+        let stats = csi.stats("v");
+        stats.usage[0].used == stats.usage[0].total
+    });
+    assert!(!csi.stats("v").volume_condition.unwrap().abnormal);
+    assert_same(&target, image.dir.path());
     csi.unpublish("v");
     csi.assert_empty();
 }
