@@ -245,7 +245,7 @@ fn mounts_and_sockets_outlive_the_agent_as_a_service() {
     let text = fs::read_to_string(&config).unwrap();
     fs::write(
         &config,
-        text.replace(&admin.to_string(), &other.to_string()),
+        text.replace(&service.admin.to_string(), &other.to_string()),
     )
     .unwrap();
     systemd.run("systemctl", &["restart", "hearth"]).ok();
@@ -253,7 +253,7 @@ fn mounts_and_sockets_outlive_the_agent_as_a_service() {
     wait_for("the old port is forgotten", || {
         systemd.show("NFileDescriptorStore") == sockets
     });
-    assert!(get(admin, "/readyz").is_err());
+    assert!(get(service.admin, "/readyz").is_err());
     systemd.run("systemctl", &["stop", "hearth"]).ok();
     assert_eq!(systemd.show("Result"), "success", "{}", service.log());
 }
