@@ -19,7 +19,7 @@ use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 
 use crate::{metrics, socket::web};
 
-/// Connections at a time; more wait.
+/// Connections at a time; for one more the one that was silent longest is closed.
 const MAX_CONNECTIONS: usize = 64;
 
 /// Settings of this room: `[admin]` in the configuration file.
@@ -105,7 +105,9 @@ pub async fn serve(
     stop: impl Future<Output = ()>,
 ) -> JoinSet<()> {
     let answer = move |request: Request<_>| std::future::ready(answer(&health, &request));
-    web::serve(listener, MAX_CONNECTIONS, stop, answer).await
+    // Where it listens for all, any pod could stay on it until the kubelet's probes fail.
+    let most = (MAX_CONNECTIONS, web::Full::ClosesOldest);
+    web::serve(listener, most, stop, answer).await
 }
 
 /// Answers one request.

@@ -49,7 +49,7 @@ use crate::{
     limits,
     node::{Node, NodeError},
     reference::{Reference, redact},
-    source::Sources,
+    source::{self, Asker, Sources},
     store::Store,
     telemetry::{self, Traces},
 };
@@ -162,6 +162,8 @@ pub fn main() -> ExitCode {
         _ => (None, Vec::new()),
     };
     let traces = init_tracing(cli.verbose, traces);
+    // Whatever becomes of this process.
+    crate::mount::keeper::refuse_overdue();
     let done = made.and_then(|context| match command {
         Command::Inspect(args) => inspect::run(&context, args),
         Command::Warm(args) => warm::run(&context, args),
@@ -340,7 +342,14 @@ impl Context {
     /// The node; must be called within the runtime.
     fn node(&self) -> anyhow::Result<Node> {
         let engine = Engine::new(self.store()?, self.config.fetch.clone());
-        let sources = Sources::new(self.config.source.clone());
+        let mirror = &self.config.mirror;
+        let sources = Sources::new(source::Config {
+            asker: Some(Asker {
+                store: engine.store().id().to_owned(),
+                mirror: mirror.enabled.then_some(mirror.address),
+            }),
+            ..self.config.source.clone()
+        });
         Ok(Node::new(engine, sources).with_tenancy(self.config.tenancy.clone()))
     }
 

@@ -64,6 +64,9 @@ pub struct Config {
     pub node: bool,
     /// Let volumes be directories of this node (`file://`): whoever may make a pod can then read them.
     pub allow_files: bool,
+    /// Answer a request for a volume to write to with an error. Else it gets the volume, read-only as ever, and an error
+    /// (EROFS) when it writes: for workloads that cannot say `readOnly: true`, and for suites that never do (csi-sanity).
+    pub refuse_writable: bool,
 }
 
 impl Default for Config {
@@ -73,6 +76,7 @@ impl Default for Config {
             endpoint: "unix:///run/hearth/csi.sock".into(),
             node: true,
             allow_files: false,
+            refuse_writable: true,
         }
     }
 }

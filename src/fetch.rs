@@ -169,6 +169,18 @@ struct Inner {
 impl Engine {
     /// An engine that runs on the current tokio runtime.
     pub fn new(store: Arc<Store>, config: Config) -> Self {
+        Self::with_gate(store, config, Arc::default())
+    }
+
+    /// Another one over the same store, with memory and bandwidth of its own: its background work stands back for the
+    /// demand of both. Where both fetch the same, the store lets one of them.
+    #[must_use]
+    pub fn beside(&self, config: Config) -> Self {
+        let gate = Arc::clone(&self.inner.gate);
+        Self::with_gate(Arc::clone(self.store()), config, gate)
+    }
+
+    fn with_gate(store: Arc<Store>, config: Config, gate: Arc<DemandGate>) -> Self {
         let runtime = tokio::runtime::Handle::current();
         let inner = Arc::new(Inner {
             small: SmallObjects::new(Arc::clone(&store), &runtime),
@@ -176,7 +188,7 @@ impl Engine {
             store,
             pool: Pool::new(config.memory.0),
             recent: Recent::new((config.memory.0 / CHUNK_SIZE / 4) as usize),
-            gate: Arc::default(),
+            gate,
             bandwidth: Bandwidth::new(config.warm_bandwidth.map(|b| b.0)),
             queue: Queue::new(config.max_connections),
             handles: Mutex::default(),

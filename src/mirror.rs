@@ -6,8 +6,10 @@
 //! registry is down; the rest is pulled through the engine, so that every byte is fetched once,
 //! verified, and kept. A blob whose bytes turn out wrong is cut off before its end.
 //!
-//! It asks for no credentials and serves what this node may read: it listens on loopback only, unless the
-//! configuration says otherwise. Called by `daemon`; keeps nothing itself.
+//! What this node may read, it serves to everybody: it listens on loopback only, unless the configuration says otherwise.
+//! What came by credentials of others, it serves to those whose own `Authorization` the registry accepts (`node` decides
+//! and remembers). On loopback it asks for them, as a registry does; elsewhere they would cross the network in the clear.
+//! Called by `daemon`; keeps nothing itself.
 
 mod answer;
 mod range;
@@ -55,9 +57,22 @@ pub async fn serve(
     config: &Config,
     stop: impl Future<Output = ()>,
 ) -> JoinSet<()> {
-    let shared = Arc::new((node, config.default_registry.clone()));
+    let shared = Arc::new(Mirror {
+        node,
+        default_registry: config.default_registry.clone(),
+        invites: config.address.ip().is_loopback(),
+    });
     let answer = move |request| respond(Arc::clone(&shared), request);
-    web::serve(listener, config.max_connections, stop, answer).await
+    let most = (config.max_connections, web::Full::Waits);
+    web::serve(listener, most, stop, answer).await
+}
+
+/// What all requests share.
+struct Mirror {
+    node: Node,
+    default_registry: Option<String>,
+    /// Whether it asks for credentials.
+    invites: bool,
 }
 
 /// The span of a request for content, until its answer begins.
@@ -88,12 +103,11 @@ fn span(request: &Request<Incoming>) -> Span {
     span
 }
 
-async fn respond(shared: Arc<(Node, Option<String>)>, request: Request<Incoming>) -> Answer {
-    let (node, default_registry) = &*shared;
+async fn respond(shared: Arc<Mirror>, request: Request<Incoming>) -> Answer {
     let asked = std::time::Instant::now();
     let (method, target) = (request.method().clone(), request.uri().to_string());
     let span = span(&request);
-    let answering = answer(node, default_registry.as_deref(), &request);
+    let answering = answer(&shared, &request);
     let answer = answering.instrument(span.clone()).await;
     let status = answer.status().as_u16();
     telemetry::responded(&span, status);

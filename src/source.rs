@@ -21,6 +21,7 @@ pub use self::own::{AwsKeys, Credentials, Keys};
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
+    net::SocketAddr,
     num::{NonZeroU64, NonZeroUsize},
     ops::Range,
     path::PathBuf,
@@ -315,7 +316,22 @@ pub struct Config {
     pub registry_config_path: Option<PathBuf>,
     /// Settings for registries.
     pub oci: OciConfig,
+    /// The node that asks; no setting.
+    #[serde(skip)]
+    pub asker: Option<Asker>,
 }
+
+/// Who asks: registries may have the mirror of this very node as theirs, which would ask itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Asker {
+    /// The id of the store, which mirrors are told as [`VIA`].
+    pub store: String,
+    /// Where the mirror over that store listens, if it does.
+    pub mirror: Option<SocketAddr>,
+}
+
+/// The header with the id of the store for which a mirror is asked.
+pub const VIA: &str = "hearth-via";
 
 /// Settings for registries (`[source.oci]`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -346,6 +362,7 @@ impl Default for Config {
             hub_token_file: None,
             registry_config_path: None,
             oci: OciConfig::default(),
+            asker: None,
         }
     }
 }

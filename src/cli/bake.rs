@@ -140,11 +140,10 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
                 None => bake(context, &staging, &older, &wanted, &kind)?,
                 Some(before) => Ok(before),
             };
-            if lock.is_ok() {
-                output::note(&format!("making the disk image {}", output.display()));
-                image.make(&staging, &output)?;
+            match lock {
+                Ok(lock) => make(context, image, staging, &output)?.map(|()| lock),
+                interrupted => interrupted,
             }
-            lock
         }
     };
     let lock = match lock {
@@ -206,6 +205,33 @@ fn bake(
     }
     let sealed = bake.seal(&wanted.names(), wanted.lock.as_ref(), kind.reproducible);
     Ok(Ok(sealed.map_err(NodeError::from)?))
+}
+
+/// Makes the disk image of a directory. The exit status where it was interrupted.
+fn make(
+    context: &Context,
+    image: &disk::Image,
+    staging: PathBuf,
+    output: &Path,
+) -> anyhow::Result<Result<(), ExitCode>> {
+    output::note(&format!("making the disk image {}", output.display()));
+    let running = disk::Running::default();
+    let (image, output, tool) = (image.clone(), output.to_owned(), running.clone());
+    context.runtime()?.block_on(async {
+        let mut making = tokio::task::spawn_blocking(move || image.make(&staging, &output, &tool));
+        tokio::select! {
+            made = &mut making => made?.map(Ok),
+            code = super::interrupted() => {
+                running.stop();
+                // It takes away what is not whole; perhaps it was just done.
+                if making.await?.is_ok() {
+                    return Ok(Ok(()));
+                }
+                output::note("interrupted: what has arrived is kept; run it again to go on");
+                code.map(Err)
+            }
+        }
+    })
 }
 
 /// The lock of a directory that was baked before, to become a disk image.

@@ -14,6 +14,6 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut command = super::Cli::command();
     let mut text = Vec::new();
     clap_complete::generate(args.shell, &mut command, "hearth", &mut text);
-    super::output::line(String::from_utf8_lossy(&text).trim_end())?;
+    super::output::text(String::from_utf8_lossy(&text).trim_end())?;
     Ok(ExitCode::SUCCESS)
 }

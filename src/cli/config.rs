@@ -25,6 +25,6 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     let mut config = context.config.clone();
     config.root = Some(context.root.clone());
     output::line(format!("# {from}"))?;
-    output::line(toml::to_string(&config)?.trim_end())?;
+    output::text(toml::to_string(&config)?.trim_end())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -9,6 +9,6 @@ use super::output;
 pub(super) struct Args {}
 
 pub(super) fn run(_args: &Args) -> anyhow::Result<ExitCode> {
-    output::line(crate::kube::crd::yaml()?.trim_end())?;
+    output::text(crate::kube::crd::yaml()?.trim_end())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -6,8 +6,9 @@ use crate::daemon;
 /// Serve registries to container runtimes, through the store
 ///
 /// A pull-through mirror, to be read only: what is in the store comes from there, also when the registry
-/// is down; everything else is fetched once, verified and kept. It asks nobody for credentials and serves
-/// what this node may read: let nobody else reach it. Runs until SIGTERM or SIGINT.
+/// is down; everything else is fetched once, verified and kept. What this node may read it serves to everybody
+/// who reaches it; what came by the credentials of others, to those whose own the registry accepts. Runs until
+/// SIGTERM or SIGINT.
 #[derive(clap::Args)]
 #[command(after_long_help = "\
 For containerd, in /etc/containerd/certs.d/registry.example/hosts.toml (the directory is `config_path` of
@@ -18,7 +19,11 @@ its registry configuration):
   [host.\"http://127.0.0.1:5700\"]
     capabilities = [\"pull\", \"resolve\"]
 
-When the mirror does not answer, containerd asks the registry itself.")]
+When the mirror does not answer, containerd asks the registry itself. hearth reads these files, too, and passes
+its own mirror by.
+
+What is only pulled through the mirror is kept until room is needed or `hearth gc` runs: no artifact needs it. To
+keep an image, warm it (`hearth warm --pin oci://...`).")]
 pub(super) struct Args {
     /// Where to listen [default: mirror.address of the configuration, else 127.0.0.1:5700]
     #[arg(long, value_name = "IP:PORT")]

@@ -27,7 +27,7 @@ use crate::{
         Mount,
         keeper::{self, Keeper, Link, Orphan},
     },
-    node::{Node, Progress, Resolved, Start},
+    node::{Node, NodeError, Progress, Resolved, Start},
     reference::{Locator, Reference},
     store::Hold,
 };
@@ -280,7 +280,7 @@ const SECRET_VARIABLE: &str = "HEARTH_REFERENCE_URL";
 /// The parent is gone.
 fn tell(word: &Word) -> std::io::Result<()> {
     if let Ok(text) = serde_json::to_string(word) {
-        output::line(text)?;
+        output::text(text)?;
     }
     Ok(())
 }
@@ -487,22 +487,24 @@ impl Mounted {
         progress: Arc<Progress>,
         options: Options,
     ) -> anyhow::Result<Self> {
+        let mut holds = Vec::new();
         let resolved = match &place.orphan {
-            Some((_, digest)) => node.resume(reference, digest).await?,
-            None => node.resolve(reference).await?,
+            Some((_, digest)) => {
+                let resolved = node.resume(reference, digest).await?;
+                match node.hold(&resolved.artifact.reference).await {
+                    Ok(hold) => holds.push(hold),
+                    // It was forgotten while it was mounted.
+                    Err(error) => tracing::debug!(%error, "only the generation is held"),
+                }
+                resolved
+            }
+            None => {
+                let (resolved, hold) = node.resolve_held(reference).await?;
+                holds.push(hold);
+                resolved
+            }
         };
         let artifact = &resolved.artifact;
-        let mut holds = Vec::new();
-        let held = match place.orphan {
-            None => node.hold_resolved(&resolved).await,
-            Some(_) => node.hold(&artifact.reference).await,
-        };
-        match held {
-            Ok(hold) => holds.push(hold),
-            // It was forgotten while it was mounted.
-            Err(error) if place.orphan.is_none() => return Err(error.into()),
-            Err(error) => tracing::debug!(%error, "only the generation is held"),
-        }
         let digest = artifact.digest();
         if place.orphan.is_some() {
             holds.push(node.hold_generation(&digest).await?);
@@ -558,7 +560,12 @@ impl Mounted {
             let mount = Arc::downgrade(&mount);
             tokio::spawn(async move {
                 tokio::time::sleep(HEAD_START).await;
-                if let Err(failed) = node.fill(&resolved, &progress).await {
+                let waits = |failed: &NodeError| *error.lock() = Some(output::chain(failed));
+                let filled = node.fill(&resolved, &progress, waits).await;
+                if filled.is_ok() {
+                    *error.lock() = None;
+                }
+                if let Err(failed) = filled {
                     if failed.is_cancelled() {
                         return; // it is being unmounted
                     }

@@ -1,6 +1,7 @@
 //! How results, progress and errors look.
 
 use std::{
+    borrow::Cow,
     io::{self, IsTerminal as _, Write as _},
     sync::OnceLock,
     time::{Duration, Instant},
@@ -52,10 +53,31 @@ impl tracing_subscriber::fmt::MakeWriter<'_> for LogWriter {
     }
 }
 
-/// Prints a line to stdout.
+/// Prints a line to stdout. Names in it may be those of strangers.
 pub(super) fn line(text: impl AsRef<str>) -> io::Result<()> {
+    self::text(plain(text.as_ref(), ""))
+}
+
+/// Prints text of our own to stdout, as it is.
+pub(super) fn text(text: impl AsRef<str>) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{}", text.as_ref())
+}
+
+/// Text without control characters, but those in `but`: a terminal obeys them.
+fn plain<'t>(text: &'t str, but: &str) -> Cow<'t, str> {
+    let is_control = |c: char| c.is_control() && !but.contains(c);
+    if !text.contains(is_control) {
+        return text.into();
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        match is_control(c) {
+            true => shown.extend(c.escape_default()),
+            false => shown.push(c),
+        }
+    }
+    shown.into()
 }
 
 /// Prints a value as JSON to stdout.
@@ -69,6 +91,7 @@ pub(super) fn json(value: &impl serde::Serialize) -> anyhow::Result<()> {
 /// Says something on stderr.
 pub(super) fn note(text: &str) {
     // Who cannot be told goes on: the log may lie on a disk that is full.
+    let text = plain(text, "\n");
     let _ = bars().suspend(|| writeln!(io::stderr(), "{text}"));
 }
 
@@ -91,6 +114,12 @@ pub(super) fn describe(error: &anyhow::Error) -> String {
         text.push_str(&format!("\nhint: {hint}"));
     }
     text
+}
+
+/// An error and its causes in one line.
+pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let all = anyhow::Chain::new(error).map(ToString::to_string);
+    all.collect::<Vec<_>>().join(": ")
 }
 
 /// An error with what to try.
@@ -134,6 +163,9 @@ pub(super) fn percent(part: u64, whole: u64) -> u64 {
 
 /// Rows in aligned columns; the first row is the heading.
 pub(super) fn table(rows: &[Vec<String>]) -> io::Result<()> {
+    let rows: Vec<Vec<_>> = (rows.iter())
+        .map(|row| row.iter().map(|cell| plain(cell, "")).collect())
+        .collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns)
         .map(|c| {
@@ -144,7 +176,7 @@ pub(super) fn table(rows: &[Vec<String>]) -> io::Result<()> {
                 .unwrap_or(0)
         })
         .collect();
-    for row in rows {
+    for row in &rows {
         let mut text = String::new();
         for (cell, width) in row.iter().zip(&widths) {
             text.push_str(&format!("{cell:<width$}  "));
@@ -256,7 +288,7 @@ impl Shown {
         for (bar, file) in self.files.iter().zip(&now.active) {
             bar.set_length(file.size);
             bar.set_position(file.present);
-            bar.set_message(file.name.clone());
+            bar.set_message(plain(&file.name, "").into_owned());
         }
     }
 
@@ -276,11 +308,25 @@ fn bar(style: &str, message: &str, total: u64) -> ProgressBar {
     let target = indicatif::ProgressDrawTarget::hidden();
     ProgressBar::with_draw_target(Some(total), target)
         .with_style(style)
-        .with_message(message.to_owned())
+        .with_message(plain(message, "").into_owned())
 }
 
 /// A bar of bytes on stderr.
 pub(super) fn byte_bar(message: &str, total: u64) -> ProgressBar {
     let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
     bars().add(bar(style, message, total))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn terminals_are_told_nothing_by_strangers() {
+        assert_eq!(plain("modèle-\u{4e2d}.bin", ""), "modèle-\u{4e2d}.bin");
+        let name = "a\x1b]0;x\x07\r\n\u{9b}2Jb\x7f\t";
+        let shown = r"a\u{1b}]0;x\u{7}\r\n\u{9b}2Jb\u{7f}\t";
+        assert_eq!(plain(name, ""), shown);
+        assert_eq!(plain("one\n two\r", "\n"), "one\n two\\r");
+    }
 }

@@ -4,7 +4,7 @@ use super::{Context, output, parse_reference};
 use crate::{
     node::{NodeError, Progress},
     reference::Reference,
-    store::VerifyScope,
+    store::{Damage, VerifyScope},
 };
 
 /// Read everything again and compare it with its digests
@@ -55,7 +55,7 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         let mut good = report.damaged.is_empty() && report.missing.is_empty();
         if repair && !good {
             // What was damaged is gone now: fetch it as any other missing content.
-            good = true;
+            good = report.damaged.iter().all(Damage::is_mended);
             let references: std::collections::BTreeSet<_> = report
                 .damaged
                 .iter()

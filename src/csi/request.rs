@@ -65,11 +65,10 @@ impl Publish {
         let capability = asked
             .volume_capability
             .ok_or_else(|| missing("volume_capability"))?;
-        let flags = capability_flags(
-            &capability,
-            asked.readonly,
-            CsiErrorKind::FailedPrecondition,
-        )?;
+        let wanted = Wanted::Published {
+            readonly: asked.readonly,
+        };
+        let flags = capability_flags(&capability, wanted, config)?;
         let mut want = want("volume_context", &asked.volume_context, config)?;
         want.keys = keys(&want.reference, asked.secrets)?;
         let namespace = asked.volume_context.get(NAMESPACE).cloned();
@@ -92,7 +91,7 @@ impl Create {
             return Err(missing("volume_capabilities"));
         }
         for capability in &asked.volume_capabilities {
-            capability_flags(capability, false, CsiErrorKind::Invalid)?;
+            capability_flags(capability, Wanted::Made, config)?;
         }
         if asked.volume_content_source.is_some() {
             return Err(CsiError::invalid(
@@ -169,6 +168,12 @@ fn check_text(field: &str, value: &str, limit: usize) -> Result<()> {
     Ok(())
 }
 
+/// A path where a volume may be, or not: what cannot be one is only not found there.
+pub(super) fn place(field: &str, value: &str) -> Result<PathBuf> {
+    let value = text(field, value.to_owned(), MAX_PATH)?;
+    Ok(Path::new(&value).components().collect())
+}
+
 /// An absolute path without `.` and `..`, that is not the root.
 pub(super) fn path(field: &str, value: &str) -> Result<PathBuf> {
     if value.is_empty() {
@@ -214,13 +219,33 @@ fn check_map(field: &str, map: &Map) -> Result<()> {
     Ok(())
 }
 
-/// Checks that a volume of ours can be used like that, and says how it is to be mounted. What makes
-/// sense, but is more than a volume here can do, is of the kind `exceeds`, which the spec has for each call.
+/// What a volume is wanted for.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Wanted {
+    /// To be there, so that it can be published later.
+    Made,
+    Published {
+        readonly: bool,
+    },
+}
+
+impl Wanted {
+    /// What the spec calls it when something makes sense, but is more than a volume here can do.
+    const fn exceeds(self) -> CsiErrorKind {
+        match self {
+            Self::Made => CsiErrorKind::Invalid,
+            Self::Published { .. } => CsiErrorKind::FailedPrecondition,
+        }
+    }
+}
+
+/// Checks that a volume of ours can be used like that, and says how it is to be mounted.
 pub(super) fn capability_flags(
     capability: &api::VolumeCapability,
-    readonly: bool,
-    exceeds: CsiErrorKind,
+    wanted: Wanted,
+    config: &Config,
 ) -> Result<Flags> {
+    let exceeds = wanted.exceeds();
     let mount = match &capability.access_type {
         Some(AccessType::Mount(mount)) => mount,
         Some(AccessType::Block(_)) => {
@@ -233,19 +258,24 @@ pub(super) fn capability_flags(
     };
     let mode = capability.access_mode.as_ref();
     let mode = mode.ok_or_else(|| missing("volume_capability.access_mode"))?;
-    let is_reader = match Access::try_from(mode.mode) {
-        Ok(Access::Unknown) | Err(_) => {
+    let writes = match (Access::try_from(mode.mode), wanted) {
+        (Ok(Access::Unknown) | Err(_), _) => {
             let message = format!("volume_capability.access_mode {} is unknown", mode.mode);
             return Err(CsiError::invalid(message));
         }
-        Ok(Access::SingleNodeReaderOnly | Access::MultiNodeReaderOnly) => true,
-        Ok(
-            Access::SingleNodeWriter
-            | Access::MultiNodeSingleWriter
-            | Access::MultiNodeMultiWriter
-            | Access::SingleNodeSingleWriter
-            | Access::SingleNodeMultiWriter,
+        (Ok(Access::SingleNodeReaderOnly | Access::MultiNodeReaderOnly), _) => false,
+        // Of one node it is what Kubernetes says of every volume of a pod, and of a claim that says nothing else: whether
+        // such a one writes is said when it is published.
+        (
+            Ok(
+                Access::SingleNodeWriter
+                | Access::SingleNodeSingleWriter
+                | Access::SingleNodeMultiWriter,
+            ),
+            Wanted::Made,
         ) => false,
+        (Ok(Access::MultiNodeSingleWriter | Access::MultiNodeMultiWriter), Wanted::Made) => true,
+        (Ok(_), Wanted::Published { readonly }) => !readonly,
     };
     let writable = || {
         CsiError::new(
@@ -254,7 +284,7 @@ pub(super) fn capability_flags(
              `accessModes: [ReadOnlyMany]` for a claim",
         )
     };
-    if !is_reader && !readonly {
+    if writes && config.refuse_writable {
         return Err(writable());
     }
     check_text("fs_type", &mount.fs_type, MAX_TEXT)?;
@@ -274,7 +304,8 @@ pub(super) fn capability_flags(
         match flag.as_str() {
             "ro" | "nosuid" | "nodev" | "noatime" | "relatime" => {}
             "noexec" => flags.noexec = true,
-            "rw" => return Err(writable()),
+            "rw" if config.refuse_writable => return Err(writable()),
+            "rw" => {}
             // Not shown: it may be a secret.
             _ => {
                 return Err(CsiError::invalid(format!(

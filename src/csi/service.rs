@@ -7,7 +7,7 @@ use tonic::{Code, Request, Response, Status};
 
 use super::{
     CsiError, CsiErrorKind, Driver, NAME, finish,
-    request::{self, Create, Publish},
+    request::{self, Create, Publish, Wanted},
 };
 use crate::{
     r#gen::csi::v1::{self as api, controller_server, identity_server, node_server},
@@ -182,8 +182,7 @@ impl Service {
             request::want("parameters", &asked.parameters, config)?;
         }
         for capability in &asked.volume_capabilities {
-            if let Err(error) = request::capability_flags(capability, false, CsiErrorKind::Invalid)
-            {
+            if let Err(error) = request::capability_flags(capability, Wanted::Made, config) {
                 let is_asked = capability.access_type.is_some() && capability.access_mode.is_some();
                 if !is_asked {
                     return Err(error);
@@ -263,7 +262,7 @@ impl node_server::Node for Service {
         let asked = request.into_inner();
         let stats = async {
             let volume = request::volume_id(asked.volume_id)?;
-            let path = request::path("volume_path", &asked.volume_path)?;
+            let path = request::place("volume_path", &asked.volume_path)?;
             let status = self.0.stats(&volume, &path).await?;
             let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
             let usage = |total, used, unit: api::volume_usage::Unit| api::VolumeUsage {

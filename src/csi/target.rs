@@ -81,7 +81,7 @@ impl Targets for Binds {
             return protect(target, flags);
         }
         // What a process before this one served, and is dead.
-        self.detach(target, false)?;
+        clear(target, &mounts, false)?;
         match fs::DirBuilder::new().mode(0o750).create(target) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(failed("make", target, &error));
@@ -126,31 +126,35 @@ impl Targets for Binds {
     }
 
     fn detach(&self, target: &Path, ours: bool) -> Result<(), CsiError> {
-        let mounts = here(target)?;
-        for _ in &mounts {
-            match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
-                Ok(()) => {}
-                // Somebody has a file open: it stays until that is closed, but not here.
-                Err(Errno::EBUSY) => {
-                    umount2(target, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH)
-                        .map_err(|e| failed("unmount", target, &e.into()))?;
-                }
-                Err(Errno::EINVAL | Errno::ENOENT) => break,
-                Err(error) => return Err(failed("unmount", target, &error.into())),
+        clear(target, &here(target)?, ours)
+    }
+}
+
+/// Takes `mounts`, which are [`here`], away; as [`Targets::detach`].
+fn clear(target: &Path, mounts: &[u32], ours: bool) -> Result<(), CsiError> {
+    for _ in mounts {
+        match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            // Somebody has a file open: it stays until that is closed, but not here.
+            Err(Errno::EBUSY) => {
+                umount2(target, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH)
+                    .map_err(|e| failed("unmount", target, &e.into()))?;
             }
+            Err(Errno::EINVAL | Errno::ENOENT) => break,
+            Err(error) => return Err(failed("unmount", target, &error.into())),
         }
-        if mounts.is_empty() && !ours {
-            return Ok(());
-        }
-        match fs::remove_dir(target) {
-            Ok(()) => Ok(()),
-            Err(error) => match error.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Ok(()),
-                // Of somebody else, who has mounted or put something there.
-                io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy => Ok(()),
-                _ => Err(failed("remove", target, &error)),
-            },
-        }
+    }
+    if mounts.is_empty() && !ours {
+        return Ok(());
+    }
+    match fs::remove_dir(target) {
+        Ok(()) => Ok(()),
+        Err(error) => match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Ok(()),
+            // Of somebody else, who has mounted or put something there.
+            io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy => Ok(()),
+            _ => Err(failed("remove", target, &error)),
+        },
     }
 }
 

@@ -2,10 +2,12 @@
 //!
 //! A model is a generation in a layout; its name is made of these, so the next process finds the same one in the same
 //! place. With a keeper the mounts outlive this process, and are taken over by the next one; without, they end with it,
-//! and are made anew.
+//! and are made anew. Many volumes at once share what they ask of an origin and of the disk: no lock is held while either
+//! is waited for, but for a model that nobody has mounted yet.
 
 mod fill;
 mod renew;
+mod together;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -23,7 +25,10 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use self::fill::{Fill, Filling};
+use self::{
+    fill::{Fill, Filling},
+    together::Together,
+};
 use super::describe;
 use crate::{
     csi::{Layout, Model, ModelError, ModelErrorKind, Models, Status, User, Want},
@@ -33,7 +38,7 @@ use crate::{
     mount::{self, Mount, keeper::Link},
     node::{Node, NodeError, Resolved},
     reference::Locator,
-    source::{Credentials, SourceErrorKind},
+    source::{Credentials, Keys, SourceErrorKind},
     store::{Hold, StoreErrorKind},
 };
 
@@ -49,6 +54,7 @@ pub struct SharedModels {
     dir: PathBuf,
     keeper: Option<Arc<Link>>,
     slots: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Slot>>>>,
+    finds: Together<Question, Result<Found, ModelError>>,
     /// Nobody waits for an origin any more: whoever asks is to ask the next process.
     ending: watch::Sender<bool>,
     /// Nothing is mounted any more: the next process does.
@@ -60,6 +66,28 @@ pub struct SharedModels {
 struct Slot {
     users: BTreeSet<String>,
     served: Option<Served>,
+}
+
+/// What is asked of an origin.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Question {
+    reference: String,
+    generation: Option<Digest>,
+    strict: bool,
+    /// Of the keys.
+    keys: Option<Digest>,
+}
+
+/// What came of it. Whoever asked the same has the same credentials.
+#[derive(Clone)]
+struct Found {
+    node: Node,
+    resolved: Resolved,
+    /// Of the artifact.
+    digest: Digest,
+    credentials: Option<Credentials>,
+    /// Until it is served, which holds it, too.
+    _hold: Option<Arc<Hold>>,
 }
 
 /// A mounted model and what belongs to it.
@@ -85,6 +113,7 @@ impl SharedModels {
             dir,
             keeper,
             slots: Mutex::default(),
+            finds: Together::default(),
             ending: watch::Sender::new(false),
             left: AtomicBool::new(false),
         });
@@ -172,16 +201,15 @@ impl SharedModels {
     }
 
     /// Mounts a model, or takes its mount over.
-    async fn serve(
-        &self,
-        id: &str,
-        want: &Want,
-        node: Node,
-        resolved: Resolved,
-        credentials: Option<Credentials>,
-    ) -> Result<Served, ModelError> {
+    async fn serve(&self, id: &str, want: &Want, found: Found) -> Result<Served, ModelError> {
+        let Found {
+            node,
+            resolved,
+            digest,
+            credentials,
+            _hold,
+        } = found;
         let artifact = Arc::clone(&resolved.artifact);
-        let digest = artifact.digest();
         let mut holds = Vec::new();
         match node.hold(&artifact.reference).await {
             Ok(hold) => holds.push(hold),
@@ -225,6 +253,40 @@ impl SharedModels {
             resolved,
             credentials,
             _holds: holds,
+        })
+    }
+
+    /// What `want` means, at the origin or as that generation.
+    async fn find(&self, want: &Want, generation: Option<Digest>) -> Result<Found, ModelError> {
+        let credentials = want.keys.clone().map(Credentials::new);
+        let node = self.node(want, credentials.as_ref());
+        let guarded = node.guard(&want.reference, want.keys.as_ref());
+        self.unless_ending(guarded)
+            .await?
+            .map_err(|e| of_node(&e))?;
+        let resolved = self.unless_ending(async {
+            match &generation {
+                Some(digest) => {
+                    let resolved = node.resume(&want.reference, digest).await;
+                    resolved.map(|resolved| (resolved, None))
+                }
+                None => {
+                    let held = node.resolve_held(&want.reference).await;
+                    held.map(|(resolved, hold)| (resolved, Some(hold)))
+                }
+            }
+        });
+        let (resolved, hold) = resolved.await?.map_err(|e| match (&e, generation) {
+            (NodeError::Unknown(_), Some(_)) => ModelError::new(ModelErrorKind::Gone, describe(&e)),
+            _ => of_node(&e),
+        })?;
+        let digest = resolved.artifact.digest();
+        Ok(Found {
+            node,
+            resolved,
+            digest,
+            credentials,
+            _hold: hold.map(Arc::new),
         })
     }
 
@@ -277,31 +339,25 @@ impl Models for SharedModels {
             keys,
             ..want.clone()
         };
-        let credentials = want.keys.clone().map(Credentials::new);
-        let node = self.node(want, credentials.as_ref());
-        let guarded = node.guard(&want.reference, want.keys.as_ref());
-        self.unless_ending(guarded)
-            .await?
-            .map_err(|e| of_node(&e))?;
-        let resolved = self.unless_ending(async {
-            match &generation {
-                Some(digest) => node.resume(&want.reference, digest).await,
-                None => node.resolve(&want.reference).await,
-            }
-        });
-        let resolved = resolved.await?.map_err(|e| match (&e, generation) {
-            (NodeError::Unknown(_), Some(_)) => ModelError::new(ModelErrorKind::Gone, describe(&e)),
-            _ => of_node(&e),
-        })?;
-        let reference = resolved.artifact.reference.clone();
-        let digest = resolved.artifact.digest();
+        let question = Question {
+            reference: want.reference.to_string(),
+            generation,
+            strict: want.strict,
+            keys: want.keys.as_ref().map(Keys::fingerprint),
+        };
+        let found = self
+            .finds
+            .run(question, self.find(want, generation))
+            .await?;
+        let artifact = Arc::clone(&found.resolved.artifact);
+        let (reference, digest) = (artifact.reference.clone(), found.digest);
         // What was published once was proved then.
         if !user.namespace.is_empty() && generation.is_none() {
             let keys = want.keys.as_ref();
-            let proved = node.prove(&want.reference, keys, &resolved);
+            let proved = found.node.prove(&want.reference, keys, &found.resolved);
             proved.await.map_err(|e| of_node(&e))?;
         }
-        let size = resolved.artifact.size();
+        let size = artifact.size();
         let id = model_id(&digest, want);
         if let Some(renewal) = self.renewal(&id, None).await {
             self.renew(renewal, want, digest).await?;
@@ -318,7 +374,7 @@ impl Models for SharedModels {
                 if let Some(before) = served.take() {
                     before.give_up().await;
                 }
-                match self.serve(&id, want, node, resolved, credentials).await {
+                match self.serve(&id, want, found).await {
                     Ok(new) => *served = Some(new),
                     Err(error) => {
                         self.tidy(&id, slot);
@@ -327,7 +383,13 @@ impl Models for SharedModels {
                 }
             }
         }
-        // It is held by now, so it cannot be evicted in between.
+        let model = slot.served.as_ref().map(|served| served.model.clone());
+        let gone = || ModelError::new(ModelErrorKind::Failed, "it is served no more");
+        let model = model.ok_or_else(gone)?;
+        // Before the lock goes: whoever closes the model for another leaves it to this one. It is held by now, so it cannot
+        // be evicted before it is pinned.
+        slot.users.insert(user.id.clone());
+        drop(slot);
         let charged = match user.namespace.as_str() {
             "" => Ok(false),
             namespace => {
@@ -352,18 +414,12 @@ impl Models for SharedModels {
             },
             Err(error) => Err(ModelError::new(ModelErrorKind::NoSpace, error.to_string())),
         };
-        if let Err(error) = kept {
-            drop(slot);
-            self.close(&id, &user.id).await;
-            return Err(error);
-        }
-        slot.users.insert(user.id.clone());
-        match &slot.served {
-            Some(served) => Ok(served.model.clone()),
-            None => Err(ModelError::new(
-                ModelErrorKind::Failed,
-                "it is served no more",
-            )),
+        match kept {
+            Ok(()) => Ok(model),
+            Err(error) => {
+                self.close(&id, &user.id).await;
+                Err(error)
+            }
         }
     }
 

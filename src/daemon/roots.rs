@@ -3,8 +3,9 @@
 //! A complete image is mounted natively where the machine can do that: then no process is behind it. What
 //! is mounted is only metadata, if a container's overlay can take that and the store's objects itself.
 //! Any other is a FUSE mount, readable at once, while the rest arrives in the background; a container
-//! that starts after that gets the native root. One chain id may so have two mounts at a time, in
-//! `<store>/run/roots/<chain>/{lazy,native}`; both go when nobody needs the chain any more.
+//! that starts after that gets the native root. One chain id may so have several mounts at a time, in
+//! `<store>/run/roots/<chain>/{lazy…,native}`; all go when nobody needs the chain any more. An image that
+//! is arriving may say that it has layers which it has not: its mount is for none but itself.
 //!
 //! Native roots outlive this process and are taken over by the next one. So are FUSE mounts where a keeper
 //! has them; else they die with it, and are made anew when the snapshotter asks for them again.
@@ -66,7 +67,7 @@ struct About {
 /// The mounts of one chain id.
 #[derive(Default)]
 struct Chain {
-    lazy: Option<Lazy>,
+    lazy: Vec<Lazy>,
     native: Option<Native>,
 }
 
@@ -85,6 +86,10 @@ impl Native {
 
 /// A FUSE mount and what belongs to it.
 struct Lazy {
+    /// The image.
+    reference: String,
+    /// Whether it is known to have the layers that it says.
+    is_verified: bool,
     mount: Arc<Mount>,
     fill: tokio::task::JoinHandle<()>,
     _start: Option<Start>,
@@ -194,8 +199,9 @@ impl ImageRoots {
         };
         let chain = self.chain(&id);
         let mut chain = chain.lock().await;
-        let lazy = self.serve_lazy(&id, resolved, Some(orphan)).await;
-        chain.lazy = Some(lazy.map_err(anyhow::Error::new)?);
+        let dir = self.dir(&id, "lazy");
+        let lazy = self.serve_lazy(&id, dir, resolved, Some(orphan)).await;
+        chain.lazy.push(lazy.map_err(anyhow::Error::new)?);
         Ok(())
     }
 
@@ -207,8 +213,8 @@ impl ImageRoots {
         };
         // All at once: what is not left in time is left in haste.
         let leaving = chains.into_iter().map(|chain| async move {
-            let lazy = chain.lock().await.lazy.take();
-            if let Some(lazy) = lazy {
+            let lazy = std::mem::take(&mut chain.lock().await.lazy);
+            for lazy in lazy {
                 lazy.leave().await;
             }
         });
@@ -220,8 +226,8 @@ impl ImageRoots {
         let chains: Vec<_> = self.chains.lock().values().cloned().collect();
         for chain in chains {
             let mut chain = chain.lock().await;
-            if let Some(lazy) = chain.lazy.take_if(|lazy| lazy.mount.dir() == dir) {
-                return lazy.leave().await;
+            if let Some(at) = (chain.lazy.iter()).position(|lazy| lazy.mount.dir() == dir) {
+                return chain.lazy.swap_remove(at).leave().await;
             }
         }
     }
@@ -236,19 +242,20 @@ impl ImageRoots {
 
     /// The image of a chain id, from the store, else by the name that the CRI gave.
     async fn find(&self, chain: &Digest, hints: &Hints) -> Result<Option<Resolved>, NodeError> {
-        match self.node.image_by_chain(chain).await? {
-            None if self.learn(hints).await? => self.node.image_by_chain(chain).await,
+        let named = named(hints);
+        match self.node.image_by_chain(chain, named.as_ref()).await? {
+            None if self.learn(named.as_ref()).await? => {
+                self.node.image_by_chain(chain, named.as_ref()).await
+            }
             found => Ok(found),
         }
     }
 
     /// Looks whether the image that the CRI named can be read before it is pulled.
-    async fn learn(&self, hints: &Hints) -> Result<bool, NodeError> {
-        // As containerd writes it: without scheme.
-        let name = hints.image.as_ref().map(|image| format!("oci://{image}"));
-        match name.map(|name| name.parse::<Reference>()) {
-            Some(Ok(reference)) => Ok(self.node.resolve_lazily(&reference).await?.is_some()),
-            _ => Ok(false),
+    async fn learn(&self, named: Option<&Reference>) -> Result<bool, NodeError> {
+        match named {
+            Some(reference) => Ok(self.node.resolve_lazily(reference).await?.is_some()),
+            None => Ok(false),
         }
     }
 
@@ -311,21 +318,22 @@ impl ImageRoots {
     }
 
     /// Mounts an image that is still to come, or goes on serving what a process before this one has
-    /// mounted of it.
+    /// mounted of it, where that was.
     async fn serve_lazy(
         &self,
         id: &Digest,
+        dir: PathBuf,
         resolved: Resolved,
         orphan: Option<Orphan>,
     ) -> Result<Lazy, RootsError> {
         let name = resolved.artifact.reference.clone();
+        let (reference, is_verified) = (name.clone(), resolved.is_verified());
         let digest = resolved.artifact.digest();
         let hold = match orphan.is_some() {
             true => self.node.hold_generation(&digest).await,
             false => self.node.hold(&name).await,
         };
         let hold = hold.map_err(|e| of_node(&e))?;
-        let dir = self.dir(id, "lazy");
         let failed = |why: String| RootsError::new(RootsErrorKind::Failed, why);
         let start = self.node.start(&resolved).await.map_err(|e| of_node(&e))?;
         let contents = Fetched::new(
@@ -379,7 +387,7 @@ impl ImageRoots {
         }
         let node = self.node.clone();
         let fill = tokio::spawn(async move {
-            if let Err(error) = node.fill(&resolved, &Progress::default()).await
+            if let Err(error) = node.fill(&resolved, &Progress::default(), |_| ()).await
                 && !error.is_cancelled()
             {
                 let refuted = error.is_refuted();
@@ -391,6 +399,8 @@ impl ImageRoots {
             }
         });
         Ok(Lazy {
+            reference,
+            is_verified,
             mount,
             fill,
             _start: start,
@@ -433,6 +443,12 @@ impl ImageRoots {
     }
 }
 
+/// The image that the CRI named.
+fn named(hints: &Hints) -> Option<Reference> {
+    // As containerd writes it: without scheme.
+    format!("oci://{}", hints.image.as_ref()?).parse().ok()
+}
+
 /// The images that somebody has pinned, as containerd calls them; a claim is no wish to keep them.
 ///
 /// # Errors
@@ -469,9 +485,10 @@ fn image_name(reference: &str) -> Option<String> {
 #[async_trait]
 impl Roots for ImageRoots {
     async fn knows(&self, chain_id: &Digest, hints: &Hints) -> Result<bool, RootsError> {
-        let mut known = self.node.knows_chain(chain_id).await;
-        if matches!(known, Ok(None)) && self.learn(hints).await.map_err(|e| of_node(&e))? {
-            known = self.node.knows_chain(chain_id).await;
+        let named = named(hints);
+        let mut known = self.node.knows_chain(chain_id, named.as_ref()).await;
+        if matches!(known, Ok(None)) && self.learn(named.as_ref()).await.map_err(|e| of_node(&e))? {
+            known = self.node.knows_chain(chain_id, named.as_ref()).await;
         }
         let Some(reference) = known.map_err(|e| of_node(&e))? else {
             return Ok(false);
@@ -489,6 +506,8 @@ impl Roots for ImageRoots {
         match pinned {
             Ok(Ok(())) => Ok(true),
             Ok(Err(error)) if error.kind() == StoreErrorKind::ReadOnly => Ok(true),
+            // Another process has removed it meanwhile.
+            Ok(Err(error)) if error.kind() == StoreErrorKind::NotFound => Ok(false),
             Ok(Err(error)) => Err(of_node(&error.into())),
             Err(error) => Err(RootsError::new(RootsErrorKind::Failed, error.to_string())),
         }
@@ -546,35 +565,45 @@ impl Roots for ImageRoots {
             }
         }
         // One that was refused stays with the containers that have it.
-        if let Some(lazy) = chain.lazy.take_if(|lazy| lazy.mount.is_refused()) {
+        while let Some(at) = (chain.lazy.iter()).position(|lazy| lazy.mount.is_refused()) {
+            let lazy = chain.lazy.swap_remove(at);
             let detached = tokio::task::spawn_blocking(move || lazy.mount.unmount(true)).await;
             if let Ok(Err(error)) = detached {
                 tracing::warn!(%error, "what was refused stays mounted");
             }
         }
-        chain.lazy.take_if(|lazy| !lazy.mount.is_mounted());
-        if let Some(lazy) = &chain.lazy {
+        chain.lazy.retain(|lazy| lazy.mount.is_mounted());
+        let is_it =
+            |lazy: &&Lazy| lazy.is_verified || lazy.reference == resolved.artifact.reference;
+        if let Some(lazy) = chain.lazy.iter().find(is_it) {
             return Ok(found(lazy.mount.dir()));
         }
-        let lazy = self.serve_lazy(chain_id, resolved, None).await?;
+        let mut dir = self.dir(chain_id, "lazy");
+        if chain.lazy.iter().any(|lazy| lazy.mount.dir() == dir) {
+            let of = Digest::of(resolved.artifact.reference.as_bytes());
+            dir = self.dir(chain_id, &format!("lazy-{}", &of.hex()[..16]));
+        }
+        let lazy = self.serve_lazy(chain_id, dir, resolved, None).await?;
         let dir = lazy.mount.dir().to_owned();
-        chain.lazy = Some(lazy);
+        chain.lazy.push(lazy);
         Ok(found(&dir))
     }
 
     async fn release(&self, chain_id: &Digest) {
         let chain = self.chain(chain_id);
         let mut chain = chain.lock().await;
-        let lazy = chain.lazy.take();
+        let lazy = std::mem::take(&mut chain.lazy);
         chain.native = None;
         let dir = self.dir(chain_id, "");
         let released = tokio::task::spawn_blocking(move || {
-            if let Some(lazy) = lazy {
+            for lazy in lazy {
                 let _ = lazy
                     .mount
                     .unmount(false)
                     .or_else(|_| lazy.mount.unmount(true));
+                let dir = lazy.mount.dir().to_owned();
                 drop(lazy);
+                let _ = fs::remove_dir(dir);
             }
             // Also what a process before this one had mounted.
             match native::unmount(&dir.join("native"), true) {

@@ -20,8 +20,8 @@
 //! layer shows when a span is decoded.
 
 use super::{
-    Compression, EntryKind, FileContent, ImageError, LayerEntry, LayerIndex, Span, SpanDigest,
-    merge::check_content,
+    Compression, EntryKind, FileContent, ImageError, LayerEntry, LayerIndex, Limits, Span,
+    SpanDigest, merge::check_content, unpack::cost,
 };
 use crate::{
     digest::Digest,
@@ -139,7 +139,7 @@ impl LayerIndex {
             ));
         }
         let head = expand(input.bytes().map_err(damaged)?)?;
-        let index = decode_body(&head, input.0).map_err(damaged)?;
+        let index = decode_body(&head, input.0, Limits::default().names).map_err(damaged)?;
         index.check()?;
         Ok(index)
     }
@@ -172,6 +172,11 @@ impl LayerIndex {
     pub(super) fn check(&self) -> Result<(), ImageError> {
         let spans = self.check_spans();
         spans.map_err(|why| wrong(why).in_layer(self.blob))?;
+        let names = self.entries.iter().map(cost);
+        if names.fold(0, u64::saturating_add) > Limits::default().names {
+            let why = "its paths, attributes and sparse maps are too many";
+            return Err(ImageError::too_large(why).in_layer(self.blob));
+        }
         for entry in &self.entries {
             let check = self.check_entry(entry);
             check.map_err(|why| wrong(why).in_entry(&entry.path).in_layer(self.blob))?;
@@ -227,6 +232,10 @@ impl LayerIndex {
         let kind = match &entry.kind {
             EntryKind::Dir | EntryKind::Opaque => Kind::Fifo,
             _ if at_root => return Err("the root is no directory"),
+            // As unpacking the layer has it, with the holes.
+            EntryKind::File(content) if content.size > Limits::default().bytes => {
+                return Err("is larger than a layer may be");
+            }
             EntryKind::File(content) => {
                 check_content(self, content)?;
                 Kind::Fifo
@@ -315,7 +324,8 @@ fn encode_entry(entry: &LayerEntry, out: &mut Writer) {
     }
 }
 
-fn decode_body(head: &[u8], tail: &[u8]) -> Result<LayerIndex, TreeError> {
+/// `most`: see [`Limits::names`].
+fn decode_body(head: &[u8], tail: &[u8], most: u64) -> Result<LayerIndex, TreeError> {
     let (mut head, mut tail) = (Reader(head), Reader(tail));
     let blob = Digest::from_bytes(head.array()?);
     let blob_size = head.number()?;
@@ -363,6 +373,7 @@ fn decode_body(head: &[u8], tail: &[u8]) -> Result<LayerIndex, TreeError> {
         return Err(TreeError::TooMany);
     }
     let mut entries: Vec<LayerEntry> = Vec::new();
+    let mut names = 0u64;
     for _ in 0..count {
         let shared = head.number()? as usize;
         let before = entries.last().map_or(&[][..], |entry| &*entry.path);
@@ -374,7 +385,12 @@ fn decode_body(head: &[u8], tail: &[u8]) -> Result<LayerIndex, TreeError> {
         }
         let path = [shared, rest].concat().into();
         let (kind, meta) = decode_entry(&mut head, &mut tail)?;
-        entries.push(LayerEntry { path, kind, meta });
+        let entry = LayerEntry { path, kind, meta };
+        names = names.saturating_add(cost(&entry));
+        if names > most {
+            return Err(TreeError::TooMany);
+        }
+        entries.push(entry);
     }
     if !head.0.is_empty() || !tail.0.is_empty() {
         return Err(TreeError::Damaged("bytes follow its end"));
@@ -584,6 +600,9 @@ mod tests {
             ("beyond the end", |x| {
                 x.entries[3].kind = file(1, u64::MAX, vec![])
             }),
+            ("larger than", |x| {
+                x.entries[3].kind = file(1 << 62, 512, vec![(5, 7)])
+            }),
             ("overlap", |x| {
                 x.entries[3].kind = file(90, 0, vec![(5, 9), (8, 1)])
             }),
@@ -636,6 +655,17 @@ mod tests {
         head.number(1);
         head.number(u64::MAX >> 8);
         assert!(LayerIndex::decode(&forge(&head.0, &[])).is_err());
+        // Entries of few bytes each, whose paths are long: each is that of the one before.
+        let mut index = full();
+        index.entries = vec![entry(&"a".repeat(4000), EntryKind::Fifo); 300];
+        let (mut head, mut tail) = (Writer(Vec::new()), Vec::new());
+        index.encode_head(&mut head, &mut tail);
+        let most = index.entries.iter().map(cost).sum();
+        assert!(head.0.len() as u64 * 10 < most);
+        assert_eq!(decode_body(&head.0, &tail, most), Ok(index));
+        let refused = decode_body(&head.0, &tail, most - 1);
+        assert!(matches!(refused, Err(TreeError::TooMany)));
+
         let bomb = vec![0; MAX_INDEX + 1];
         let error = LayerIndex::decode(&forge(&bomb, &[])).unwrap_err();
         assert_eq!(error.kind(), ImageErrorKind::TooLarge);

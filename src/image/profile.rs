@@ -18,6 +18,8 @@ const VERSION: u64 = 1;
 const ZSTD_LEVEL: i32 = 3;
 /// Most reads in a profile.
 pub const MAX_READS: usize = 1 << 16;
+/// Most chunks of all reads together: a container that starts reads far less.
+pub const MAX_CHUNKS: u64 = 1 << 20;
 /// Most bytes of an encoded profile.
 pub const MAX_PROFILE: u64 = 4 << 20;
 /// Most bytes of one read: a digest and two numbers of up to ten.
@@ -34,21 +36,29 @@ pub struct ProfiledRead {
     pub chunks: u64,
 }
 
-/// What was read, in order; no chunk twice.
+/// What was read, in order; no chunk twice, unless a stranger made it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct AccessProfile {
     pub reads: Vec<ProfiledRead>,
 }
 
 impl AccessProfile {
-    /// The encoding. Reads beyond [`MAX_READS`] are left out.
+    /// The encoding. Reads beyond [`MAX_READS`] and [`MAX_CHUNKS`] are left out.
     ///
     /// # Errors
     /// Where it cannot be compressed.
     pub fn encode(&self) -> Result<Vec<u8>, ImageError> {
-        let mut body = Writer(Vec::with_capacity(self.reads.len().min(MAX_READS) * 36));
-        body.number(self.reads.len().min(MAX_READS) as u64);
-        for read in self.reads.iter().take(MAX_READS) {
+        let mut chunks = 0u64;
+        let fits = |read: &&ProfiledRead| {
+            chunks = chunks.saturating_add(read.chunks);
+            chunks <= MAX_CHUNKS
+        };
+        let reads: Vec<_> = (self.reads.iter().take(MAX_READS))
+            .take_while(fits)
+            .collect();
+        let mut body = Writer(Vec::with_capacity(reads.len() * 36));
+        body.number(reads.len() as u64);
+        for read in reads {
             body.0.extend_from_slice(read.content.as_bytes());
             body.number(read.first);
             body.number(read.chunks);
@@ -87,6 +97,7 @@ impl AccessProfile {
             return Err(ImageError::invalid("its access profile has too many reads"));
         }
         let mut reads = Vec::with_capacity(count);
+        let mut chunks = 0u64;
         for _ in 0..count {
             let read = ProfiledRead {
                 content: Digest::from_bytes(input.array().map_err(damaged)?),
@@ -95,6 +106,11 @@ impl AccessProfile {
             };
             if read.chunks == 0 || read.first.checked_add(read.chunks).is_none() {
                 return Err(ImageError::invalid("its access profile has an empty read"));
+            }
+            chunks = chunks.saturating_add(read.chunks);
+            if chunks > MAX_CHUNKS {
+                let why = "its access profile has more chunks than a start reads";
+                return Err(ImageError::too_large(why));
             }
             reads.push(read);
         }
@@ -113,7 +129,7 @@ mod tests {
     use super::*;
 
     fn profile() -> impl Strategy<Value = AccessProfile> {
-        let read = (any::<[u8; 32]>(), 0..1u64 << 40, 1..1u64 << 20);
+        let read = (any::<[u8; 32]>(), 0..1u64 << 40, 1..1u64 << 14);
         let reads = proptest::collection::vec(read, 0..50);
         reads.prop_map(|reads| AccessProfile {
             reads: (reads.into_iter())
@@ -154,5 +170,31 @@ mod tests {
         out.number(VERSION);
         out.bytes(&zstd::bulk::compress(&vec![0; 64 << 20], 1).unwrap());
         assert!(AccessProfile::decode(&out.0).is_err());
+    }
+
+    #[test]
+    fn more_than_a_start_reads_is_refused() {
+        let read = |chunks| ProfiledRead {
+            content: Digest::of(b""),
+            first: 0,
+            chunks,
+        };
+        let reads = vec![read(1), read(MAX_CHUNKS - 1), read(1)];
+        let bytes = AccessProfile { reads }.encode().unwrap();
+        let kept = AccessProfile::decode(&bytes).unwrap();
+        assert_eq!(kept.reads, [read(1), read(MAX_CHUNKS - 1)]);
+
+        let mut body = Writer(Vec::new());
+        body.number(2);
+        for chunks in [1, u64::MAX] {
+            body.0.extend_from_slice(Digest::of(b"").as_bytes());
+            body.number(0);
+            body.number(chunks);
+        }
+        let mut out = Writer(MAGIC.to_vec());
+        out.number(VERSION);
+        out.bytes(&zstd::bulk::compress(&body.0, 1).unwrap());
+        let error = AccessProfile::decode(&out.0).unwrap_err();
+        assert_eq!(error.kind(), crate::image::ImageErrorKind::TooLarge);
     }
 }

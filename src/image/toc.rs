@@ -236,11 +236,11 @@ impl TocLayer<'_> {
             file: None,
             landmark: None,
         };
-        for row in json::parse(text)? {
+        json::parse(text, |row| {
             let name = row.name.clone();
             let row = build.row(row);
-            row.map_err(|error| error.in_entry(name.as_bytes()).in_layer(self.blob))?;
-        }
+            row.map_err(|error| error.in_entry(name.as_bytes()).in_layer(self.blob))
+        })?;
         build
             .end_file()
             .map_err(|error| error.in_layer(self.blob))?;

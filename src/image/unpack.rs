@@ -250,8 +250,8 @@ impl Unpacker {
     }
 }
 
-/// Bytes of the heap that an entry takes.
-fn cost(entry: &LayerEntry) -> u64 {
+/// Bytes of the heap that an entry takes: what counts for [`Limits::names`].
+pub(super) fn cost(entry: &LayerEntry) -> u64 {
     let kind = match &entry.kind {
         EntryKind::Symlink { target } | EntryKind::Hardlink { target } => target.len(),
         EntryKind::File(content) => size_of_val(&content.pieces[..]),

@@ -14,12 +14,14 @@ pub const MAX_ARTIFACT_BYTES: usize = 32 << 10;
 const MIN_INTERVAL: Duration = Duration::from_secs(2);
 /// Most.
 const MAX_INTERVAL: Duration = Duration::from_secs(600);
-/// Longest message of one warm-up: sixty-four of them must fit.
+/// Longest message of one warm-up: all of them must fit.
 const MAX_SHORT_MESSAGE: usize = MAX_MESSAGE / 4;
 
 /// What the store of a node has.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Inventory {
+    /// Of the store: another one has another.
+    pub store_id: String,
     pub capacity_bytes: u64,
     pub used_bytes: u64,
     pub free_bytes: u64,
@@ -35,6 +37,7 @@ impl NodeCacheStatus {
         mut warmups: Vec<WarmupOnNode>,
         first: impl Fn(&str) -> bool,
     ) -> Self {
+        let omitted = warmups.len().saturating_sub(MAX_WARMUPS);
         warmups.truncate(MAX_WARMUPS);
         for warmup in &mut warmups {
             warmup.message = cut(&warmup.message, MAX_SHORT_MESSAGE);
@@ -43,12 +46,14 @@ impl NodeCacheStatus {
         let bytes = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
         let mut this = Self {
             reported: None,
+            store_id: inventory.store_id,
             capacity_bytes: bytes(inventory.capacity_bytes),
             used_bytes: bytes(inventory.used_bytes),
             free_bytes: bytes(inventory.free_bytes),
             artifacts: Vec::new(),
             artifacts_omitted: 0,
             warmups,
+            warmups_omitted: u32::try_from(omitted).unwrap_or(u32::MAX),
         };
         let mut left = MAX_ARTIFACT_BYTES;
         let (wanted, others): (Vec<_>, Vec<_>) =
@@ -194,6 +199,7 @@ mod tests {
                 ..CachedArtifact::default()
             };
             let inventory = Inventory {
+                store_id: String::new(),
                 capacity_bytes: 1000,
                 used_bytes: used,
                 free_bytes: free,

@@ -251,7 +251,7 @@ enum Change {
 
 /// Does the work; does not end.
 async fn lead(client: Client, config: &Config, leads: watch::Receiver<Option<Instant>>) {
-    let mut changes = changes(&client, config.templates).await;
+    let mut changes = changes(&client, config.templates);
     let mut state = State::new(client, config, leads);
     let mut look = Instant::now() + LOOK;
     // Nine tenths of the time are for others, however large the cluster.
@@ -278,7 +278,7 @@ async fn lead(client: Client, config: &Config, leads: watch::Receiver<Option<Ins
     }
 }
 
-async fn changes(client: &Client, templates: bool) -> impl Stream<Item = Change> + Unpin + use<> {
+fn changes(client: &Client, templates: bool) -> impl Stream<Item = Change> + Unpin + use<> {
     let all = || Selection {
         relist: Some(RELIST),
         ..Selection::default()
@@ -297,12 +297,7 @@ async fn changes(client: &Client, templates: bool) -> impl Stream<Item = Change>
     let caches = follow_as(Api::<NodeCache>::all(client.clone()), all(), read).map(Change::Cache);
     let mut all = stream::select_all([warmups.boxed(), nodes.boxed(), caches.boxed()]);
     if templates {
-        all.push(
-            ahead::follow_all(client)
-                .await
-                .map(Change::Workload)
-                .boxed(),
-        );
+        all.push(ahead::follow_all(client).map(Change::Workload).boxed());
     }
     all
 }

@@ -60,8 +60,8 @@ pub const MAX_MESSAGE: usize = 1024;
 pub const MAX_FAILURES: usize = 10;
 /// Most artifacts of a `NodeCache`.
 pub const MAX_ARTIFACTS: usize = 128;
-/// Most warm-ups that one node reports on, and works on.
-pub const MAX_WARMUPS: usize = 64;
+/// Most warm-ups that one node reports on; it works on none of the others.
+pub const MAX_WARMUPS: usize = 128;
 /// Nodes that warm at the same time where a `Warmup` says nothing.
 pub const DEFAULT_PARALLEL_NODES: u32 = 100;
 /// Priorities are from `-MAX_PRIORITY` to this.
@@ -355,6 +355,8 @@ pub struct NodeCache {
 pub struct NodeCacheStatus {
     /// When the node wrote this, by its own clock.
     pub reported: Option<Time>,
+    /// The id of the store: one that was made anew has another.
+    pub store_id: String,
     /// Of the file system of the store.
     pub capacity_bytes: i64,
     /// That the store takes.
@@ -365,7 +367,10 @@ pub struct NodeCacheStatus {
     pub artifacts: Vec<CachedArtifact>,
     /// Artifacts for which there was no place here.
     pub artifacts_omitted: u32,
+    /// What holds the node back first, then what there is to do.
     pub warmups: Vec<WarmupOnNode>,
+    /// `Warmup`s that select it for which there was no place here; what of them is not warm waits.
+    pub warmups_omitted: u32,
 }
 
 /// An artifact on a node.

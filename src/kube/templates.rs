@@ -1,7 +1,7 @@
 //! What the pod templates of workloads ask for, before there is a pod. Pure.
 //!
 //! No node is told by a template. The controller makes of each [`Template`] a warm-up of as many of the nodes that
-//! match as there can be pods, and one to spare; [`Template::nodes`] bounds that. The nodes that were chosen carry the
+//! match as there can be pods, and some to spare; [`Template::nodes`] bounds that. The nodes that were chosen carry the
 //! label of what is warm, and the scheduler may prefer them; a pod that comes to another node is served by the
 //! annotation that it has itself. So a template costs one warm-up, whatever becomes of it.
 
@@ -54,11 +54,12 @@ pub struct Template {
 }
 
 impl Template {
-    /// How many nodes are warmed ahead.
+    /// How many nodes are warmed ahead: a power of two, so that not every step of an autoscaler changes it.
     pub fn nodes(&self) -> u32 {
         match self.pods {
             0 => 0,
-            pods => pods.saturating_add(1).min(MAX_NODES),
+            // One to spare.
+            pods => (pods.min(MAX_NODES - 1) + 1).next_power_of_two(),
         }
     }
 }
@@ -79,6 +80,12 @@ pub fn read(object: &Value) -> Vec<Template> {
         let count = value.as_u64().unwrap_or(u64::from(default));
         u32::try_from(count).unwrap_or(u32::MAX)
     };
+    // There will be no more pods of it.
+    let is_over = |ends: [&str; 2]| {
+        let conditions = object["status"]["conditions"].as_array();
+        (conditions.into_iter().flatten())
+            .any(|c| c["status"] == "True" && ends.iter().any(|end| c["type"] == *end))
+    };
     let job = |spec: &Value| match spec["suspend"] == true {
         true => 0,
         false => count(&spec["parallelism"], 1),
@@ -92,12 +99,14 @@ pub fn read(object: &Value) -> Vec<Template> {
                 count(&spec["replicas"], 1),
             ));
         }
-        "Job" => parts.push((String::new(), &spec["template"], job(spec))),
+        "Job" if !is_over(["Complete", "Failed"]) => {
+            parts.push((String::new(), &spec["template"], job(spec)));
+        }
         "CronJob" if spec["suspend"] != true => {
             let spec = &spec["jobTemplate"]["spec"];
             parts.push((String::new(), &spec["template"], job(spec)));
         }
-        "JobSet" if spec["suspend"] != true => {
+        "JobSet" if spec["suspend"] != true && !is_over(["Completed", "Failed"]) => {
             let jobs = spec["replicatedJobs"].as_array();
             for one in jobs.into_iter().flatten().take(MAX_TEMPLATES) {
                 let name = one["name"].as_str().unwrap_or_default().to_owned();
@@ -245,6 +254,49 @@ mod tests {
                     template.nodes() <= MAX_NODES && (template.nodes() > 0) == (template.pods > 0)
                 );
             }
+        }
+    }
+
+    #[test]
+    fn what_is_over_asks_for_nothing() {
+        let job = json!({"template": pod()});
+        for (kind, ends, spec) in [
+            ("Job", ["Complete", "Failed"], job.clone()),
+            (
+                "JobSet",
+                ["Completed", "Failed"],
+                json!({"replicatedJobs": [{"name": "x", "template": {"spec": job}}]}),
+            ),
+        ] {
+            let mut object = json!({"kind": kind, "spec": spec});
+            for end in ends {
+                for (status, count) in [("False", 1), ("True", 0)] {
+                    object["status"]["conditions"] = json!([{"type": "Suspended", "status": "True"}, {"type": end, "status": status}]);
+                    assert_eq!(read(&object).len(), count, "{object}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_steps_of_a_scale_are_steps_of_a_warmup() {
+        let nodes = |replicas: u32| {
+            let object =
+                json!({"kind": "Deployment", "spec": {"replicas": replicas, "template": pod()}});
+            read(&object)[0].nodes()
+        };
+        for (replicas, wanted) in [
+            (0, 0),
+            (1, 2),
+            (2, 4),
+            (3, 4),
+            (4, 8),
+            (7, 8),
+            (31, 32),
+            (32, 64),
+            (5000, 64),
+        ] {
+            assert_eq!(nodes(replicas), wanted, "{replicas}");
         }
     }
 

@@ -120,6 +120,7 @@ pub async fn run(client: Client, settings: Settings, warmer: Arc<dyn Warmer>) {
         warmups: BTreeMap::new(),
         node: None,
         board: Board::default(),
+        reported: None,
         before: Vec::new(),
         pace: Pace::new(settings.report),
         last: None,
@@ -131,7 +132,7 @@ pub async fn run(client: Client, settings: Settings, warmer: Arc<dyn Warmer>) {
         settings,
         warmer,
     };
-    this.before = this.reported().await;
+    this.reported = this.reported().await;
     let named = Selection {
         fields: Some(format!("metadata.name={}", this.settings.node)),
         relist: Some(RELIST),
@@ -165,7 +166,10 @@ pub async fn run(client: Client, settings: Settings, warmer: Arc<dyn Warmer>) {
                     this.warmups.insert(key(&warmup), Arc::new(warmup));
                     continue;
                 }
-                Event::Listed => this.listed(listing.take().unwrap_or_default()).await,
+                Event::Listed => {
+                    this.listed(listing.take().unwrap_or_default()).await;
+                    this.is_swept = false;
+                }
                 Event::Changed(warmup) => drop(this.warmups.insert(key(&warmup), Arc::new(warmup))),
                 Event::Gone(warmup) => drop(this.warmups.remove(&key(&warmup))),
             },
@@ -228,7 +232,9 @@ struct Side {
     warmups: BTreeMap<Key, Arc<Warmup>>,
     node: Option<NodeView>,
     board: Board,
-    /// What an earlier process reported.
+    /// What was reported under the name of this node before this process.
+    reported: Option<NodeCache>,
+    /// What of it counts.
     before: Vec<WarmupOnNode>,
     pace: Pace,
     /// What was written last, and when.
@@ -236,7 +242,7 @@ struct Side {
     tasks: HashMap<String, Task>,
     /// All `Warmup`s are known.
     is_listed: bool,
-    /// What earlier processes left was looked at.
+    /// What is pinned was looked at since the last list.
     is_swept: bool,
     done: mpsc::Sender<Finished>,
 }
@@ -246,16 +252,37 @@ impl Side {
         Api::all(self.client.clone())
     }
 
-    /// What an earlier process reported; waits for the server to say so.
-    async fn reported(&self) -> Vec<WarmupOnNode> {
+    /// What was reported before; waits for the server to say so.
+    async fn reported(&self) -> Option<NodeCache> {
         loop {
             match within(self.caches().get_opt(&self.settings.node)).await {
-                Ok(cache) => return cache.and_then(|c| c.status).unwrap_or_default().warmups,
+                Ok(cache) => return cache,
                 Err(error) => {
                     tracing::warn!(%error, "what this node reported before cannot be read yet");
                     tokio::time::sleep(PATIENCE).await;
                 }
             }
+        }
+    }
+
+    /// Goes on with what was reported before, unless that was another node of this name, or another store: a disk that was
+    /// emptied has nothing.
+    async fn resume(&mut self) {
+        let (Some(cache), Some(node)) = (self.reported.take(), &self.node) else {
+            return;
+        };
+        let mut owners = cache.metadata.owner_references.into_iter().flatten();
+        let is_other = owners.any(|owner| owner.kind == "Node" && owner.uid != node.uid);
+        let status = cache.status.unwrap_or_default();
+        match self.warmer.inventory().await {
+            // Earlier versions did not say which store.
+            Ok(now) if status.store_id.is_empty() || status.store_id == now.store_id => {
+                if !is_other {
+                    self.before = status.warmups;
+                }
+            }
+            Ok(_) => tracing::info!("what this node reported before was of another store"),
+            Err(error) => tracing::warn!(%error, "what is in the store cannot be read"),
         }
     }
 
@@ -317,7 +344,7 @@ impl Side {
             Ok(())
         };
         if let Err(error) = swept.await {
-            tracing::warn!(%error, "what was pinned for Warmups that are gone stays pinned until the next start");
+            tracing::warn!(%error, "what was pinned for Warmups that are gone stays pinned for now");
         }
     }
 
@@ -350,6 +377,7 @@ impl Side {
     async fn sync(&mut self) {
         if self.is_listed && self.node.is_some() && !self.is_swept {
             self.is_swept = true;
+            self.resume().await;
             self.sweep().await;
         }
         let Some(node) = self.node.as_ref().filter(|_| self.is_listed) else {

@@ -12,14 +12,14 @@ use hyper::{
 };
 use sha2::{Digest as _, Sha256};
 
-use super::parse_range;
+use super::{Mirror, parse_range};
 use crate::{
     chunk::CHUNK_SIZE,
     digest::Digest,
     fetch::{Class, FetchError, FetchErrorKind, Handle},
     node::{Node, NodeError},
     reference::{Locator, OciRef, Reference},
-    source::SourceErrorKind,
+    source::{Keys, SourceErrorKind, VIA},
     store::Reservation,
 };
 
@@ -54,14 +54,15 @@ impl Refusal {
 }
 
 /// Answers one request.
-pub(super) async fn answer<B>(
-    node: &Node,
-    default_registry: Option<&str>,
-    request: &Request<B>,
-) -> Answer {
+pub(super) async fn answer<B>(mirror: &Mirror, request: &Request<B>) -> Answer {
     let head = request.method() == Method::HEAD;
     let given = match request.method() {
-        &Method::GET | &Method::HEAD => give(node, default_registry, request, head).await,
+        _ if asks_itself(&mirror.node, request.headers()) => Err(Refusal::new(
+            StatusCode::NOT_FOUND,
+            "NAME_UNKNOWN",
+            "this is the mirror of the node that asks: it has nothing that the node has not",
+        )),
+        &Method::GET | &Method::HEAD => give(mirror, request, head).await,
         _ => Err(Refusal::new(
             StatusCode::METHOD_NOT_ALLOWED,
             "UNSUPPORTED",
@@ -75,12 +76,13 @@ pub(super) async fn answer<B>(
     answer
 }
 
-async fn give<B>(
-    node: &Node,
-    default_registry: Option<&str>,
-    request: &Request<B>,
-    head: bool,
-) -> Result<Answer, Refusal> {
+/// Whether it is this node that asks, since its registries have this mirror.
+fn asks_itself(node: &Node, headers: &HeaderMap) -> bool {
+    let via = headers.get(VIA);
+    via.is_some_and(|via| via.as_bytes() == node.store().id().as_bytes())
+}
+
+async fn give<B>(mirror: &Mirror, request: &Request<B>, head: bool) -> Result<Answer, Refusal> {
     let not_found = |what: &str| Refusal::new(StatusCode::NOT_FOUND, "NAME_UNKNOWN", what);
     let asked = parse(request.uri().path())
         .ok_or_else(|| not_found("only /v2/<name>/manifests/ and /v2/<name>/blobs/ are here"))?;
@@ -90,7 +92,7 @@ async fn give<B>(
         Asked::Blob { name, digest } => (name, digest),
     };
     let registry = namespace(request.uri().query())
-        .or_else(|| default_registry.map(str::to_owned))
+        .or_else(|| mirror.default_registry.clone())
         .ok_or_else(|| {
             not_found("which registry is meant? say ?ns=REGISTRY, as containerd does, or set mirror.default_registry")
         })?;
@@ -103,15 +105,34 @@ async fn give<B>(
     let Locator::Oci(oci) = &reference.locator else {
         return Err(not_found("is in no registry"));
     };
-    match asked {
-        Asked::Blob { .. } => blob(node, oci, request.headers(), head).await,
-        _ => manifest(node, oci, head).await,
-    }
+    let sent = request.headers().get(header::AUTHORIZATION);
+    let visitor = sent
+        .and_then(|sent| sent.to_str().ok())
+        .and_then(|sent| Keys::of_header(&oci.registry, sent));
+    let invites = mirror.invites && visitor.is_none();
+    let given = match asked {
+        Asked::Blob { .. } => blob(&mirror.node, oci, visitor, request.headers(), head).await,
+        _ => manifest(&mirror.node, oci, visitor, head).await,
+    };
+    given.map_err(|refusal| match refusal.status {
+        // "No matching credentials" of RFC 9110 (11.6.1); with some it is "not enough".
+        StatusCode::FORBIDDEN if invites => Refusal {
+            status: StatusCode::UNAUTHORIZED,
+            code: "UNAUTHORIZED",
+            ..refusal
+        },
+        _ => refusal,
+    })
 }
 
-async fn manifest(node: &Node, oci: &OciRef, head: bool) -> Result<Answer, Refusal> {
+async fn manifest(
+    node: &Node,
+    oci: &OciRef,
+    visitor: Option<Keys>,
+    head: bool,
+) -> Result<Answer, Refusal> {
     let found = node
-        .manifest(oci)
+        .manifest(oci, visitor)
         .await
         .map_err(|error| failed(&error, "MANIFEST_UNKNOWN"))?;
     let mut headers = HeaderMap::new();
@@ -120,7 +141,13 @@ async fn manifest(node: &Node, oci: &OciRef, head: bool) -> Result<Answer, Refus
     Ok(whole(headers, Bytes::copy_from_slice(&found.bytes), head))
 }
 
-async fn blob(node: &Node, oci: &OciRef, asked: &HeaderMap, head: bool) -> Result<Answer, Refusal> {
+async fn blob(
+    node: &Node,
+    oci: &OciRef,
+    visitor: Option<Keys>,
+    asked: &HeaderMap,
+    head: bool,
+) -> Result<Answer, Refusal> {
     let digest: Digest = oci.wanted().parse().map_err(|_| {
         Refusal::new(
             StatusCode::BAD_REQUEST,
@@ -129,7 +156,7 @@ async fn blob(node: &Node, oci: &OciRef, asked: &HeaderMap, head: bool) -> Resul
         )
     })?;
     let handle = node
-        .blob(oci, &digest)
+        .blob(oci, &digest, visitor)
         .await
         .map_err(|error| failed(&error, "BLOB_UNKNOWN"))?;
     let size = handle.size();
@@ -298,8 +325,14 @@ fn refuse(refusal: &Refusal, head: bool) -> Answer {
     });
     let mut headers = HeaderMap::new();
     set(&mut headers, header::CONTENT_TYPE, "application/json");
-    if refusal.status == StatusCode::METHOD_NOT_ALLOWED {
-        set(&mut headers, header::ALLOW, "GET, HEAD");
+    match refusal.status {
+        StatusCode::METHOD_NOT_ALLOWED => set(&mut headers, header::ALLOW, "GET, HEAD"),
+        StatusCode::UNAUTHORIZED => set(
+            &mut headers,
+            header::WWW_AUTHENTICATE,
+            "Basic realm=\"the registry behind this mirror\"",
+        ),
+        _ => {}
     }
     let mut answer = whole(headers, body.to_string().into(), head);
     *answer.status_mut() = refusal.status;

@@ -4,10 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, stream};
 
-use super::{Node, NodeError, Progress, Resolved, blocking, layers::Pace, slices};
+use super::{Node, NodeError, Progress, Resolved, blocking, is_of_disk, layers::Pace, slices};
 use crate::{
     fetch::{Class, FetchError, FetchErrorKind},
-    store::Complete,
+    store::{Complete, StoreErrorKind},
     telemetry::{self, span},
     tree::{Artifact, Object},
 };
@@ -19,22 +19,41 @@ const OBJECTS_AT_ONCE: usize = 64;
 const FIRST_FILL_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_FILL_PAUSE: Duration = Duration::from_secs(60);
 
+/// How an error passes.
+enum Passing {
+    /// By itself, as a rule.
+    Alone,
+    /// When somebody does something.
+    Mended,
+}
+
 impl Node {
     /// Fetches every object of an artifact that is being read, in the background. The caller holds
-    /// it. An origin that cannot be reached is tried again, at longer and longer intervals; so is a
-    /// disk that is full or fails. Where it is an image, a container is starting from it: that goes
-    /// first.
+    /// it. What may pass is tried again, at longer and longer intervals: an origin that cannot be
+    /// reached, or refuses, and a disk that is full, fails, or only is read. `waits` is told of what somebody
+    /// has to do something about. Where it is an image, a container is starting from it: that goes first.
     ///
     /// # Errors
-    /// The first error that waiting does not mend; where not all of it fits.
-    pub async fn fill(&self, resolved: &Resolved, progress: &Progress) -> Result<(), NodeError> {
+    /// The first error that waiting does not mend.
+    pub async fn fill(
+        &self,
+        resolved: &Resolved,
+        progress: &Progress,
+        waits: impl Fn(&NodeError) + Send,
+    ) -> Result<(), NodeError> {
         let artifact = &resolved.artifact;
         let span = span!("fill", hearth.reference = artifact.reference);
         telemetry::count(&span, "hearth.bytes.total", artifact.size());
-        telemetry::within(span, NodeError::about, self.fill_now(resolved, progress)).await
+        let filling = self.fill_now(resolved, progress, waits);
+        telemetry::within(span, NodeError::about, filling).await
     }
 
-    async fn fill_now(&self, resolved: &Resolved, progress: &Progress) -> Result<(), NodeError> {
+    async fn fill_now(
+        &self,
+        resolved: &Resolved,
+        progress: &Progress,
+        waits: impl Fn(&NodeError) + Send,
+    ) -> Result<(), NodeError> {
         let mut pace = Pace::Full;
         if resolved.layers.is_some() {
             pace = Pace::behind();
@@ -42,25 +61,51 @@ impl Node {
             self.engine.touch();
             pace.wait(&self.engine).await;
         }
-        let _room = self.admit(&resolved.artifact).await?;
         let mut pause = FIRST_FILL_PAUSE;
         loop {
-            progress.begin(&resolved.artifact, self.store());
-            match self.bring(resolved, progress, Some(pace)).await {
-                Err(NodeError::Fetch { reference, source })
-                    if matches!(
-                        source.kind(),
-                        FetchErrorKind::Unavailable
-                            | FetchErrorKind::NoSpace
-                            | FetchErrorKind::Disk
-                    ) =>
-                {
-                    tracing::warn!(reference, error = %source, ?pause, "the background fetch waits");
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(LONGEST_FILL_PAUSE);
-                }
-                other => return other,
+            let error = match self.fill_once(resolved, progress, pace).await {
+                Err(error) => error,
+                Ok(()) => return Ok(()),
+            };
+            match self.passing(&error) {
+                None => return Err(error),
+                Some(Passing::Alone) => {}
+                Some(Passing::Mended) => waits(&error),
             }
+            warn(&resolved.artifact.reference, &error, pause);
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_FILL_PAUSE);
+        }
+    }
+
+    async fn fill_once(
+        &self,
+        resolved: &Resolved,
+        progress: &Progress,
+        pace: Pace,
+    ) -> Result<(), NodeError> {
+        let _room = self.admit(&resolved.artifact).await?;
+        progress.begin(&resolved.artifact, self.store());
+        self.bring(resolved, progress, Some(pace)).await
+    }
+
+    /// How an error may pass, if it may.
+    fn passing(&self, error: &NodeError) -> Option<Passing> {
+        match error {
+            NodeError::Fetch { source, .. } => match source.kind() {
+                FetchErrorKind::Unavailable | FetchErrorKind::NoSpace | FetchErrorKind::Disk => {
+                    Some(Passing::Alone)
+                }
+                // Credentials expire, and are renewed.
+                FetchErrorKind::Denied => Some(Passing::Mended),
+                _ => None,
+            },
+            NodeError::Store(error) if !self.store().is_sealed() => {
+                let kind = error.kind();
+                let passes = kind == StoreErrorKind::ReadOnly || is_of_disk(kind);
+                passes.then_some(Passing::Mended)
+            }
+            _ => None,
         }
     }
 
@@ -128,6 +173,10 @@ impl Node {
         });
         checked.await?
     }
+}
+
+fn warn(reference: &str, error: &(dyn std::error::Error + 'static), pause: Duration) {
+    tracing::warn!(reference, error, ?pause, "the background fetch waits");
 }
 
 /// The order in which objects are fetched: small ones (configuration, tokenizer, indexes) first,

@@ -23,7 +23,7 @@ use std::{collections::HashSet, sync::Arc};
 
 use self::{
     blobs::Blobs,
-    indexes::{Known, Maker},
+    indexes::{Known, Maker, were_unpacked},
 };
 pub(super) use self::{blobs::blob_of, indexes::waits_for_a_check, pull::Pace};
 pub use self::{profile::Start, push::PushedIndexes};
@@ -162,19 +162,16 @@ impl Node {
     }
 
     /// The image whose first layers have the chain id `chain`, brought down to just these layers;
-    /// `None` where none is known, or its indexes are not here.
+    /// `None` where none is known, or its indexes are not here. As [`Node::knows_chain`] otherwise.
     ///
     /// # Errors
     /// What the source or the store says.
-    pub async fn image_by_chain(&self, chain: &Digest) -> Result<Option<Resolved>, NodeError> {
-        let (store, id) = (Arc::clone(self.store()), *chain);
-        let found = blocking(move || {
-            let Some((image, count)) = store.image_by_chain(&id)? else {
-                return Ok(None);
-            };
-            Ok(Some((image, count)))
-        });
-        match found.await? {
+    pub async fn image_by_chain(
+        &self,
+        chain: &Digest,
+        named: Option<&Reference>,
+    ) -> Result<Option<Resolved>, NodeError> {
+        match self.image_of_chain(chain, named).await? {
             Some((image, count)) => self.lowest_layers(image, count).await,
             None => Ok(None),
         }
@@ -234,8 +231,14 @@ impl Node {
     ) -> Result<Option<Resolved>, NodeError> {
         let (store, reference) = (Arc::clone(self.store()), artifact.reference.clone());
         let Some(image) = blocking(move || store.image(&reference)).await? else {
-            // A model, or a part of an image: nothing can be read but what is here.
-            let whole = self.has_all(artifact).await?;
+            // A model, or a part of an image: nothing can be read but what is here. Where the reference
+            // has no record, that was forgotten, perhaps since it is not true.
+            let (store, this) = (Arc::clone(self.store()), Arc::clone(artifact));
+            let is_good = blocking(move || {
+                let recorded = store.artifact(&this.reference)?.is_some();
+                Ok(recorded && !waits_for_a_check(&store, &this)?)
+            });
+            let whole = is_good.await? && self.has_all(artifact).await?;
             let plain = || Resolved::plain(Arc::clone(artifact), Arc::clone(origin), false);
             return Ok(whole.then(plain));
         };
@@ -259,12 +262,41 @@ impl Node {
         let layers: Vec<Layer> = image.layers.iter().map(recorded_layer).collect();
         let mut known = Vec::with_capacity(layers.len());
         for layer in &layers {
-            match self.index_of(layer).await? {
-                Some(index) if !self.needs_unpacking(Some(&index)).await? => known.push(index),
+            match self.index_of(&image.reference, layer).await {
+                Ok(Some(index)) if !self.needs_unpacking(Some(&index)).await? => known.push(index),
+                Err(error) if !error.is_refuted() => return Err(error),
                 _ => return Ok(None),
             }
         }
         Ok(Some((layers, known)))
+    }
+
+    /// The record of an image whose first layers have the chain id `chain`, and how many: one whose
+    /// layers were unpacked here, which shows that they are those layers. Else the image called
+    /// `named`: what another says of its own layers must not stand in for it.
+    async fn image_of_chain(
+        &self,
+        chain: &Digest,
+        named: Option<&Reference>,
+    ) -> Result<Option<(ImageRecord, usize)>, NodeError> {
+        let (store, chain) = (Arc::clone(self.store()), *chain);
+        let named = named.map(ToString::to_string);
+        let found = blocking(move || {
+            for (image, count) in store.images_by_chain(&chain)? {
+                if were_unpacked(&store, &image.layers[..count])? {
+                    return Ok(Some((image, count)));
+                }
+            }
+            let image = match named {
+                Some(name) => store.image(&name)?,
+                None => None,
+            };
+            Ok(image.and_then(|image| {
+                let count = image.layers_of(&chain)?;
+                Some((image, count))
+            }))
+        });
+        Ok(found.await?)
     }
 
     /// Whether a layer cannot be read before it is unpacked.
@@ -328,7 +360,7 @@ impl Node {
             }
             let (store, index) = (Arc::clone(self.store()), Arc::clone(&known.index));
             let missing = blocking(move || much_is_missing(&store, &index)).await?;
-            if missing || !self.is_trusted(layer, known).await? {
+            if missing || !self.is_trusted(reference, layer, known).await? {
                 wanted.push((layer, Some(known)));
             }
         }
@@ -342,16 +374,21 @@ impl Node {
     }
 
     /// The reference of an image whose first layers have the chain id `chain` and can be read, now or
-    /// while they arrive. Looks at few small files.
+    /// while they arrive: any whose layers were unpacked here, else the one called `named`. Looks at
+    /// few small files.
     ///
     /// # Errors
     /// What the store says.
-    pub async fn knows_chain(&self, chain: &Digest) -> Result<Option<String>, NodeError> {
-        let (store, chain) = (Arc::clone(self.store()), *chain);
+    pub async fn knows_chain(
+        &self,
+        chain: &Digest,
+        named: Option<&Reference>,
+    ) -> Result<Option<String>, NodeError> {
+        let Some((image, count)) = self.image_of_chain(chain, named).await? else {
+            return Ok(None);
+        };
+        let store = Arc::clone(self.store());
         let known = blocking(move || {
-            let Some((image, count)) = store.image_by_chain(&chain)? else {
-                return Ok(None);
-            };
             for layer in image.layers.iter().take(count) {
                 if !store.has_index(&layer.blob)? {
                     return Ok(None);
@@ -370,13 +407,14 @@ impl Node {
     pub async fn layer_usage(&self, chain: &Digest) -> Result<Option<(u64, u64)>, NodeError> {
         let (store, chain) = (Arc::clone(self.store()), *chain);
         let found = blocking(move || store.image_by_chain(&chain)).await?;
-        let layer = found
-            .and_then(|(image, count)| image.layers.get(count.checked_sub(1)?).map(recorded_layer));
-        let Some(layer) = layer else {
+        let Some((image, count)) = found else {
+            return Ok(None);
+        };
+        let Some(layer) = count.checked_sub(1).and_then(|at| image.layers.get(at)) else {
             return Ok(None);
         };
         Ok(self
-            .index_of(&layer)
+            .index_of(&image.reference, &recorded_layer(layer))
             .await?
             .map(|known| usage(&known.index)))
     }
@@ -492,11 +530,12 @@ fn fetch_failed(reference: &str) -> impl Fn(FetchError) -> NodeError {
 }
 
 /// Whether this is an image that can be run: all of it, and no model, which has files among its
-/// layers.
+/// layers, or layers of which nothing says what they unpack to.
 fn is_whole_image(reference: &Reference, layered: &Layered) -> bool {
+    let is_of_image = |layer: &Layer| layer.as_file.is_none() && layer.diff_id.is_some();
     layered.root.is_empty()
         && reference.filter == Filter::default()
-        && layered.layers.iter().all(|layer| layer.as_file.is_none())
+        && layered.layers.iter().all(is_of_image)
 }
 
 fn recorded_layer(layer: &ImageLayer) -> Layer {

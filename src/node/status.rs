@@ -80,7 +80,7 @@ impl Node {
                 return Ok(false);
             }
         }
-        Ok(!waits_for_a_check(self.store(), &artifact.reference)?)
+        Ok(!waits_for_a_check(self.store(), artifact)?)
     }
 
     /// One artifact and its files. Blocking.
@@ -150,7 +150,7 @@ fn artifact_status(
     }
     let seconds =
         |t: std::time::SystemTime| t.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    complete &= !waits_for_a_check(store, &record.reference)?;
+    complete &= !waits_for_a_check(store, artifact)?;
     Ok(ArtifactStatus {
         reference: record.reference,
         digest: record.digest.to_string(),

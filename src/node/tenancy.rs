@@ -116,6 +116,16 @@ impl Tenancy {
         }
     }
 
+    /// Whether whoever is not known to be of a namespace may use the credentials of the node.
+    pub(super) fn node_is_for_all(&self) -> bool {
+        self.config.node_credentials.iter().any(|n| n == ALL)
+    }
+
+    /// How long an origin's "yes" is remembered.
+    pub(super) fn life(&self) -> Duration {
+        Duration::from_secs(self.config.remember_seconds)
+    }
+
     /// What `namespace` opens origins with, where it brings `keys`.
     pub fn keys(&self, namespace: &str, keys: Option<Keys>) -> Option<Keys> {
         let allowed = &self.config.node_credentials;
@@ -136,14 +146,14 @@ impl Tenancy {
     }
 
     fn knows(&self, proof: &Proof, now: Instant) -> bool {
-        let life = Duration::from_secs(self.config.remember_seconds);
+        let life = self.life();
         let accepted = self.accepted.lock();
         let at = accepted.get(proof);
         at.is_some_and(|at| now.saturating_duration_since(*at) < life)
     }
 
     fn note(&self, proof: Proof, now: Instant) {
-        let life = Duration::from_secs(self.config.remember_seconds);
+        let life = self.life();
         let mut accepted = self.accepted.lock();
         if accepted.len() >= MAX_ACCEPTED && !accepted.contains_key(&proof) {
             accepted.retain(|_, at| now.saturating_duration_since(*at) < life);
@@ -307,13 +317,13 @@ impl Node {
 }
 
 /// There where a reference came by the credentials of others than the node; holds [`Node::guarded`].
-fn guard_path(store: &Store, reference: &str) -> PathBuf {
+pub(super) fn guard_path(store: &Store, reference: &str) -> PathBuf {
     let name = Digest::of(reference.as_bytes()).hex();
     store.root().join("run/guarded").join(name)
 }
 
 /// What a guard holds. One that cannot be seen is not a guard that is not there.
-fn read_guard(path: &Path) -> Result<Option<String>, StoreError> {
+pub(super) fn read_guard(path: &Path) -> Result<Option<String>, StoreError> {
     match fs::read_to_string(path) {
         Ok(own) => Ok(Some(own)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -325,6 +335,19 @@ fn read_guard(path: &Path) -> Result<Option<String>, StoreError> {
 mod tests {
     use super::*;
     use crate::reference::Secret;
+
+    #[test]
+    fn a_guard_that_cannot_be_seen_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(read_guard(&dir.path().join("none")).unwrap(), None);
+        let there = dir.path().join("there");
+        fs::write(&there, "x").unwrap();
+        assert_eq!(read_guard(&there).unwrap().as_deref(), Some("x"));
+        // As good as any error: root may read everything.
+        let looped = dir.path().join("loop");
+        std::os::unix::fs::symlink("loop", &looped).unwrap();
+        assert!(read_guard(&looped.join("x")).is_err());
+    }
 
     fn reference(name: &str) -> Reference {
         format!("hf://o/{name}").parse().unwrap()

@@ -23,6 +23,8 @@ pub(super) enum UnpackError {
     Image(ImageError),
     /// Its files cannot be kept.
     Store(StoreError),
+    /// It unpacks to this, and not to what the image says of it.
+    DiffId(Digest),
 }
 
 impl From<ImageError> for UnpackError {
@@ -92,6 +94,10 @@ fn decode(
     let mut unpacker = Unpacker::new(layer.blob, limits);
     let first = pieces.blocking_recv().unwrap_or_default();
     let mut decoder = Decoder::new(Compression::of(&first), limits.bytes).map_err(in_layer)?;
+    // What comes is not verified yet. Where nobody says what it unpacks to, its own digest has to tell.
+    if layer.diff_id.is_none() {
+        decoder = decoder.hashing_blob();
+    }
     let mut next = Some(first);
     while let Some(piece) = next {
         let mut out = |block: Bytes| -> Result<(), UnpackError> {
@@ -107,12 +113,14 @@ fn decode(
         // Whoever fed it has failed, and knows why.
         return Err(in_layer(ImageError::invalid("not all of it came")));
     }
+    if let Some(found) = decoded.blob.filter(|found| *found != layer.blob) {
+        let why = format!("what came of it has the digest {found}");
+        return Err(in_layer(ImageError::corrupt(why)));
+    }
     if let Some(diff_id) = layer.diff_id
         && diff_id != decoded.diff_id
     {
-        let found = decoded.diff_id;
-        let why = format!("it unpacks to {found}, the image's configuration says {diff_id}");
-        return Err(in_layer(ImageError::corrupt(why)));
+        return Err(UnpackError::DiffId(decoded.diff_id));
     }
     sink.send(Event::Done)?;
     Ok((decoded, unpacker))
@@ -258,5 +266,49 @@ impl Files<'_> {
         self.told = self.digests.len();
         self.uncommitted = 0;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Store;
+
+    fn unpacked(layer: &Layer, bytes: &[u8]) -> Result<LayerIndex, UnpackError> {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), &Default::default()).unwrap();
+        let import = store.import().unwrap();
+        let (send, pieces) = mpsc::channel(1);
+        send.try_send(Bytes::copy_from_slice(bytes)).unwrap();
+        drop(send);
+        unpack(layer, &import, pieces, &mut |_| {})
+    }
+
+    /// What comes while it is fetched may be wrong and yet an archive.
+    #[test]
+    fn wrong_bytes_are_no_layer() {
+        let right = [0; 2048];
+        let mut wrong = right;
+        wrong[1500] = 1;
+        let mut layer = Layer {
+            blob: Digest::of(&right),
+            size: right.len() as u64,
+            media_type: String::new(),
+            diff_id: None,
+            annotations: Default::default(),
+            as_file: None,
+        };
+        unpacked(&layer, &right).unwrap();
+        let refused = unpacked(&layer, &wrong).unwrap_err();
+        let UnpackError::Image(error) = refused else {
+            panic!("{refused:?}");
+        };
+        let found = Digest::of(&wrong).to_string();
+        assert!(error.to_string().contains(&found), "{error}");
+
+        layer.diff_id = Some(Digest::of(&right));
+        unpacked(&layer, &right).unwrap();
+        let refused = unpacked(&layer, &wrong);
+        assert!(matches!(refused, Err(UnpackError::DiffId(found)) if found == Digest::of(&wrong)));
     }
 }

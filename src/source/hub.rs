@@ -120,6 +120,22 @@ impl HubSource {
         Ok(())
     }
 
+    /// Other credentials than these, which were refused: those that another reader has found since, or
+    /// the token anew, which may have been replaced.
+    fn renewed(&self, refused: Option<&Auth>) -> Option<Arc<Auth>> {
+        let other = || {
+            let auth = self.auth.read().clone();
+            auth.filter(|auth| refused.is_none_or(|refused| !auth.is_same(refused)))
+        };
+        if let Some(auth) = other() {
+            return Some(auth);
+        }
+        if let Err(error) = self.renew_auth() {
+            tracing::warn!(%error, "the token for the Hub is not read anew");
+        }
+        other()
+    }
+
     fn check_online(&self, what: &str) -> Result<(), SourceError> {
         if !self.settings.offline {
             return Ok(());
@@ -384,18 +400,27 @@ impl Source for HubSource {
         }
         self.check_online(&what)?;
         let inspect = |status, headers: &HeaderMap| inspect(&what, commit, etag, status, headers);
-        let auth = self.auth.read().clone();
-        let ask = Ask {
-            what: &what,
-            url: self.resolve_url(commit, path),
-            auth: auth.as_deref(),
-            headers: None,
-        };
         // Large files are read in parallel ranges and redirect: one request finds out where to.
         let is_large = etag.is_some_and(|etag| etag.len() == 64);
-        self.web
-            .read_range(&ask, Pin::Free, range, is_large, &inspect)
-            .await
+        let read = async |auth: Option<&Auth>| {
+            let ask = Ask {
+                what: &what,
+                url: self.resolve_url(commit, path),
+                auth,
+                headers: None,
+            };
+            self.web
+                .read_range(&ask, Pin::Free, range.clone(), is_large, &inspect)
+                .await
+        };
+        let auth = self.auth.read().clone();
+        match read(auth.as_deref()).await {
+            Err(error) if error.kind() == Kind::Denied => match self.renewed(auth.as_deref()) {
+                Some(auth) => read(Some(&auth)).await,
+                None => Err(error),
+            },
+            other => other,
+        }
     }
 }
 
@@ -444,6 +469,14 @@ fn refusal(what: &str, status: StatusCode, headers: &HeaderMap) -> Option<Source
     let error = |kind, message: &str| SourceError::new(kind, what, message);
     let code = text(headers, "x-error-code");
     Some(match (code, status.as_u16()) {
+        // Without a token, or with one that has expired, a private repository looks like none.
+        (Some("RepoNotFound"), 401) => error(
+            Kind::Denied,
+            "the repository does not exist or is private (401)",
+        )
+        .with_hint(
+            "check the name; for a private repository set HF_TOKEN to a token that is valid",
+        ),
         (Some("RepoNotFound"), _) => error(
             Kind::NotFound,
             "the repository does not exist or is private",
@@ -542,6 +575,12 @@ mod tests {
             (
                 "RepoNotFound",
                 401,
+                Kind::Denied,
+                "does not exist or is private",
+            ),
+            (
+                "RepoNotFound",
+                404,
                 Kind::NotFound,
                 "does not exist or is private",
             ),

@@ -96,7 +96,8 @@ impl Registry {
     ) -> Result<Self, SourceError> {
         let path = config.registry_config_path.as_deref();
         let path = path.unwrap_or(Path::new(hosts::DEFAULT_PATH));
-        let endpoints = hosts::endpoints(path, &oci.registry)?;
+        let own = config.asker.as_ref().and_then(|asker| asker.mirror);
+        let endpoints = hosts::endpoints_but(own, path, &oci.registry)?;
         let make = |endpoint| {
             Host::new(endpoint, &oci.registry, &oci.repository, keychain, config).map(Arc::new)
         };

@@ -81,6 +81,23 @@ impl Keys {
         Ok(((keys != Self::default()).then_some(keys), names))
     }
 
+    /// What an `Authorization` header opens at `registry`, and nothing of this node's beside it; `None` for a scheme other
+    /// than Basic and Bearer. What it holds is not looked at here.
+    pub fn of_header(registry: &str, header: &str) -> Option<Self> {
+        let (scheme, value) = header.trim().split_once(' ')?;
+        let field = match scheme.to_ascii_lowercase().as_str() {
+            "basic" => "auth",
+            "bearer" => "registrytoken",
+            _ => return None,
+        };
+        let file = serde_json::json!({ "auths": { registry: { field: value.trim() } } });
+        Some(Self {
+            registries: Some(Secret::new(file.to_string())),
+            alone: true,
+            ..Self::default()
+        })
+    }
+
     /// Whether there are any.
     pub fn has_own(&self) -> bool {
         self.exposed().iter().any(Option::is_some)

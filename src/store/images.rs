@@ -8,7 +8,8 @@
 //!
 //! The record of an image lives as long as the artifact record of its reference, whose name it
 //! shares; without that it counts as absent. A chain file only says where to look: an image counts
-//! if its layers give the chain id. So none of them can lie, and what is torn is absent.
+//! if its layers give the chain id. So none of them can lie, and what is torn is absent. Which diff ids
+//! its layers have, though, is what somebody has said of an image: `node` knows whom to believe.
 
 use std::{
     path::{Path, PathBuf},
@@ -272,25 +273,30 @@ impl Store {
     /// # Errors
     /// What the disk says.
     pub fn image_by_chain(&self, chain: &Digest) -> Result<Option<(ImageRecord, usize)>> {
-        let mut part = None;
-        for name in self
-            .read_chain(&self.chain_path(chain))?
-            .unwrap_or_default()
-        {
+        Ok(self.images_by_chain(chain)?.into_iter().next())
+    }
+
+    /// As [`Store::image_by_chain`], several of them, those of tiers last. Whether
+    /// an image has layers of these diff ids is for the caller to know: its configuration says so.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn images_by_chain(&self, chain: &Digest) -> Result<Vec<(ImageRecord, usize)>> {
+        let names = self.read_chain(&self.chain_path(chain))?;
+        let mut images = Vec::new();
+        for name in names.into_iter().flatten().take(MAX_NAMES) {
             let path = self.root.join(format!("images/{}.json", name.hex()));
             if let Some(image) = self.read_image(&path)?.here()
                 && let Some(count) = image.layers_of(chain)
             {
-                match count == image.layers.len() {
-                    true => return Ok(Some((image, count))),
-                    false => part = part.or(Some((image, count))),
-                }
+                images.push((image, count));
             }
         }
-        match part {
-            Some(part) => Ok(Some(part)),
-            None => Ok(self.on_tiers(|tier| tier.store.image_by_chain(chain))),
+        images.sort_by_key(|(image, count)| *count != image.layers.len());
+        for tier in &self.usable_tiers() {
+            images.extend(tier.or_nothing(tier.store.images_by_chain(chain)));
         }
+        Ok(images)
     }
 
     /// The paths of all image records.

@@ -142,7 +142,7 @@ fn checksum(layer: &Digest, bytes: &[u8]) -> Digest {
 }
 
 /// The layers that objects are made from: their locations are `<layer digest>#…`.
-pub(super) fn layers_of(objects: &[Object]) -> std::collections::BTreeSet<Digest> {
+pub fn layers_of(objects: &[Object]) -> std::collections::BTreeSet<Digest> {
     let mut layers = std::collections::BTreeSet::new();
     // Objects of one layer mostly follow each other.
     let mut last = "";

@@ -62,6 +62,14 @@ pub struct Damage {
     pub distrusted: bool,
 }
 
+impl Damage {
+    /// Whether it is not read any more, so that it is fetched again. What cannot be read on a tier, or
+    /// is missing there, may be there when the disk is attached again.
+    pub const fn is_mended(&self) -> bool {
+        self.removed || self.distrusted
+    }
+}
+
 /// What a verification found.
 #[derive(Debug, Clone, Default, serde::Serialize)]
 pub struct VerifyReport {

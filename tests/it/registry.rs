@@ -28,7 +28,9 @@ use crate::scripted::{Reply, Scripted, Seen};
 
 mod auth;
 mod manifests;
+mod mirror;
 mod passing;
+mod removed;
 mod ways;
 
 const SECRET: &str = "geheim";

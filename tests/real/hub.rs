@@ -260,10 +260,10 @@ async fn commits_tokens_and_signatures() {
         "token": "hf_good", "private": [repo], "xet": true,
         "renamed": {"models/old/name": repo},
     }));
-    // Private: not there without the token, nor with a wrong one.
+    // Private: it is not said to be there without the token, nor with a wrong one.
     let anonymous = Sources::new(stub.config());
     let error = resolve(&anonymous, "hf://org/my-model").await.unwrap_err();
-    assert_eq!(error.kind(), Kind::NotFound, "{error}");
+    assert_eq!(error.kind(), Kind::Denied, "{error}");
     assert!(error.to_string().contains("or is private"), "{error}");
     let sources = Sources::new(config);
     let (source, artifact) = resolve(&sources, "hf://org/my-model").await.unwrap();

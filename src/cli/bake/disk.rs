@@ -2,14 +2,21 @@
 
 use std::{
     fmt, fs, io,
-    os::unix::fs::FileExt as _,
+    os::unix::{fs::FileExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     str::FromStr,
+    sync::Arc,
+    time::Duration,
 };
 
 use anyhow::Context as _;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
+use parking_lot::Mutex;
 
 use crate::{
     cli::output,
@@ -68,8 +75,75 @@ impl FromStr for Size {
     }
 }
 
+/// How often a tool is looked at that has said all.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// What runs to make an image. Clones are of the same.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Running(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    Idle,
+    /// A tool, and what it has started: a process group.
+    Tool(Pid),
+    Stopped,
+}
+
+impl Running {
+    /// Ends the tool that runs, and lets no other begin.
+    pub(super) fn stop(&self) {
+        let mut state = self.0.lock();
+        if let State::Tool(group) = *state {
+            // It is gone already where that fails.
+            let _ = killpg(group, Signal::SIGKILL);
+        }
+        *state = State::Stopped;
+    }
+
+    fn begin(&self, command: &mut Command) -> io::Result<Child> {
+        let mut state = self.0.lock();
+        if matches!(*state, State::Stopped) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let child = command
+            .process_group(0)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        *state = State::Tool(Pid::from_raw(child.id() as i32));
+        Ok(child)
+    }
+
+    /// Runs a tool to its end; what it says on standard error.
+    fn run(&self, command: &mut Command) -> io::Result<(ExitStatus, String)> {
+        use io::Read as _;
+        let mut child = self.begin(command)?;
+        let mut said = Vec::new();
+        let read = match &mut child.stderr {
+            Some(stderr) => stderr.read_to_end(&mut said).map(drop),
+            None => Ok(()),
+        };
+        let status = loop {
+            let mut state = self.0.lock();
+            // Nobody else gets its number before that is seen here, while it cannot be stopped.
+            if let Some(status) = child.try_wait()? {
+                if matches!(*state, State::Tool(_)) {
+                    *state = State::Idle;
+                }
+                break status;
+            }
+            drop(state);
+            std::thread::sleep(LOOK);
+        };
+        read?;
+        Ok((status, String::from_utf8_lossy(&said).trim().to_owned()))
+    }
+}
+
 /// A disk image to be made.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Image {
     pub(super) format: Format,
     pub(super) size: Size,
@@ -180,7 +254,8 @@ impl Image {
             Format::Erofs => "--help",
             Format::Ext4 | Format::Xfs => "-V",
         };
-        let done = self.run(tool(name).arg(asked))?;
+        let done = tool(name).arg(asked).output();
+        let done = done.map_err(|error| self.no_tool(name, &error))?;
         let said = [done.stdout, done.stderr].concat();
         let said = String::from_utf8_lossy(&said);
         if self.compress == Compress::Zstd && !said.contains("zstd") {
@@ -223,8 +298,9 @@ impl Image {
     /// Makes the image of a directory, which is removed then. The image is there whole or not at all.
     ///
     /// # Errors
-    /// The tool is missing, or says why not; what the disk says. The directory stays.
-    pub(super) fn make(&self, dir: &Path, image: &Path) -> anyhow::Result<()> {
+    /// The tool is missing, or says why not; what the disk says; `running` was stopped. The directory
+    /// stays.
+    pub(super) fn make(&self, dir: &Path, image: &Path, running: &Running) -> anyhow::Result<()> {
         let _lock = claim(dir)?;
         anyhow::ensure!(!image.exists(), "{} is there already", image.display());
         let partial = beside(image, ".partial");
@@ -232,7 +308,7 @@ impl Image {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}
         }
-        if let Err(error) = self.write(dir, &partial) {
+        if let Err(error) = self.write(dir, &partial, running) {
             let _ = fs::remove_file(&partial);
             return Err(error);
         }
@@ -244,7 +320,7 @@ impl Image {
         fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))
     }
 
-    fn write(&self, dir: &Path, image: &Path) -> anyhow::Result<()> {
+    fn write(&self, dir: &Path, image: &Path, running: &Running) -> anyhow::Result<()> {
         let needs = count(dir).with_context(|| format!("cannot read {}", dir.display()))?;
         if self.format != Format::Erofs {
             self.fits(self.format.takes(needs))?;
@@ -264,13 +340,13 @@ impl Image {
                     .arg(dir)
                     .arg(image)
                     .arg(format!("{}k", size / 1024));
-                self.run_well(&mut make)
+                self.run_well(&mut make, running)
             }
             Format::Xfs => {
                 fs::File::create_new(image)?.set_len(size)?;
                 make.args(["-q", "-f", "-L", &self.label]).arg(image);
-                self.run_well(&mut make)?;
-                fill(self, dir, image)
+                self.run_well(&mut make, running)?;
+                fill(self, dir, image, running)
             }
             Format::Erofs => {
                 make.args(["--quiet", "--all-root"]);
@@ -281,7 +357,7 @@ impl Image {
                     let lock = fs::read(dir.join("hearth.lock"))?;
                     make.args(["-T0", "-U", &uuid(&Digest::of(&lock))]);
                 }
-                self.run_well(make.arg(image).arg(dir))?;
+                self.run_well(make.arg(image).arg(dir), running)?;
                 let file = fs::File::options().read(true).write(true).open(image)?;
                 label_erofs(&file, &self.label)
                     .with_context(|| format!("cannot label {}", image.display()))?;
@@ -295,23 +371,18 @@ impl Image {
         }
     }
 
-    fn run(&self, command: &mut Command) -> anyhow::Result<std::process::Output> {
-        let name = command.get_program().to_string_lossy().into_owned();
-        command.output().map_err(|error| {
-            let (tool, package) = self.format.tool();
-            let package = if name == tool { package } else { "util-linux" };
-            let hint = format!("install {package}, and run the command again");
-            output::hinted(format!("cannot run {name}: {error}"), hint)
-        })
+    fn no_tool(&self, name: &str, error: &io::Error) -> anyhow::Error {
+        let (tool, package) = self.format.tool();
+        let package = if name == tool { package } else { "util-linux" };
+        let hint = format!("install {package}, and run the command again");
+        output::hinted(format!("cannot run {name}: {error}"), hint)
     }
 
-    fn run_well(&self, command: &mut Command) -> anyhow::Result<()> {
-        let done = self.run(command)?;
-        if !done.status.success() {
-            let name = command.get_program().to_string_lossy();
-            let said = String::from_utf8_lossy(&done.stderr);
-            anyhow::bail!("{name} failed ({}): {}", done.status, said.trim());
-        }
+    fn run_well(&self, command: &mut Command, running: &Running) -> anyhow::Result<()> {
+        let done = running.run(command);
+        let name = command.get_program().to_string_lossy();
+        let (status, said) = done.map_err(|error| self.no_tool(&name, &error))?;
+        anyhow::ensure!(status.success(), "{name} failed ({status}): {said}");
         Ok(())
     }
 }
@@ -341,7 +412,7 @@ fn claim(dir: &Path) -> anyhow::Result<fs::File> {
 
 /// Copies a directory into an empty file system, which is mounted for nobody else to see: however this
 /// ends, nothing stays mounted.
-fn fill(image: &Image, dir: &Path, file: &Path) -> anyhow::Result<()> {
+fn fill(image: &Image, dir: &Path, file: &Path, running: &Running) -> anyhow::Result<()> {
     const SCRIPT: &str = r#"mount -o loop,nosuid,nodev -- "$1" "$2"
 cp -R --preserve=mode,timestamps --sparse=always -- "$3"/. "$2"
 umount "$2""#;
@@ -359,7 +430,7 @@ umount "$2""#;
             "sh",
         ])
         .args([file, &place, dir]);
-    let filled = image.run_well(&mut filling);
+    let filled = image.run_well(&mut filling, running);
     let removed = fs::remove_dir(&place);
     filled?;
     removed.with_context(|| format!("cannot remove {}", place.display()))

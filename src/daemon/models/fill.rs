@@ -11,7 +11,7 @@ use super::of_node;
 use crate::{
     csi::ModelError,
     mount::Mount,
-    node::{Node, Progress, Resolved},
+    node::{Node, NodeError, Progress, Resolved},
 };
 
 /// How long it leaves the origin to whoever opens the first file.
@@ -46,7 +46,10 @@ impl Fill {
         let shown = Arc::clone(&progress);
         let task = tokio::spawn(async move {
             tokio::time::sleep(HEAD_START).await;
-            match node.fill(&resolved, &shown).await {
+            let waits = |error: &NodeError| {
+                tell.send_replace(Filling::Failed(of_node(error)));
+            };
+            match node.fill(&resolved, &shown, waits).await {
                 Ok(()) => tell.send_replace(Filling::Done),
                 Err(error) if error.is_cancelled() => return,
                 Err(error) => {

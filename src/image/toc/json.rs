@@ -1,17 +1,27 @@
 //! The rows of a table of contents: JSON, RFC 3339 and base64.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
-use serde::Deserialize;
+use serde::{
+    Deserialize,
+    de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
 
 use super::{Member, MemberKind};
 use crate::{digest::Digest, image::ImageError, tree::MAX_INODES};
 
-#[derive(Deserialize)]
-struct Table {
-    version: u32,
-    entries: Vec<Row>,
+/// What becomes of a row.
+type Take<'t> = dyn FnMut(Row) -> Result<(), ImageError> + 't;
+
+/// Reads a table row by row: a table of little text may have very many.
+struct Table<'t> {
+    take: &'t mut Take<'t>,
+    /// Why a row was refused.
+    refused: &'t mut Option<ImageError>,
 }
+
+/// Reads the rows.
+struct Rows<'r, 't>(&'r mut Table<'t>);
 
 /// A row: an entry of the layer, or a further chunk of the file before it. Everything that is
 /// not there is empty or 0; what is not known is passed over.
@@ -40,20 +50,90 @@ pub(super) struct Row {
     pub(super) chunk_type: String,
 }
 
-/// The rows of a table.
-pub(super) fn parse(text: &[u8]) -> Result<Vec<Row>, ImageError> {
-    let table: Table = serde_json::from_slice(text)
-        .map_err(|error| super::wrong(&format!("it is no JSON of its kind: {error}")))?;
-    if table.version != 1 {
-        let why = format!("its table of contents has version {}", table.version);
-        return Err(ImageError::unsupported(why));
+/// Gives the rows of a table to `take`, in order, up to the first that it refuses.
+pub(super) fn parse(
+    text: &[u8],
+    mut take: impl FnMut(Row) -> Result<(), ImageError>,
+) -> Result<(), ImageError> {
+    let mut refused = None;
+    let mut input = serde_json::Deserializer::from_slice(text);
+    let table = Table {
+        take: &mut take,
+        refused: &mut refused,
+    };
+    let version = input
+        .deserialize_map(table)
+        .and_then(|version| input.end().map(|()| version));
+    match (refused, version) {
+        (Some(refused), _) => Err(refused),
+        (None, Err(error)) => Err(super::wrong(&format!("it is no JSON of its kind: {error}"))),
+        (None, Ok(1)) => Ok(()),
+        (None, Ok(version)) => {
+            let why = format!("its table of contents has version {version}");
+            Err(ImageError::unsupported(why))
+        }
     }
-    if table.entries.len() > MAX_INODES {
-        return Err(ImageError::too_large(
-            "its table of contents has too many entries",
-        ));
+}
+
+impl<'de> Visitor<'de> for Table<'_> {
+    /// The version.
+    type Value = u32;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a table of contents")
     }
-    Ok(table.entries)
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<u32, A::Error> {
+        let (mut version, mut entries) = (None, None);
+        while let Some(key) = map.next_key::<String>()? {
+            match &*key {
+                "version" if version.is_none() => version = Some(map.next_value()?),
+                "entries" if entries.is_none() => {
+                    entries = Some(map.next_value_seed(Rows(&mut self))?);
+                }
+                "version" | "entries" => return Err(A::Error::custom("a field is there twice")),
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+        }
+        entries.ok_or_else(|| A::Error::missing_field("entries"))?;
+        version.ok_or_else(|| A::Error::missing_field("version"))
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Rows<'_, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<(), D::Error> {
+        input.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Rows<'_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of entries")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> Result<(), A::Error> {
+        let mut count = 0;
+        while let Some(row) = rows.next_element()? {
+            count += 1;
+            let taken = match count <= MAX_INODES {
+                true => (self.0.take)(row),
+                false => Err(ImageError::too_large(
+                    "its table of contents has too many entries",
+                )),
+            };
+            if let Err(refused) = taken {
+                *self.0.refused = Some(refused);
+                return Err(A::Error::custom("a row is refused"));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Row {
@@ -200,6 +280,35 @@ fn base64(text: &[u8]) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_table_is_read_row_by_row() {
+        let mut names = Vec::new();
+        let mut take = |row: Row| {
+            names.push(row.name);
+            match names.len() < 3 {
+                true => Ok(()),
+                false => Err(ImageError::unsupported("enough")),
+            }
+        };
+        let table = br#"{"x": [{}], "entries": [{"name": "a"}, {}], "version": 1}"#;
+        parse(table, &mut take).unwrap();
+        // What follows a row that is refused is not looked at.
+        let table = br#"{"version": 1, "entries": [{"name": "b"}, garbage"#;
+        assert_eq!(parse(table, &mut take).unwrap_err().to_string(), "enough");
+        assert_eq!(names, ["a", "", "b"]);
+        for (table, why) in [
+            (&br#"{"version": 2, "entries": []}"#[..], "version 2"),
+            (br#"{"version": 1}"#, "entries"),
+            (br#"{"entries": []}"#, "version"),
+            (br#"{"version": 1, "entries": [], "entries": []}"#, "twice"),
+            (br#"{"version": 1, "entries": []} x"#, "trailing"),
+            (b"[]", "no JSON of its kind"),
+        ] {
+            let error = parse(table, |_| Ok(())).unwrap_err();
+            assert!(error.to_string().contains(why), "{why}: {error}");
+        }
+    }
 
     #[test]
     fn times() {

@@ -1,10 +1,14 @@
 //! Work ahead of time: the pod templates of workloads become `Warmup`s, which their workloads own.
 //!
 //! A template costs one `Warmup` of a bounded number of nodes ([`Template::nodes`]), whatever becomes of it. It goes with
-//! its workload (by the cluster's garbage collection), and when the template does not ask for anything any more. Only
-//! what was made here is changed here: it has the label [`MADE`].
+//! its workload (by the cluster's garbage collection), and when the template does not ask for anything any more. The number
+//! of nodes is only raised: what is smaller again costs nothing. Only what was made here is changed here: it has the label
+//! [`MADE`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use futures_util::{Stream, StreamExt as _, stream, stream::BoxStream};
 use kube::{
@@ -30,8 +34,11 @@ use crate::digest::Digest;
 pub(super) const MADE: &str = "hearth.dev/made-of-template";
 /// Where the digest of what was asked for stands.
 const ASKED: &str = "hearth.dev/asked";
-/// Longest name that is made, in bytes.
+/// Longest part of a name that is made of others, in bytes.
 const MAX_NAME: usize = 200;
+/// Pauses before it is seen whether the cluster knows a kind by now.
+const FIRST_PROBE: Duration = Duration::from_secs(5);
+const LONGEST_PROBE: Duration = Duration::from_secs(300);
 
 /// A workload: kind, namespace, name.
 pub(super) type Workload = (String, String, String);
@@ -93,9 +100,12 @@ impl Ahead {
                     .annotations
                     .as_ref()
                     .and_then(|a| a.get(ASKED));
+                let is_asked =
+                    asked.map(String::as_str) == wanted["metadata"]["annotations"][ASKED].as_str();
+                let nodes = wanted["spec"]["maxNodes"].as_u64().unwrap_or_default();
+                let is_enough = (there.spec.max_nodes).is_none_or(|n| u64::from(n) >= nodes);
                 // One of the same name that somebody else made is left alone.
-                asked.map(String::as_str) == wanted["metadata"]["annotations"][ASKED].as_str()
-                    || !is_ours(there)
+                (is_asked && is_enough) || !is_ours(there)
             });
             if !is_there {
                 changes.push(Change::Make(key.clone(), wanted.clone()));
@@ -121,10 +131,22 @@ fn is_ours(warmup: &Warmup) -> bool {
     labels.is_some_and(|labels| labels.contains_key(MADE))
 }
 
-/// What all workloads ask for, as it changes. Kinds that the cluster does not have are left out.
-pub(super) async fn follow_all(client: &Client) -> impl Stream<Item = Seen> + Unpin + use<> {
-    let mut streams: Vec<BoxStream<'static, Seen>> = Vec::new();
-    for (group, kind, plural) in KINDS {
+/// What all workloads ask for, as it changes.
+pub(super) fn follow_all(client: &Client) -> impl Stream<Item = Seen> + Unpin + use<> {
+    let streams = KINDS.iter().map(|kind| {
+        let client = client.clone();
+        stream::once(follow_kind(client, kind)).flatten().boxed()
+    });
+    stream::select_all(streams)
+}
+
+/// What is asked for by workloads of a kind, from when the cluster knows it.
+async fn follow_kind(
+    client: Client,
+    (group, kind, plural): &'static (&'static str, &'static str, &'static str),
+) -> BoxStream<'static, Seen> {
+    let mut pause = FIRST_PROBE;
+    loop {
         for version in versions(group) {
             let kind = GroupVersionKind::gvk(group, version, kind);
             let resource = ApiResource::from_gvk_with_plural(&kind, plural);
@@ -139,15 +161,15 @@ pub(super) async fn follow_all(client: &Client) -> impl Stream<Item = Seen> + Un
                 relist: Some(RELIST),
                 ..Selection::default()
             };
-            let (kind, version) = (kind.kind.clone(), kind.api_version());
-            let (named, version) = (kind.clone(), version);
-            let read = move |object| Asking::read(&named, &version, object);
+            let version = kind.api_version();
+            let (kind, of) = (kind.kind.clone(), kind.kind);
+            let read = move |object| Asking::read(&of, &version, object);
             let seen = follow_as(api, selection, read).map(move |event| seen(&kind, event));
-            streams.push(seen.boxed());
-            break;
+            return seen.boxed();
         }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PROBE);
     }
-    stream::select_all(streams)
 }
 
 /// The versions of a group that are understood, the best first.
@@ -194,6 +216,21 @@ fn seen(kind: &str, event: Event<Asking>) -> Seen {
             Seen::Asks(workload, wanted)
         }
     }
+}
+
+/// The name of the `Warmup` of a template. What it is made of may be long, and be equal when it is put together: `a` of
+/// `b-c` and `a-b` of `c`.
+fn name_of(kind: &str, name: &str, part: &str) -> String {
+    let full = Digest::of(format!("{kind}/{name}/{part}").as_bytes()).hex();
+    let mut own = format!("{}-{name}", kind.to_ascii_lowercase());
+    if !part.is_empty() {
+        own = format!("{own}-{part}");
+    }
+    let mut end = own.len().min(MAX_NAME);
+    while !own.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}-{}", own[..end].trim_end_matches(['-', '.']), &full[..8])
 }
 
 /// The `Warmup`s of a workload.
@@ -256,20 +293,10 @@ fn warmup(object: &Value, template: &Template) -> Option<(Key, Value)> {
     if let Some(name) = &template.asked.credentials {
         set("credentials", json!({ "name": name }));
     }
-    // Names of workloads of several kinds may be equal, and long.
-    let full = format!("{kind}/{name}/{}", template.part);
-    let mut own = format!("{}-{name}", kind.to_ascii_lowercase());
-    if !template.part.is_empty() {
-        own = format!("{own}-{}", template.part);
-    }
-    if own.len() > MAX_NAME {
-        own = format!(
-            "{}-{}",
-            own[..MAX_NAME].trim_end_matches(['-', '.']),
-            &Digest::of(full.as_bytes()).hex()[..8]
-        );
-    }
-    let asked = Digest::of(spec.to_string().as_bytes()).hex()[..16].to_owned();
+    let own = name_of(&kind, &name, &template.part);
+    let mut asked = spec.clone();
+    asked["maxNodes"].take();
+    let asked = Digest::of(asked.to_string().as_bytes()).hex()[..16].to_owned();
     let warmup = json!({
         "apiVersion": API_VERSION,
         "kind": "Warmup",
@@ -289,4 +316,65 @@ fn warmup(object: &Value, template: &Template) -> Option<(Key, Value)> {
         "spec": spec,
     });
     Some(((namespace, own), warmup))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn deployment(replicas: u32, reference: &str) -> BTreeMap<Key, Value> {
+        warmups(&json!({
+            "apiVersion": "apps/v1", "kind": "Deployment",
+            "metadata": { "name": "serve", "namespace": "d", "uid": "u" },
+            "spec": { "replicas": replicas, "template": {
+                "metadata": { "annotations": { "hearth.dev/prefetch": reference } },
+                "spec": { "containers": [] },
+            } },
+        }))
+    }
+
+    #[test]
+    fn names_are_of_one_template_each() {
+        let names = [
+            name_of("JobSet", "a-b", "c"),
+            name_of("JobSet", "a", "b-c"),
+            name_of("JobSet", "a-b-c", ""),
+            name_of("Job", "ä".repeat(200).as_str(), "x"),
+            name_of("Job", "ä".repeat(200).as_str(), "y"),
+            name_of("Job", &"n".repeat(253), ""),
+        ];
+        assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len());
+        assert!(names.iter().all(|name| name.len() <= MAX_NAME + 9));
+        assert!(names[0].starts_with("jobset-a-b-c-"));
+    }
+
+    #[test]
+    fn a_step_of_a_scale_edits_nothing_unless_it_needs_more_nodes() {
+        let mut ahead = Ahead::default();
+        let workload: Workload = ("Deployment".into(), "d".into(), "serve".into());
+        let mut there: BTreeMap<Key, Warmup> = BTreeMap::new();
+        let mut edits = Vec::new();
+        for (replicas, reference) in [
+            (2, "hf://o/a"),
+            (3, "hf://o/a"),
+            (9, "hf://o/a"),
+            (3, "hf://o/a"),
+            (15, "hf://o/a"),
+            (15, "hf://o/b"),
+            (1, "hf://o/b"),
+        ] {
+            ahead.see(Seen::Asks(
+                workload.clone(),
+                deployment(replicas, reference),
+            ));
+            for change in ahead.changes(&there) {
+                let Change::Make(key, warmup) = change else {
+                    panic!("{change:?}");
+                };
+                edits.push((replicas, warmup["spec"]["maxNodes"].as_u64().unwrap()));
+                there.insert(key, serde_json::from_value(warmup).unwrap());
+            }
+        }
+        assert_eq!(edits, [(2, 4), (9, 16), (15, 16)]);
+    }
 }

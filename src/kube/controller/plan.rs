@@ -60,7 +60,8 @@ pub struct CacheView {
     pub name: String,
     /// The node it belongs to: one of the same name may have been there before.
     owner: Option<String>,
-    warmups: Vec<WarmupOnNode>,
+    /// By uid: looked up for each `Warmup` on each node.
+    warmups: HashMap<String, WarmupOnNode>,
     /// Labels of what is warm, in the node's order.
     labels: Vec<String>,
     /// When it last changed, by the controller's clock.
@@ -83,15 +84,17 @@ impl CacheView {
             labels: warm
                 .map(|artifact| warm_label(&artifact.reference))
                 .collect(),
-            warmups: status.warmups,
+            warmups: (status.warmups.into_iter())
+                .map(|entry| (entry.uid.clone(), entry))
+                .collect(),
             changed: now,
         }
     }
 
     /// What it says of a `Warmup` as it is now.
     fn of(&self, uid: &str, generation: i64) -> Option<&WarmupOnNode> {
-        let mut entries = self.warmups.iter();
-        entries.find(|entry| entry.uid == uid && entry.generation == generation)
+        let entry = self.warmups.get(uid);
+        entry.filter(|entry| entry.generation == generation)
     }
 }
 
@@ -199,7 +202,9 @@ pub fn reconcile(
     }
     memory.forget(world);
     let gates: Vec<&Warmup> = (looked_at.iter().map(|(_, warmup, _)| *warmup))
-        .filter(|w| is_gate(w) && w.metadata.namespace.as_deref() == Some(own_namespace))
+        // One that is not for all nodes would hold the others for ever.
+        .filter(|w| is_gate(w) && w.spec.max_nodes.is_none())
+        .filter(|w| w.metadata.namespace.as_deref() == Some(own_namespace))
         .collect();
     let mut changes: Vec<NodeChange> = (world.nodes.values())
         .filter_map(|node| node_change(node, world.cache(node), &gates))
@@ -494,6 +499,9 @@ impl Tally {
         if is_gate(warmup) && warmup.metadata.namespace.as_deref() != Some(own_namespace) {
             let message = format!("startupGate counts only in namespace {own_namespace}");
             say("StartupGate", false, "OtherNamespace", message);
+        } else if is_gate(warmup) && self.is_bounded {
+            let message = "startupGate does not count where there is maxNodes".to_owned();
+            say("StartupGate", false, "MaxNodes", message);
         }
         WarmupStatus {
             observed_generation: Some(generation),

@@ -189,11 +189,19 @@ fn warmup_spec() -> Value {
         ),
     });
     let spec = object("What is to be warm, where, and how.", &[], properties);
-    with_rule(
+    let mut spec = with_rule(
         spec,
         "(has(self.references) && size(self.references) > 0) || (has(self.images) && size(self.images) > 0)",
         "at least one of references and images is needed",
-    )
+    );
+    let gate = json!({
+        "rule": "!(has(self.startupGate) && self.startupGate && has(self.maxNodes))",
+        "message": "startupGate is for every node that matches: it cannot have maxNodes",
+    });
+    if let Some(rules) = spec["x-kubernetes-validations"].as_array_mut() {
+        rules.push(gate);
+    }
+    spec
 }
 
 fn node_selector() -> Value {
@@ -341,12 +349,14 @@ fn node_cache() -> Value {
     });
     let status = json!({
         "reported": time("When the node wrote this, by its clock."),
+        "storeId": text("Of the store: one that was made anew has another.", 64),
         "capacityBytes": count64("Of the file system of the store."),
         "usedBytes": count64("That the store takes."),
         "freeBytes": count64("On the file system of the store."),
         "artifacts": list("What is warm or arriving; what a Warmup asks for first, then the last used.", MAX_ARTIFACTS, object("An artifact.", &[], artifact)),
         "artifactsOmitted": count("Artifacts for which there was no place here."),
         "warmups": list("How far it is with each Warmup that selects it.", MAX_WARMUPS, object("A Warmup.", &[], warmup)),
+        "warmupsOmitted": count("Warmups that select it for which there was no place here; what of them is not warm waits."),
     });
     let root = object(
         "What a node has; named like it, and written by it alone.",

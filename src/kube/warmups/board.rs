@@ -1,13 +1,13 @@
 //! What a node does about the `Warmup`s that select it, as a function: what there is in, steps out. No I/O.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use super::super::crd::{
-    CachedArtifact, MAX_WARMUPS, NodeView, WarmState, Warmup, WarmupOnNode, place,
+    CachedArtifact, MAX_WARMUPS, NodeView, WarmState, Warmup, WarmupOnNode, WarmupSpec, place,
 };
 use crate::{node::Progress, reference::Reference};
 
@@ -21,12 +21,19 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
 #[derive(Default)]
 pub(super) struct Board {
     jobs: BTreeMap<String, Job>,
+    /// What an earlier process said of these has been made use of.
+    resumed: BTreeSet<String>,
+    /// Warm-ups that have no place in the report.
+    omitted: usize,
 }
 
 /// A `Warmup` on this node.
 struct Job {
     warmup: Arc<Warmup>,
+    /// The one that the state is about.
     generation: i64,
+    /// The one that asked for the same first: what is under way was begun for that.
+    began: i64,
     state: State,
     failures: u32,
     /// What it fetches, in the order of its references; kept to tell how much that was.
@@ -118,7 +125,7 @@ impl Job {
         self.progress = wanted.iter().map(|_| Arc::default()).collect();
         Work {
             uid: self.uid().to_owned(),
-            generation: self.generation,
+            generation: self.began,
             warmup: Arc::clone(&self.warmup),
             references: wanted
                 .into_iter()
@@ -130,6 +137,7 @@ impl Job {
     /// Begins with the spec as it is now.
     fn begin(&mut self, state: State) {
         self.generation = self.warmup.metadata.generation.unwrap_or_default();
+        self.began = self.generation;
         self.failures = 0;
         self.progress = Vec::new();
         let wrong =
@@ -145,6 +153,13 @@ impl Job {
                 retry: None,
             },
         };
+    }
+
+    /// What comes first in reports, and is begun first: what holds the node back, then what there is to do.
+    fn order(&self) -> impl Ord + use<> {
+        let is_gate = self.warmup.spec.startup_gate == Some(true);
+        let is_done = matches!(self.state, State::Warm | State::Checking);
+        (!is_gate, is_done, rank(&self.warmup))
     }
 
     /// What stays pinned.
@@ -166,30 +181,29 @@ impl Board {
         now: Instant,
     ) -> Vec<Step> {
         let mut steps = Vec::new();
-        let mut selected: Vec<&Arc<Warmup>> = warmups
+        let selected: Vec<&Arc<Warmup>> = warmups
             .filter(|w| w.metadata.uid.is_some() && w.metadata.deletion_timestamp.is_none())
             .filter(|w| w.spec.selects(node))
             // What this node has nothing to do with yet is not even reported: there may be many.
             .filter(|w| {
                 let uid = w.metadata.uid.as_deref().unwrap_or_default();
-                let is_known =
-                    self.jobs.contains_key(uid) || before.iter().any(|was| was.uid == uid);
+                let is_known = self.jobs.contains_key(uid) || self.was(before, uid).is_some();
                 is_known || is_turn(w, &node.name)
             })
             .collect();
-        selected.sort_by_key(|w| rank(w));
-        if selected.len() > MAX_WARMUPS {
+        let omitted = selected.len().saturating_sub(MAX_WARMUPS);
+        if omitted > self.omitted {
             tracing::warn!(
                 warmups = selected.len(),
                 limit = MAX_WARMUPS,
-                "only the most important of them are warmed here"
+                "not all of them are warmed and reported here at the same time"
             );
-            selected.truncate(MAX_WARMUPS);
         }
+        self.omitted = omitted;
         let uid = |warmup: &Warmup| warmup.metadata.uid.clone().unwrap_or_default();
-        let uids: Vec<String> = selected.iter().map(|w| uid(w)).collect();
+        let uids: BTreeSet<String> = selected.iter().map(|w| uid(w)).collect();
         let gone: Vec<String> = (self.jobs.keys())
-            .filter(|uid| !uids.contains(uid))
+            .filter(|uid| !uids.contains(*uid))
             .cloned()
             .collect();
         for uid in gone {
@@ -201,11 +215,17 @@ impl Board {
                 keep: Vec::new(),
             });
         }
-        for (warmup, uid) in selected.into_iter().zip(uids) {
-            self.take(warmup, uid, before, &mut steps);
+        for warmup in selected {
+            self.take(warmup, uid(warmup), before, &mut steps);
         }
         self.start(node, now, &mut steps);
         steps
+    }
+
+    /// What an earlier process said of a `Warmup`, unless this one has had it since.
+    fn was<'a>(&self, before: &'a [WarmupOnNode], uid: &str) -> Option<&'a WarmupOnNode> {
+        let mut before = before.iter().filter(|_| !self.resumed.contains(uid));
+        before.find(|was| was.uid == uid)
     }
 
     /// Takes a `Warmup` as it is now.
@@ -218,16 +238,20 @@ impl Board {
     ) {
         let generation = warmup.metadata.generation.unwrap_or_default();
         let Some(job) = self.jobs.get_mut(&uid) else {
-            let was = before
-                .iter()
-                .find(|was| was.uid == uid && was.generation == generation);
-            let state = match was.map(|was| was.state) {
-                Some(state @ (WarmState::Warming | WarmState::Warm)) => State::Resumed(state),
+            let was = self.was(before, &uid);
+            let state = match was.filter(|was| was.generation == generation) {
+                Some(was) if matches!(was.state, WarmState::Warming | WarmState::Warm) => {
+                    State::Resumed(was.state)
+                }
                 _ => State::Waiting,
             };
+            if was.is_some() {
+                self.resumed.insert(uid.clone());
+            }
             let mut job = Job {
                 warmup: Arc::clone(warmup),
                 generation,
+                began: generation,
                 state: State::Waiting,
                 failures: 0,
                 progress: Vec::new(),
@@ -236,8 +260,11 @@ impl Board {
             self.jobs.insert(uid, job);
             return;
         };
+        let is_same = asks_the_same(&job.warmup, warmup);
         job.warmup = Arc::clone(warmup);
-        if job.generation != generation {
+        if is_same {
+            job.generation = generation;
+        } else if job.generation != generation {
             if job.is_under_way() {
                 steps.push(Step::Cancel(uid.clone()));
             }
@@ -251,8 +278,7 @@ impl Board {
     fn start(&mut self, node: &NodeView, now: Instant, steps: &mut Vec<Step>) {
         let mut under_way = self.jobs.values().filter(|job| job.is_under_way()).count();
         let mut jobs: Vec<&mut Job> = self.jobs.values_mut().collect();
-        jobs.sort_by_key(|job| rank(&job.warmup));
-        for job in jobs {
+        for job in &mut jobs {
             if let State::Failed {
                 retry: Some(at), ..
             } = job.state
@@ -260,6 +286,10 @@ impl Board {
             {
                 job.state = State::Waiting;
             }
+        }
+        jobs.sort_by_cached_key(|job| job.order());
+        // What is not reported is not begun either: nobody would see it. It keeps its pins.
+        for job in jobs.into_iter().take(MAX_WARMUPS) {
             if !matches!(job.state, State::Waiting | State::Resumed(_))
                 || under_way == AT_ONCE
                 || !(matches!(job.state, State::Resumed(_)) || is_turn(&job.warmup, &node.name))
@@ -322,9 +352,7 @@ impl Board {
     }
 
     fn job(&mut self, uid: &str, generation: i64) -> Option<&mut Job> {
-        self.jobs
-            .get_mut(uid)
-            .filter(|job| job.generation == generation)
+        self.jobs.get_mut(uid).filter(|job| job.began == generation)
     }
 
     /// What of it is not here any more is brought again.
@@ -379,7 +407,7 @@ impl Board {
             .collect()
     }
 
-    /// How far each is.
+    /// How far each is; what matters most first.
     pub(super) fn entries(&self) -> Vec<WarmupOnNode> {
         let entry = |job: &Job| {
             let metadata = &job.warmup.metadata;
@@ -417,9 +445,20 @@ impl Board {
             }
         };
         let mut jobs: Vec<&Job> = self.jobs.values().collect();
-        jobs.sort_by_key(|job| rank(&job.warmup));
+        jobs.sort_by_cached_key(|job| job.order());
         jobs.into_iter().map(entry).collect()
     }
+}
+
+/// Whether a node has nothing else to do for the one than for the other: how many nodes there are to be is not its
+/// business.
+fn asks_the_same(one: &Warmup, other: &Warmup) -> bool {
+    let of_node = |warmup: &Warmup| WarmupSpec {
+        max_nodes: None,
+        max_parallel_nodes: None,
+        ..warmup.spec.clone()
+    };
+    of_node(one) == of_node(other)
 }
 
 /// The most important first, then the oldest.
@@ -584,6 +623,25 @@ mod tests {
     }
 
     #[test]
+    fn what_an_earlier_process_said_is_believed_once() {
+        let (mut board, now) = (Board::default(), Instant::now());
+        let spec = json!({ "references": ["hf://o/a"], "pin": false, "maxParallelNodes": 0 });
+        let once = warmup("u", 1, spec, Value::Null);
+        let was = [WarmupOnNode {
+            uid: "u".into(),
+            generation: 1,
+            state: WarmState::Warm,
+            ..WarmupOnNode::default()
+        }];
+        assert_eq!(board.sync(&node(), [&once].into_iter(), &was, now), []);
+        assert_eq!(state(&board), [WarmState::Warm]);
+        // The node was not selected for a while, and what was there may be gone.
+        board.sync(&node(), [].into_iter(), &was, now);
+        let steps = board.sync(&node(), [&once].into_iter(), &was, now);
+        assert!(matches!(&steps[..], [Step::Start(_)]));
+    }
+
+    #[test]
     fn failures_are_tried_again_later_and_mistakes_are_not() {
         let (mut board, now) = (Board::default(), Instant::now());
         let right = warmup("u", 1, simple("hf://o/a"), Value::Null);
@@ -609,21 +667,85 @@ mod tests {
     #[test]
     fn the_most_important_go_first_and_few_at_once() {
         let (mut board, now) = (Board::default(), Instant::now());
-        let many: Vec<_> = (0..100)
+        let count = MAX_WARMUPS + 72;
+        let mut many: Vec<_> = (0..count)
             .map(|n| {
                 let mut spec = simple("hf://o/a");
                 spec["priority"] = json!(n);
-                warmup(&format!("u{n}"), 1, spec, Value::Null)
+                warmup(&format!("u{n:03}"), 1, spec, Value::Null)
             })
             .collect();
-        let steps = board.sync(&node(), many.iter(), &[], now);
-        let started: Vec<&str> = (steps.iter())
-            .filter_map(|step| match step {
-                Step::Start(work) => Some(work.uid.as_str()),
-                _ => None,
-            })
-            .collect();
-        assert_eq!(started, ["u99", "u98", "u97", "u96"]);
-        assert_eq!(board.entries().len(), MAX_WARMUPS);
+        let started = |steps: &[Step]| -> Vec<String> {
+            let started = steps.iter().filter_map(|step| match step {
+                Step::Start(work) => Some(work.uid.clone()),
+                Step::Check(_) => None,
+                step => panic!("{step:?}: nobody has let go of anything"),
+            });
+            started.collect()
+        };
+        let mut steps = board.sync(&node(), many.iter(), &[], now);
+        assert_eq!(started(&steps), ["u199", "u198", "u197", "u196"]);
+        assert_eq!(board.entries().len(), count);
+        // Old ones that are warm are in nobody's way, however many they are, and keep their pins.
+        let mut done = 0;
+        loop {
+            let begun = started(&steps);
+            if begun.is_empty() {
+                break;
+            }
+            for uid in begun {
+                board.finished(&uid, 1, Ok(()), now);
+                done += 1;
+            }
+            steps = board.sync(&node(), many.iter(), &[], now);
+        }
+        assert_eq!(done, count);
+        let mut spec = simple("hf://o/new");
+        spec["priority"] = json!(-100);
+        many.push(warmup("new", 1, spec, Value::Null));
+        assert_eq!(
+            started(&board.sync(&node(), many.iter(), &[], now)),
+            ["new"]
+        );
+        assert_eq!(board.entries()[0].uid, "new");
+        // What holds the node back is reported whatever there is to do.
+        let gate = json!({ "references": ["hf://o/g"], "maxParallelNodes": 0, "startupGate": true, "priority": -100 });
+        many.push(warmup("gate", 1, gate, Value::Null));
+        assert_eq!(
+            started(&board.sync(&node(), many.iter(), &[], now)),
+            ["gate"]
+        );
+        board.finished("gate", 1, Ok(()), now);
+        assert_eq!(board.entries()[0].uid, "gate");
+    }
+
+    #[test]
+    fn how_many_nodes_it_is_for_is_not_the_nodes_business() {
+        let (mut board, now) = (Board::default(), Instant::now());
+        let with = |generation, nodes: u32| {
+            let spec =
+                json!({ "references": ["hf://o/a"], "maxNodes": nodes, "maxParallelNodes": nodes });
+            let status = json!({ "observedGeneration": generation, "window": crate::kube::crd::Window::all() });
+            warmup("u", generation, spec, status)
+        };
+        let sync = |board: &mut Board, warmup: &Arc<Warmup>| {
+            board.sync(&node(), [warmup].into_iter(), &[], now)
+        };
+        assert!(matches!(
+            &sync(&mut board, &with(1, 2))[..],
+            [Step::Start(_)]
+        ));
+        assert_eq!(sync(&mut board, &with(2, 4)), []);
+        assert_eq!(
+            (board.entries()[0].generation, state(&board)),
+            (2, vec![WarmState::Warming])
+        );
+        // What was begun for the first one is what the second one asks for.
+        board.finished("u", 1, Ok(()), now);
+        assert_eq!(sync(&mut board, &with(3, 8)), []);
+        assert_eq!(
+            (board.entries()[0].generation, state(&board)),
+            (3, vec![WarmState::Warm])
+        );
     }
 }

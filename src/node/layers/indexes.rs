@@ -12,9 +12,10 @@ use crate::{
         toc::{self, TocLayer},
     },
     node::{Node, NodeError, blocking, joined},
+    reference::{Locator, Reference},
     source::{Layer, Layered, Source, SourceError, SourceErrorKind},
-    store::{Import, Store, StoreError, StoreErrorKind},
-    tree::Location,
+    store::{ImageLayer, Import, Store, StoreError, StoreErrorKind, layers_of},
+    tree::{Artifact, Location},
 };
 
 /// What refers to an image and holds the indexes of its layers.
@@ -43,9 +44,14 @@ pub(super) enum Maker {
     Table = b't' as isize,
     /// The layer carries it, and was unpacked here to the same.
     CheckedTable = b'c' as isize,
-    /// It was found beside the image: nobody here has checked it.
+    /// It was found beside the image: nobody here has checked it. The SHA-256 of the repository's
+    /// name stands before the index, too: who may write there says nothing of other repositories.
     Found = b'f' as isize,
 }
+
+/// Stands before a diff id in place of an index: what the layer unpacks to, which an image says
+/// something else of.
+const REFUTED: u8 = b'x';
 
 impl Maker {
     const fn of(mark: u8) -> Option<Self> {
@@ -78,21 +84,64 @@ impl Known {
     }
 }
 
-/// Whether an image is known by an index that nobody here has checked yet.
+/// Whether an artifact is known by an index that nobody here has checked yet.
 ///
 /// # Errors
 /// What the store says.
-pub(in crate::node) fn waits_for_a_check(store: &Store, image: &str) -> Result<bool, StoreError> {
-    let Some(image) = store.image(image)? else {
-        return Ok(false);
-    };
-    for layer in &image.layers {
-        let maker = store.index_mark(&layer.blob)?.and_then(Maker::of);
-        if maker.is_some_and(|maker| !maker.is_checked()) {
+pub(in crate::node) fn waits_for_a_check(
+    store: &Store,
+    artifact: &Artifact,
+) -> Result<bool, StoreError> {
+    let mut blobs = layers_of(&artifact.objects);
+    // Some have no files.
+    if let Some(image) = store.image(&artifact.reference)? {
+        blobs.extend(image.layers.iter().map(|layer| layer.blob));
+    }
+    for blob in blobs {
+        let mark = store.index_mark(&blob)?;
+        if mark.is_some_and(|mark| !Maker::of(mark).is_some_and(Maker::is_checked)) {
             return Ok(true);
         }
     }
     Ok(false)
+}
+
+/// Whether these layers were unpacked here.
+///
+/// # Errors
+/// What the store says.
+pub(super) fn were_unpacked(store: &Store, layers: &[ImageLayer]) -> Result<bool, StoreError> {
+    for layer in layers {
+        let mark = store.index_mark(&layer.blob)?.and_then(Maker::of);
+        if !mark.is_some_and(Maker::is_checked) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// What an index that was found beside an image is good for: images of the same repository.
+fn repository(reference: &str) -> Digest {
+    let name = match reference.parse() {
+        Ok(Reference {
+            locator: Locator::Oci(oci),
+            ..
+        }) => format!("{}/{}", oci.registry, oci.repository),
+        _ => reference.to_owned(),
+    };
+    Digest::of(name.as_bytes())
+}
+
+/// A layer that unpacks to something else than the image says.
+pub(super) fn refuted(reference: &str, layer: &Layer, found: &Digest) -> NodeError {
+    let why = match layer.diff_id {
+        Some(said) => format!("it unpacks to {found}, the image's configuration says {said}"),
+        None => format!("it unpacks to {found}"),
+    };
+    NodeError::Image {
+        reference: reference.to_owned(),
+        source: ImageError::corrupt(why).in_layer(layer.blob),
+    }
 }
 
 impl Node {
@@ -107,47 +156,45 @@ impl Node {
         blocking(move || import.keep(&blobs)).await?;
         let mut known = Vec::with_capacity(layered.layers.len());
         for layer in &layered.layers {
-            known.push(self.index_of(layer).await?);
+            known.push(self.index_of(&layered.reference, layer).await?);
         }
         Ok(known)
     }
 
-    /// The index of a layer from the store; one that is damaged, or of another layer, counts as
-    /// absent.
-    pub(super) async fn index_of(&self, layer: &Layer) -> Result<Option<Known>, NodeError> {
+    /// The index of a layer of `reference` from the store; one that is damaged, or of another layer,
+    /// or was found beside another image, counts as absent.
+    ///
+    /// # Errors
+    /// What the store says; a layer that is known to have another diff id.
+    pub(super) async fn index_of(
+        &self,
+        reference: &str,
+        layer: &Layer,
+    ) -> Result<Option<Known>, NodeError> {
         let (store, this) = (Arc::clone(self.store()), layer.clone());
-        let strict = self.believes_none();
+        let (strict, home) = (self.believes_none(), repository(reference));
         let found = blocking(move || {
             let Some(bytes) = store.index(&this.blob)? else {
-                return Ok(None);
+                return Ok(Ok(None));
             };
-            let Some((mark, encoded)) = bytes.split_first() else {
-                return Ok(None);
-            };
-            let maker = Maker::of(*mark).filter(|maker| maker.is_checked() || !strict);
-            let Some(maker) = maker else {
-                return Ok(None);
-            };
-            match usable(encoded, &this) {
-                Ok(index) => Ok(Some(Known {
-                    index: Arc::new(index),
-                    maker,
-                })),
-                Err(error) => {
-                    tracing::warn!(%error, "the stored index counts as absent");
-                    Ok(None)
-                }
-            }
+            Ok(read_kept(&bytes, &this, &home, strict))
         });
-        Ok(found.await?)
+        found
+            .await?
+            .map_err(|found| refuted(reference, layer, &found))
     }
 
     /// Whether the index of `layer` needs no checking, or was checked by now.
-    pub(super) async fn is_trusted(&self, layer: &Layer, known: &Known) -> Result<bool, NodeError> {
+    pub(super) async fn is_trusted(
+        &self,
+        reference: &str,
+        layer: &Layer,
+        known: &Known,
+    ) -> Result<bool, NodeError> {
         if known.maker.is_checked() {
             return Ok(true);
         }
-        let now = self.index_of(layer).await?;
+        let now = self.index_of(reference, layer).await?;
         Ok(now.is_some_and(|now| match now.maker {
             Maker::Own => known.refuted_by(&now.index).is_none(),
             Maker::CheckedTable => now.index.agrees_with(&known.index),
@@ -155,10 +202,58 @@ impl Node {
         }))
     }
 
-    /// Puts an index into the store.
-    pub(super) async fn keep_index(&self, known: &Known) -> Result<(), NodeError> {
+    /// What `layer` of `reference` unpacks to is `found`, and not what was said: forgets all that was
+    /// built on that, and writes it down.
+    pub(super) async fn keep_refuted(
+        &self,
+        reference: &str,
+        layer: &Layer,
+        found: Digest,
+    ) -> Result<(), NodeError> {
+        let (store, reference, blob) = (Arc::clone(self.store()), reference.to_owned(), layer.blob);
+        if !store.writable() {
+            return Ok(());
+        }
+        let kept = blocking(move || {
+            forget_liars(&store, &blob, &found)?;
+            // A part of an image has no record of its layers.
+            if store.image(&reference)?.is_none() {
+                store.forget_resolution(&reference)?;
+            }
+            let bytes = [&[REFUTED][..], found.as_bytes()].concat();
+            store.put_index(&blob, &bytes)
+        });
+        Ok(kept.await?)
+    }
+
+    /// Puts the index of a layer of `reference` into the store that unpacking it gave.
+    pub(super) async fn keep_own_index(
+        &self,
+        reference: &str,
+        known: &Known,
+    ) -> Result<(), NodeError> {
+        let store = Arc::clone(self.store());
+        let (blob, diff_id) = (known.index.blob, known.index.diff_id);
+        if store.writable() {
+            blocking(move || {
+                let mark = store.index_mark(&blob)?.and_then(Maker::of);
+                match mark.is_some_and(|maker| !maker.is_checked()) {
+                    true => forget_liars(&store, &blob, &diff_id),
+                    false => Ok(()),
+                }
+            })
+            .await?;
+        }
+        self.keep_index(reference, known).await
+    }
+
+    /// Puts an index of a layer of `reference` into the store.
+    pub(super) async fn keep_index(&self, reference: &str, known: &Known) -> Result<(), NodeError> {
         let (store, index) = (Arc::clone(self.store()), Arc::clone(&known.index));
         let mut bytes = vec![known.maker as u8];
+        if known.maker == Maker::Found {
+            bytes.extend_from_slice(repository(reference).as_bytes());
+        }
         bytes.extend(known.index.encode().map_err(|source| NodeError::Image {
             reference: format!("the index of layer {}", index.blob),
             source,
@@ -228,7 +323,7 @@ impl Node {
                         index: Arc::new(index),
                         maker,
                     };
-                    self.keep_index(&found).await?;
+                    self.keep_index(&layered.reference, &found).await?;
                     *known = Some(found);
                 }
                 Ok(None) => {}
@@ -277,6 +372,64 @@ async fn read_index(
     joined(tokio::task::spawn_blocking(move || usable(&bytes, &layer)))
         .await
         .map_err(|error| invalid(error.to_string()))
+}
+
+/// The index of `layer` from what is kept of it, for an image of the repository `home`; the error
+/// is its diff id, where that is known to be another.
+fn read_kept(
+    bytes: &[u8],
+    layer: &Layer,
+    home: &Digest,
+    strict: bool,
+) -> Result<Option<Known>, Digest> {
+    let Some((&mark, encoded)) = bytes.split_first() else {
+        return Ok(None);
+    };
+    if mark == REFUTED {
+        let found = <[u8; 32]>::try_from(encoded).map(Digest::from_bytes);
+        return match (found, layer.diff_id) {
+            (Ok(found), Some(said)) if found != said => Err(found),
+            _ => Ok(None),
+        };
+    }
+    let maker = Maker::of(mark).filter(|maker| maker.is_checked() || !strict);
+    let (maker, encoded) = match (maker, encoded.split_at_checked(32)) {
+        (Some(Maker::Found), Some((of, encoded))) if of == home.as_bytes() => {
+            (Maker::Found, encoded)
+        }
+        (Some(Maker::Found) | None, _) => return Ok(None),
+        (Some(maker), _) => (maker, encoded),
+    };
+    let index = LayerIndex::decode(encoded).and_then(|index| {
+        index.belongs_to(&layer.blob, layer.size)?;
+        Ok(index)
+    });
+    match (index, layer.diff_id) {
+        (Ok(index), Some(said)) if index.diff_id != said => match maker.is_checked() {
+            true => Err(index.diff_id),
+            false => Ok(None),
+        },
+        (Ok(index), _) => Ok(Some(Known {
+            index: Arc::new(index),
+            maker,
+        })),
+        (Err(error), _) => {
+            tracing::warn!(%error, "the stored index counts as absent");
+            Ok(None)
+        }
+    }
+}
+
+/// Forgets the images that say of a layer that it unpacks to something else than `diff_id`.
+fn forget_liars(store: &Store, blob: &Digest, diff_id: &Digest) -> Result<(), StoreError> {
+    for image in store.images()? {
+        let lies =
+            (image.layers.iter()).any(|layer| layer.blob == *blob && layer.diff_id != *diff_id);
+        if lies {
+            store.forget_resolution(&image.reference)?;
+        }
+    }
+    Ok(())
 }
 
 fn usable(encoded: &[u8], layer: &Layer) -> Result<LayerIndex, ImageError> {

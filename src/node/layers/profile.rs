@@ -8,7 +8,7 @@
 //! that was just unpacked. A first start by FUSE, only to record it, would cost what the pull was for.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ops::Range,
     sync::{
         Arc,
@@ -25,7 +25,7 @@ use crate::{
     chunk::{self, CHUNK_SIZE},
     digest::{Digest, ObjectId},
     fetch::{FetchError, OnRead},
-    image::profile::{AccessProfile, MAX_PROFILE, MAX_READS, ProfiledRead},
+    image::profile::{AccessProfile, MAX_CHUNKS, MAX_PROFILE, MAX_READS, ProfiledRead},
     node::{Node, NodeError, Resolved, blocking},
     source::{Layer, Source, SourceError, SourceErrorKind},
     store::{Store, StoreError},
@@ -80,9 +80,8 @@ struct Recorder {
 
 struct Seen {
     reads: Vec<ProfiledRead>,
-    /// The chunks noted of each content, in words of bits; bounded by [`MAX_READS`] and the size
-    /// of the largest file.
-    chunks: HashMap<Digest, Vec<u64>>,
+    /// The chunks noted; at most [`MAX_CHUNKS`].
+    chunks: HashSet<(Digest, u64)>,
     last: Instant,
 }
 
@@ -100,21 +99,15 @@ impl Recorder {
             chunks,
             last,
         } = &mut *seen;
-        if reads.len() >= MAX_READS {
-            return;
-        }
-        let bits = chunks.entry(*content).or_default();
         // Of an empty file there is a first chunk all the same.
         let wanted = chunk::covering(bytes);
         for index in wanted.start..wanted.end.max(wanted.start + 1) {
-            let (word, bit) = ((index / 64) as usize, 1u64 << (index % 64));
-            if bits.len() <= word {
-                bits.resize(word + 1, 0);
+            if reads.len() >= MAX_READS || chunks.len() as u64 >= MAX_CHUNKS {
+                return;
             }
-            if bits[word] & bit != 0 {
+            if !chunks.insert((*content, index)) {
                 continue;
             }
-            bits[word] |= bit;
             *last = Instant::now();
             match reads.last_mut() {
                 Some(read) if read.content == *content && read.first + read.chunks == index => {
@@ -200,7 +193,7 @@ impl Node {
             over: AtomicBool::new(false),
             seen: Mutex::new(Seen {
                 reads: Vec::new(),
-                chunks: HashMap::new(),
+                chunks: HashSet::new(),
                 last: Instant::now(),
             }),
         });
@@ -353,6 +346,8 @@ fn neighbourhoods(objects: &[Object], profile: &AccessProfile) -> Vec<Vec<Wanted
         .collect();
     let mut numbers: HashMap<(&str, u64), usize> = HashMap::new();
     let mut all: Vec<Vec<Wanted>> = Vec::new();
+    // A profile may come from a stranger. Its chunks are bounded; they may repeat.
+    let mut seen = HashSet::new();
     for read in &profile.reads {
         let Some(&place) = places.get(&ObjectId::Sha256(read.content)) else {
             continue;
@@ -363,6 +358,9 @@ fn neighbourhoods(objects: &[Object], profile: &AccessProfile) -> Vec<Vec<Wanted
         let chunks = chunk::count(objects[place].size).max(1);
         let end = read.first.saturating_add(read.chunks).min(chunks);
         for index in read.first..end {
+            if !seen.insert((place, index)) {
+                continue;
+            }
             let bytes = index * CHUNK_SIZE..(index + 1) * CHUNK_SIZE;
             let key = (&*location.path, (location.offset + bytes.start) / NEAR);
             let number = *numbers.entry(key).or_insert_with(|| {
@@ -388,4 +386,33 @@ fn neighbourhoods(objects: &[Object], profile: &AccessProfile) -> Vec<Vec<Wanted
         });
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::{Location, Recipe};
+
+    #[test]
+    fn what_repeats_in_a_profile_is_brought_once() {
+        let content = Digest::of(b"file");
+        let objects = [Object {
+            id: ObjectId::Sha256(content),
+            size: 3 * CHUNK_SIZE,
+            git_sha1: None,
+            recipe: Recipe::Raw(Location {
+                path: "layer#gzip".into(),
+                generation: None,
+                offset: 512,
+            }),
+        }];
+        let read = |first, chunks| ProfiledRead {
+            content,
+            first,
+            chunks,
+        };
+        let reads = vec![read(1, 1), read(0, 2), read(1, 1), read(0, 900)];
+        let near = neighbourhoods(&objects, &AccessProfile { reads });
+        assert_eq!(near, [[(0, 0..3 * CHUNK_SIZE)]]);
+    }
 }

@@ -8,7 +8,7 @@ use std::{
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::mpsc;
 
-use super::{Known, Maker, blob_of, fetch_failed};
+use super::{Known, Maker, blob_of, fetch_failed, indexes::refuted};
 use crate::{
     digest::{Digest, ObjectId},
     fetch::{Class, Engine, FetchError, Handle},
@@ -176,9 +176,9 @@ impl Node {
                     index: Arc::clone(&believed.index),
                     maker: Maker::CheckedTable,
                 };
-                self.keep_index(&checked).await?;
+                self.keep_index(reference, &checked).await?;
             }
-            _ => self.keep_index(&known).await?,
+            _ => self.keep_own_index(reference, &known).await?,
         }
         shown.finished();
         Ok(Pulled {
@@ -239,11 +239,22 @@ impl Node {
             match unpacked {
                 Ok(index) => return Ok(index),
                 Err(UnpackError::Store(error)) => return Err(error.into()),
+                Err(UnpackError::DiffId(found)) if again => {
+                    if let Err(error) = self.keep_refuted(reference, layer, found).await {
+                        tracing::warn!(%error, "what is refuted could not be forgotten");
+                    }
+                    return Err(refuted(reference, layer, &found));
+                }
                 Err(UnpackError::Image(error)) if again => {
                     return Err(NodeError::Image {
                         reference: reference.to_owned(),
                         source: error,
                     });
+                }
+                Err(UnpackError::DiffId(found)) => {
+                    let layer = layer.blob;
+                    tracing::info!(%layer, %found, "unpacking once more, from the verified layer");
+                    again = true;
                 }
                 Err(UnpackError::Image(error)) => {
                     tracing::info!(%error, "unpacking once more, from the verified layer");

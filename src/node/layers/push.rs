@@ -38,7 +38,15 @@ impl Node {
             reference: reference.to_string(),
             source,
         };
-        let resolved = self.resolve_showing(reference, progress).await?;
+        let mut resolved = self.resolve_showing(reference, progress).await?;
+        // Of a model that is here nothing but its files is looked at.
+        if resolved.layers.is_none() {
+            let source = self.sources.open(reference).map_err(failed)?;
+            if let Some(layered) = source.layered(reference).await.map_err(failed)? {
+                let again = self.resolve_layered(reference, layered, &source, Some(progress));
+                resolved = again.await?.unwrap_or(resolved);
+            }
+        }
         let Some(layers) = &resolved.layers else {
             let why = "it does not lie in layers: nothing to index";
             return Err(failed(SourceError::new(
@@ -73,7 +81,12 @@ impl Node {
         };
         let mut blobs = Vec::with_capacity(layers.layers.len());
         for layer in &layers.layers {
-            let Some(known) = self.index_of(layer).await? else {
+            // A file as it is needs none.
+            if layer.as_file.is_some() {
+                report.layers -= 1;
+                continue;
+            }
+            let Some(known) = self.index_of(&reference.to_string(), layer).await? else {
                 return Err(NodeError::Unknown(format!(
                     "the index of layer {}",
                     layer.blob

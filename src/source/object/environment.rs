@@ -59,13 +59,8 @@ pub(super) fn s3(
         .any(|key| get(&builder, key).is_some());
     let profile = profile::load();
     if !configured {
-        if let (Some(key), Some(secret)) = (&profile.access_key_id, &profile.secret_access_key) {
-            builder = builder
-                .with_access_key_id(key)
-                .with_secret_access_key(secret);
-            if let Some(token) = &profile.session_token {
-                builder = builder.with_token(token);
-            }
+        if let Some(keys) = profile::Keys::of(&profile) {
+            builder = builder.with_credentials(Arc::new(keys));
         } else if truthy("AWS_EC2_METADATA_DISABLED") {
             return Err(SourceError::new(
                 SourceErrorKind::Denied,

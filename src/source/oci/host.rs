@@ -22,7 +22,7 @@ use super::{
 };
 use crate::digest::Digest;
 use crate::source::{
-    ByteStream, Config, SourceError, SourceErrorKind as Kind,
+    ByteStream, Config, SourceError, SourceErrorKind as Kind, VIA,
     listing::short,
     web::{Ask, Auth, Document, Pin, Web, host_of, text},
 };
@@ -81,12 +81,19 @@ impl fmt::Debug for Host {
 impl Host {
     /// `repository` of `registry` at `endpoint`.
     pub(super) fn new(
-        endpoint: Endpoint,
+        mut endpoint: Endpoint,
         registry: &str,
         repository: &str,
         keychain: &Keychain,
         config: &Config,
     ) -> Result<Self, SourceError> {
+        // No registry far away needs to know one node from another.
+        if let Some(asker) = &config.asker
+            && (endpoint.is_mirror || super::is_loopback(registry))
+            && let Ok(id) = HeaderValue::from_str(&asker.store)
+        {
+            endpoint.headers.insert(VIA, id);
+        }
         let place = Place {
             registry: match endpoint.is_mirror {
                 true => host_of(&endpoint.base),

@@ -9,6 +9,7 @@
 use std::{
     collections::BTreeMap,
     io::Read as _,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -100,6 +101,40 @@ pub(super) fn endpoints(path: &Path, registry: &str) -> Result<Vec<Endpoint>, So
         Some(text) => parse(&file, &text, registry),
         None => Ok(vec![upstream(registry, docker_certificates(&dir)?)?]),
     }
+}
+
+/// As [`endpoints`], without the mirror at `own`: that is this node. The registry itself where there is
+/// no other.
+///
+/// # Errors
+/// As [`endpoints`].
+pub(super) fn endpoints_but(
+    own: Option<SocketAddr>,
+    path: &Path,
+    registry: &str,
+) -> Result<Vec<Endpoint>, SourceError> {
+    let mut endpoints = endpoints(path, registry)?;
+    if let Some(own) = own {
+        endpoints.retain(|endpoint| !endpoint.is_mirror || !is_at(&endpoint.base, own));
+        if endpoints.is_empty() {
+            endpoints.push(upstream(registry, Tls::default())?);
+        }
+    }
+    Ok(endpoints)
+}
+
+/// Whether a URL leads to what listens on `address` of this machine.
+fn is_at(url: &Url, address: SocketAddr) -> bool {
+    let ip = match url.host() {
+        Some(url::Host::Ipv4(ip)) => Some(IpAddr::V4(ip)),
+        Some(url::Host::Ipv6(ip)) => Some(IpAddr::V6(ip)),
+        _ => None,
+    };
+    let is_near = url.host_str().is_some_and(super::is_loopback);
+    url.port_or_known_default() == Some(address.port())
+        && (ip == Some(address.ip())
+            || is_near
+                && (address.ip().is_unspecified() || ip.is_none() && address.ip().is_loopback()))
 }
 
 /// The directories that may speak of `registry`, the best first.

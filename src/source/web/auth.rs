@@ -76,6 +76,18 @@ impl Auth {
         })
     }
 
+    /// Whether these are the same credentials.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        let is_same = match (self.exposed(), other.exposed()) {
+            (Exposed::Bearer(one), Exposed::Bearer(other)) => one == other,
+            (Exposed::Basic(user, password), Exposed::Basic(other, its)) => {
+                (user, password) == (other, its)
+            }
+            _ => false,
+        };
+        self.origin == other.origin && is_same
+    }
+
     /// Basic credentials for the origin of `url`.
     pub(crate) fn basic(url: &Url, user: Secret, password: Secret) -> Self {
         Self {

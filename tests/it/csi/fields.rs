@@ -338,8 +338,14 @@ async fn the_other_calls_refuse_what_is_wrong() {
     ] {
         let (code, why) = bed.unpublished(volume, path).await.unwrap_err();
         assert_eq!(code, Code::InvalidArgument, "{why}");
+        // "Volume does not exist": at a path where none can be, either.
+        let nowhere = matches!(path, "relative" | "/" | "/a/../b");
+        let wanted = match nowhere {
+            true => Code::NotFound,
+            false => Code::InvalidArgument,
+        };
         let (code, why) = bed.stats(volume, path).await.unwrap_err();
-        assert_eq!(code, Code::InvalidArgument, "{why}");
+        assert_eq!(code, wanted, "{path}: {why}");
     }
 
     let good = api::CreateVolumeRequest {
@@ -364,7 +370,7 @@ async fn the_other_calls_refuse_what_is_wrong() {
         (
             Box::new(|a| {
                 a.volume_capabilities
-                    .push(capability(Access::SingleNodeWriter))
+                    .push(capability(Access::MultiNodeMultiWriter))
             }),
             invalid,
         ),

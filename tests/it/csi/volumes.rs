@@ -433,7 +433,7 @@ async fn classes_make_volumes() {
         .await;
     let confirmed = found.unwrap().into_inner().confirmed.unwrap();
     assert_eq!(confirmed.volume_capabilities, asked_for.volume_capabilities);
-    let writer = validate(id, Access::SingleNodeWriter, none.clone());
+    let writer = validate(id, Access::MultiNodeMultiWriter, none.clone());
     let found = controller
         .validate_volume_capabilities(writer)
         .await

@@ -43,7 +43,7 @@ struct HubBed {
     source: Arc<dyn Source>,
     artifact: Artifact,
     content: Vec<u8>,
-    _token: tempfile::NamedTempFile,
+    token: tempfile::NamedTempFile,
 }
 
 impl HubBed {
@@ -67,7 +67,7 @@ impl HubBed {
             source,
             artifact,
             content,
-            _token: token,
+            token,
         }
     }
 
@@ -129,6 +129,30 @@ async fn the_hub_keeps_its_token_and_its_redirects() {
 }
 
 #[tokio::test]
+async fn a_token_that_was_replaced_is_read_anew() {
+    let bed = HubBed::start().await;
+    let good = hub(bed.cdn.url(""), bed.content.clone());
+    bed.hub.now(move |seen| match seen.header("authorization") {
+        Some("Bearer neu") => good(seen),
+        _ => Reply::new("401 Unauthorized\nx-error-code: RepoNotFound", ""),
+    });
+    bed.hub.take_log();
+    // As long as it is the same token it is not tried twice.
+    let error = bed.read("c.json", 0..2).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Denied);
+    assert_eq!(bed.hub.take_log().len(), 1);
+    std::fs::write(bed.token.path(), "neu").unwrap();
+    let reads = (0..10).map(|i| bed.read("m.bin", i * 100..i * 100 + 100));
+    let parts = futures_util::future::join_all(reads).await;
+    let whole: Vec<u8> = parts.into_iter().flat_map(Result::unwrap).collect();
+    assert_eq!(whole, bed.content);
+    bed.hub.take_log();
+    assert_eq!(bed.read("c.json", 0..2).await.unwrap(), b"{}");
+    let asked = bed.hub.take_log();
+    assert_eq!(asked[0].header("authorization"), Some("Bearer neu"));
+}
+
+#[tokio::test]
 async fn what_the_hub_changes_or_refuses_is_noticed() {
     let bed = HubBed::start().await;
     for (head, kind, says) in [
@@ -140,6 +164,11 @@ async fn what_the_hub_changes_or_refuses_is_noticed() {
         ),
         (
             "401 Unauthorized\nx-error-code: RepoNotFound",
+            Kind::Denied,
+            "or is private",
+        ),
+        (
+            "404 Not Found\nx-error-code: RepoNotFound",
             Kind::NotFound,
             "or is private",
         ),

@@ -38,6 +38,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A node's store, in words.
 #[derive(Default)]
 struct Store {
+    id: String,
     /// References that are here, with who pins them.
     here: Mutex<BTreeMap<String, BTreeSet<String>>>,
     orders: Mutex<Vec<Order>>,
@@ -101,6 +102,7 @@ impl Warmer for Store {
             ..CachedArtifact::default()
         };
         Ok(Inventory {
+            store_id: self.id.clone(),
             artifacts: self.here.lock().iter().map(artifact).collect(),
             ..Inventory::default()
         })
@@ -340,6 +342,78 @@ async fn a_node_does_what_is_asked_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_another_store_or_node_had_is_brought_again() {
+    let fake = Fake::start().await;
+    let mut nodes = Vec::new();
+    let key = warmup(
+        &fake,
+        "d",
+        "w",
+        json!({ "references": ["hf://o/a"], "maxParallelNodes": 0, "pin": false }),
+    );
+    let uid = fake.get(&key).unwrap()["metadata"]["uid"].clone();
+    for (name, store_id, owner) in [
+        ("same", "1", None),
+        ("emptied", "0", None),
+        ("renewed", "1", Some("an-older-one")),
+    ] {
+        node(&fake, name, false);
+        let own = fake.get(&Key::new("", "nodes", "", name)).unwrap()["metadata"]["uid"].clone();
+        let owner = owner.map_or(own, |owner| json!(owner));
+        let cache = json!({
+            "apiVersion": crd::API_VERSION, "kind": "NodeCache",
+            "metadata": { "name": name, "ownerReferences": [{ "apiVersion": "v1", "kind": "Node", "name": name, "uid": owner }] },
+            "status": {
+                "storeId": store_id,
+                "warmups": [{ "namespace": "d", "name": "w", "uid": uid, "generation": 1, "state": "Warm" }],
+            },
+        });
+        fake.put(GROUP, "nodecaches", cache);
+        let store = Arc::new(Store {
+            id: "1".into(),
+            ..Store::default()
+        });
+        let running = agent(&fake, name, Arc::clone(&store));
+        until("a report", || {
+            let status = fake.get(&cache_key(name)).unwrap()["status"].clone();
+            status["storeId"] == "1"
+                && status["warmups"][0]["state"] == "Warm"
+                && !status["reported"].is_null()
+        })
+        .await;
+        running.abort();
+        nodes.push((name, store.orders.lock().len()));
+    }
+    // What is not pinned is brought once, and it was, but for those who have nothing of it.
+    assert_eq!(nodes, [("same", 0), ("emptied", 1), ("renewed", 1)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pin_that_nobody_asked_for_goes_with_a_list() {
+    let fake = Fake::start().await;
+    node(&fake, "n1", false);
+    let store = Arc::new(Store::default());
+    let running = agent(&fake, "n1", Arc::clone(&store));
+    warmup(
+        &fake,
+        "d",
+        "a",
+        json!({ "references": ["hf://o/a"], "maxParallelNodes": 0 }),
+    );
+    until("it warms", || store.pins("hf://o/a").is_some()).await;
+    // It could not be let go when its Warmup went.
+    let pins = ["warmup-gone".to_owned()].into();
+    store.here.lock().insert("hf://o/old".into(), pins);
+    fake.refuse("watch", "warmups", 410, "Gone");
+    fake.cut();
+    until("it is let go", || {
+        store.pins("hf://o/old") == Some(BTreeSet::new())
+    })
+    .await;
+    running.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_example_opens_the_model_and_its_public_image() {
     let fake = Fake::start().await;
     node(&fake, "n1", false);
@@ -390,12 +464,17 @@ async fn a_controller_says_labels_lets_in_and_deletes() {
     });
     fake.put("apps", "deployments", deployment);
     let serve = Key::new("apps", "deployments", "d", "serve");
-    let ahead = Key::new(GROUP, "warmups", "d", "deployment-serve");
+    // Of a kind that the cluster gets to know later.
+    fake.refuse("list", "leaderworkersets", 404, "NotFound");
+    let ahead = || {
+        let mut warmups = fake.all(GROUP, "warmups").into_iter();
+        warmups.find(|w| w["metadata"]["ownerReferences"][0]["kind"] == "Deployment")
+    };
     let (stop, first) = candidate(&fake, "one");
     let (stop_second, second) = candidate(&fake, "two");
     until("what is over is deleted", || fake.get(&over).is_none()).await;
-    until("what a template asks for", || fake.get(&ahead).is_some()).await;
-    let made = fake.get(&ahead).unwrap();
+    until("what a template asks for", || ahead().is_some()).await;
+    let made = ahead().unwrap();
     assert_eq!(made["spec"]["maxNodes"], 4);
     assert_eq!(made["spec"]["credentials"]["name"], "hub");
     assert_eq!(
@@ -410,14 +489,27 @@ async fn a_controller_says_labels_lets_in_and_deletes() {
         *d.pointer_mut(annotation).unwrap() = json!("hf://o/t2")
     });
     until("an edit of the template", || {
-        fake.get(&ahead).unwrap()["spec"]["references"] == json!(["hf://o/t2"])
+        ahead().unwrap()["spec"]["references"] == json!(["hf://o/t2"])
     })
     .await;
     fake.edit(&serve, |d| {
         d["spec"]["template"]["metadata"]["annotations"] = json!({})
     });
-    until("nothing is asked for any more", || {
-        fake.get(&ahead).is_none()
+    until("nothing is asked for any more", || ahead().is_none()).await;
+    let template = json!({ "metadata": { "annotations": { "hearth.dev/prefetch": "hf://o/l" } }, "spec": { "containers": [] } });
+    let late = json!({
+        "apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet",
+        "metadata": { "name": "late", "namespace": "d" },
+        "spec": { "leaderWorkerTemplate": { "size": 2, "workerTemplate": template } },
+    });
+    fake.put("leaderworkerset.x-k8s.io", "leaderworkersets", late);
+    until("what a kind of an operator asks for", || {
+        let warmups = fake.all(GROUP, "warmups");
+        (warmups
+            .iter()
+            .filter(|w| w["metadata"]["ownerReferences"][0]["kind"] == "LeaderWorkerSet"))
+        .count()
+            == 2
     })
     .await;
     let status = || fake.get(&gate).unwrap()["status"].clone();

@@ -1,5 +1,7 @@
 //! Redirects and mirrors.
 
+use hearth::{fetch::Engine, metrics, mirror, node::Node, source::Asker, store::Store};
+
 use super::*;
 
 #[tokio::test]
@@ -244,4 +246,64 @@ async fn credentials_of_a_registry_stay_away_from_its_mirror() {
         assert!(!sent.contains("Basic") && !sent.ends_with("-1"), "{sent}");
     }
     assert_eq!(guarded.granted.load(Ordering::SeqCst), 1);
+}
+
+/// A mirror that is set up as its help says is also among the mirrors of the node that it serves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mirror_does_not_ask_itself() {
+    let mut held = Held::default();
+    let layer = data(100_000);
+    held.image("1", "amd64", std::slice::from_ref(&layer));
+    let registry = Scripted::start(move |seen| held.answer(seen)).await;
+    let host = registry.address.to_string();
+    let reference = format!("oci://{host}/team/app:1");
+    for told_where in [false, true] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let hosts = format!("server = \"http://{host}\"\n[host.\"http://{address}\"]\n");
+        let settings = Settings::new().hosts(&(host.replace(':', "_") + "_"), &hosts);
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), &Default::default()).unwrap();
+        let config = Config {
+            asker: Some(Asker {
+                store: store.id().to_owned(),
+                mirror: told_where.then_some(address),
+            }),
+            ..settings.config()
+        };
+        let sources = Sources::new(config);
+        let node = Node::new(Engine::new(store, Default::default()), sources.clone());
+        let serving = tokio::spawn(async move {
+            let config = mirror::Config::default();
+            mirror::serve(listener, node, &config, std::future::pending()).await
+        });
+        let counted = || {
+            let metrics = metrics::global();
+            (metrics.mirror_ok.get(), metrics.mirror_refused.get())
+        };
+        let before = counted();
+        let all = async |source: &Arc<dyn Source>| {
+            let found = layered(source, &reference).await.unwrap();
+            let blob = found.layers[0].blob.to_string();
+            read(source, &blob, 0..layer.len() as u64).await.unwrap()
+        };
+        // Another program on this node, which has the same hosts.
+        let limit = Duration::from_secs(15);
+        let asked = tokio::time::timeout(limit, async { all(&settings.open(&reference)).await });
+        assert!(asked.await.expect("it asks itself") == layer);
+        assert!(counted().0 > before.0);
+        for seen in registry.take_log() {
+            assert!(!seen.target.contains("ns="), "{seen:?}");
+        }
+        // The node, and whoever else works on its store.
+        let before = counted();
+        let source = sources.open(&reference.parse().unwrap()).unwrap();
+        let asked = tokio::time::timeout(limit, async { all(&source).await });
+        assert!(asked.await.expect("it asks itself") == layer);
+        assert_eq!(counted().0, before.0, "of itself it takes nothing");
+        if told_where {
+            assert_eq!(counted(), before, "nor does it ask");
+        }
+        serving.abort();
+    }
 }

@@ -263,6 +263,7 @@ fn what_a_tier_lacks_is_fetched_and_kept() {
     assert_eq!(found.damaged[0].what, "it is missing");
     assert_eq!(found.damaged[0].references, ["s3://b/a"]);
     assert!(!found.damaged[0].distrusted, "a disk may come back");
+    assert!(!found.damaged[0].is_mended());
     let gone = made.objects[1].id;
     assert!(store.complete(&gone).unwrap().is_none());
     // By whom it is brought back without a record of its own.

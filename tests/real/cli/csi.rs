@@ -18,10 +18,10 @@ use super::*;
 use crate::hub::Stub;
 
 /// The directory of the kubelet: a mount of its own, whose mounts are seen elsewhere.
-struct Pods(PathBuf);
+pub(super) struct Pods(pub(super) PathBuf);
 
 impl Pods {
-    fn new(dir: PathBuf) -> Self {
+    pub(super) fn new(dir: PathBuf) -> Self {
         fs::create_dir_all(&dir).unwrap();
         let none = None::<&str>;
         mount(Some(&dir), &dir, none, MsFlags::MS_BIND, none).unwrap();
@@ -49,8 +49,8 @@ pub(super) struct Csi {
     pub(super) keeper: Option<Running>,
     /// How it is started.
     pub(super) options: String,
-    runtime: Runtime,
-    pods: Pods,
+    pub(super) runtime: Runtime,
+    pub(super) pods: Pods,
     pub(super) bed: Bed,
 }
 
@@ -122,11 +122,18 @@ impl Csi {
         server.child.as_ref().unwrap().id()
     }
 
-    pub(super) fn try_node(&self) -> Option<NodeClient<Channel>> {
+    fn connect(&self) -> Option<Channel> {
         let address = format!("unix://{}", self.bed.path("csi.sock").display());
         let endpoint = tonic::transport::Endpoint::from_shared(address).unwrap();
-        let channel = self.runtime.block_on(endpoint.connect()).ok()?;
-        let mut node = NodeClient::new(channel);
+        self.runtime.block_on(endpoint.connect()).ok()
+    }
+
+    pub(super) fn channel(&self) -> Channel {
+        self.connect().unwrap()
+    }
+
+    pub(super) fn try_node(&self) -> Option<NodeClient<Channel>> {
+        let mut node = NodeClient::new(self.connect()?);
         // It listens before it serves.
         let info = node.node_get_info(api::NodeGetInfoRequest {});
         self.runtime.block_on(info).ok()?;
@@ -230,7 +237,7 @@ impl Csi {
     }
 }
 
-fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+pub(super) fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
     let pairs = pairs.iter();
     pairs
         .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))

@@ -212,6 +212,38 @@ fn a_full_disk_refuses_to_warm_but_serves_by_streaming() {
 }
 
 #[test]
+fn a_background_fetch_that_found_no_room_goes_on_when_there_is_some() {
+    let (bed, web) = (Bed::new(), Web::new());
+    let model = web.model("m", 20, 2);
+    let image = bed.path("image");
+    let disk = Mounted::ext4(&image, 80);
+    let config = bed.path("config.toml");
+    fs::write(&config, "[store]\nmin_free = \"1MiB\"\n").unwrap();
+    let root = disk.dir.path();
+    let flags = format!(
+        "--store {}/store --config {}",
+        root.display(),
+        config.display()
+    );
+    let ballast = root.join("ballast");
+    let flag = nix::fcntl::FallocateFlags::empty();
+    let file = fs::File::create(&ballast).unwrap();
+    nix::fcntl::fallocate(file, flag, 0, 45 << 20).unwrap();
+    let dir = bed.mount_dir("mnt");
+    bed.ok(&format!("{flags} mount {model} {dir}"));
+    let status = || bed.json(&format!("{flags} status {dir} --json"));
+    mounts::wait_until("refused", || {
+        let status = status();
+        let error = status["error"].as_str().unwrap_or_default();
+        error.contains("40.2 MiB")
+    });
+    fs::remove_file(&ballast).unwrap();
+    mounts::wait_until("all of it", || status()["complete"] == true);
+    mounts::wait_until("no error", || status()["error"] == Value::Null);
+    bed.ok(&format!("{flags} umount {dir}"));
+}
+
+#[test]
 fn a_change_at_the_origin_is_noticed_and_never_mixed() {
     let bed = Bed::new();
     let web = Web::new();

@@ -322,6 +322,20 @@ fn a_tier_that_is_detached_or_damaged_is_fetched_instead() {
     let list = fresh.json(&format!("{with} list --json"));
     assert_eq!(list[0]["complete"], true, "{list}");
     assert_eq!(list[0]["places"].as_array().unwrap().len(), 2, "{list}");
+    let done = fresh.run(&format!("{with} verify --all --repair"));
+    assert_eq!(done.code, Some(0), "{done:?}");
+    assert!(done.out.contains("1 damaged, repaired"), "{done:?}");
+
+    // What is missing there may be there when the disk is attached again: it stays as it is.
+    let hex = digest(2);
+    let object = tier.join("objects/sha256").join(&hex[..2]).join(&hex);
+    fs::remove_file(&object).unwrap();
+    let done = fresh.run(&format!("{with} verify --all --repair"));
+    assert_eq!(done.code, Some(1), "{done:?}");
+    assert!(
+        done.out.contains("2 damaged") && !done.out.contains("repaired"),
+        "{done:?}"
+    );
     drop(bind);
 }
 

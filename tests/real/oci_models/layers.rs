@@ -81,6 +81,18 @@ async fn compressed_tars_are_layers_that_are_unpacked_to_the_same_files() {
         for (path, content) in bed.contents(&artifact) {
             assert!(content == model.files[&*path], "{repository}: {path}");
         }
+        // A file as it is needs no index.
+        let (named, progress) = (reference.parse().unwrap(), Progress::default());
+        let pushed = bed.node.push_indexes(&named, &progress).await.unwrap();
+        assert_eq!(pushed.layers, 1, "{repository}");
+        // Another node reads it before it is unpacked, and believes that until it was.
+        let other = Bed::new();
+        let lazy = other.node.resolve(&named).await.unwrap();
+        assert!(!lazy.is_verified(), "{repository}");
+        assert_eq!(*lazy.artifact, artifact, "{repository}");
+        assert_eq!(other.store.images().unwrap(), [], "it is no image");
+        other.warm(&reference).await.unwrap();
+        assert!(other.node.resolve(&named).await.unwrap().is_verified());
     }
 }
 

@@ -336,7 +336,11 @@ fn a_held_node_is_let_in_when_all_gates_are_warm_there() {
     let gate =
         json!({ "references": ["hf://o/m"], "startupGate": true, "tolerations": tolerating });
     cluster.warmup(OWN, "gate", gate.clone());
-    cluster.warmup("tenant", "foreign", gate);
+    cluster.warmup("tenant", "foreign", gate.clone());
+    // The API server takes none such any more; all nodes but one would wait for ever.
+    let mut bounded = gate;
+    bounded["maxNodes"] = json!(1);
+    let bounded = cluster.warmup(OWN, "bounded", bounded);
     cluster.warmup(
         OWN,
         "elsewhere",
@@ -354,6 +358,8 @@ fn a_held_node_is_let_in_when_all_gates_are_warm_there() {
     }
     cluster.says("a", &[("gate", WarmState::Warm)], &[]);
     assert_eq!(released(cluster.reconcile()), Some(vec![other]));
+    let status = cluster.status(&bounded);
+    assert_eq!(condition(&status, "StartupGate").reason, "MaxNodes");
     // What was reported for a node of the same name that is gone does not count.
     cluster.world.caches.get_mut("a").unwrap().owner = Some("uid-of-an-older-a".into());
     assert_eq!(released(cluster.reconcile()), None);

@@ -3,12 +3,61 @@
 //! Static keys, region and endpoint of the profile `AWS_PROFILE` are read; single sign-on, assumed
 //! roles and credential processes are not.
 
-use std::{env, fs, path::PathBuf};
+use std::{
+    env, fmt, fs,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
+use object_store::{CredentialProvider, aws::AwsCredential};
+use parking_lot::Mutex;
 use zeroize::{Zeroize as _, Zeroizing};
 
 /// Largest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
+
+/// How long the keys of a profile are used without a look at its files.
+const FRESH: Duration = Duration::from_secs(2);
+
+/// The keys of a profile, which somebody may replace in its files at any time.
+pub(super) struct Keys {
+    load: fn() -> Profile,
+    last: Mutex<(Instant, Arc<AwsCredential>)>,
+}
+
+impl Keys {
+    /// The keys of a profile that was loaded; `None` where there are none.
+    pub(super) fn of(profile: &Profile) -> Option<Self> {
+        Some(Self {
+            load,
+            last: Mutex::new((Instant::now(), Arc::new(profile.keys()?))),
+        })
+    }
+}
+
+impl fmt::Debug for Keys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Keys of a profile")
+    }
+}
+
+#[async_trait::async_trait]
+impl CredentialProvider for Keys {
+    type Credential = AwsCredential;
+
+    async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
+        let mut last = self.last.lock();
+        if last.0.elapsed() >= FRESH {
+            // Two small files; where they are being written, the keys stay.
+            if let Some(found) = (self.load)().keys() {
+                last.1 = Arc::new(found);
+            }
+            last.0 = Instant::now();
+        }
+        Ok(Arc::clone(&last.1))
+    }
+}
 
 /// What a profile sets.
 #[derive(Default)]
@@ -57,6 +106,14 @@ impl Drop for Profile {
 }
 
 impl Profile {
+    fn keys(&self) -> Option<AwsCredential> {
+        Some(AwsCredential {
+            key_id: self.access_key_id.clone()?,
+            secret_key: self.secret_access_key.clone()?,
+            token: self.session_token.clone(),
+        })
+    }
+
     /// Takes what is not set yet from the section `[section]` or, for the default profile, `[name]`.
     fn merge(&mut self, text: &str, section: &str, name: &str) {
         let mut inside = false;
@@ -96,6 +153,34 @@ impl Profile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn keys_that_were_replaced_are_read_anew() {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        static ASKED: AtomicU32 = AtomicU32::new(0);
+        let load = || {
+            let mut profile = Profile::default();
+            let key = match ASKED.fetch_add(1, Ordering::SeqCst) {
+                0 => "old",
+                1 => return profile,
+                _ => "new",
+            };
+            profile.access_key_id = Some(key.to_owned());
+            profile.secret_access_key = Some("s".to_owned());
+            profile
+        };
+        let mut keys = Keys::of(&load()).unwrap();
+        keys.load = load;
+        for wanted in ["old", "old", "new"] {
+            let fresh = keys.get_credential().await.unwrap();
+            let again = keys.get_credential().await.unwrap();
+            assert_eq!((&*again.key_id, &*fresh.key_id), (wanted, wanted));
+            let mut last = keys.last.lock();
+            last.0 = last.0.checked_sub(FRESH).unwrap();
+        }
+        assert_eq!(ASKED.load(Ordering::SeqCst), 3);
+        assert!(!format!("{keys:?}").contains("new"));
+    }
 
     #[test]
     fn sections_are_kept_apart() {

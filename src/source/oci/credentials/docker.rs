@@ -7,7 +7,7 @@ use base64::Engine as _;
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
-use super::{Credential, Place, exec};
+use super::{Credential, Place, exec, provider::matches_image};
 use crate::{reference::Secret, source::listing::short};
 
 /// Longest run of a helper.
@@ -71,7 +71,8 @@ pub(super) fn choices(bytes: &[u8], place: &Place) -> Result<Vec<Choice>, String
     let mut found = Vec::new();
     let keys = keys(place);
     found.extend(best(&file.cred_helpers, &keys).map(helper));
-    if let Some(Some(entry)) = best(&file.auths, &keys) {
+    let auth = best(&file.auths, &keys).or_else(|| best_glob(&file.auths, place));
+    if let Some(Some(entry)) = auth {
         let direct = entry.credential()?;
         found.extend(direct.map(Choice::Direct));
     }
@@ -109,6 +110,19 @@ fn best<'m, T>(map: &'m HashMap<String, T>, keys: &[String]) -> Option<&'m T> {
         Some(((at(&name)?, name != *key), value))
     });
     ranked.min_by_key(|(rank, _)| *rank).map(|(_, value)| value)
+}
+
+/// The value of the most exact pattern for `place`: those of the kubelet, which pull secrets may have.
+fn best_glob<'m, T>(map: &'m HashMap<String, T>, place: &Place) -> Option<&'m T> {
+    let name = place.name();
+    let patterns = map.iter().filter_map(|(key, value)| {
+        let pattern = normal(key);
+        let matches = pattern.contains(['*', '?', '[']) && matches_image(&pattern, &name);
+        matches.then_some((pattern, value))
+    });
+    // The last one, as the kubelet has it: a longer path goes before a shorter one.
+    let best = patterns.max_by(|(one, _), (other, _)| one.cmp(other));
+    best.map(|(_, value)| value)
 }
 
 /// A key without what older versions of Docker wrote around it: `https://index.docker.io/v1/`.
@@ -233,6 +247,32 @@ mod tests {
         crate::corpus::replay("corpus/docker-config", |input| {
             let _ = choices(input, &place("r.io", "a/b"));
         });
+    }
+
+    #[test]
+    fn patterns_of_pull_secrets_match_as_the_kubelet_has_it() {
+        let text = r#"{"auths": {
+            "*.azurecr.io": {"username": "az", "password": "p"},
+            "https://*.azurecr.io/team": {"username": "team", "password": "p"},
+            "*.dkr.ecr.*.amazonaws.com": {"username": "aws", "password": "p"},
+            "exact.azurecr.io": {"username": "exact", "password": "p"},
+            "*.r.io:5000": {"username": "port", "password": "p"}
+        }}"#;
+        for (registry, repository, found) in [
+            ("mine.azurecr.io", "a/b", "az:p"),
+            ("mine.azurecr.io", "team/b", "team:p"),
+            ("exact.azurecr.io", "team/b", "exact:p"),
+            ("1234.dkr.ecr.eu-west-1.amazonaws.com", "x", "aws:p"),
+            ("a.r.io:5000", "x", "port:p"),
+        ] {
+            assert_eq!(ways(text, registry, repository), [found], "{registry}");
+        }
+        for registry in ["azurecr.io", "a.b.azurecr.io", "a.r.io", "evil.io"] {
+            assert!(
+                ways(text, registry, "a.azurecr.io/b").is_empty(),
+                "{registry}"
+            );
+        }
     }
 
     #[test]

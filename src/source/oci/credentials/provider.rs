@@ -265,7 +265,7 @@ fn best(auth: &BTreeMap<String, Credential>, image: &str) -> Option<Credential> 
 
 /// The kubelet's `URLsMatchStr`: equal ports, as many parts of the host, each matching as a glob,
 /// and the path of the pattern a prefix of that of the image.
-fn matches_image(glob: &str, image: &str) -> bool {
+pub(super) fn matches_image(glob: &str, image: &str) -> bool {
     fn split(text: &str) -> (&str, Option<&str>, &str) {
         let text = text
             .strip_prefix("https://")

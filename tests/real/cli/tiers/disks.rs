@@ -254,6 +254,19 @@ fn a_bake_that_is_killed_while_its_disk_image_is_made_goes_on() {
         .spawn()
         .unwrap();
     wait_for("the tool", || baker.path("begun").exists());
+    // Who is told to end takes the tool along, and leaves nothing half.
+    let pid = nix::unistd::Pid::from_raw(bake.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(bake.wait().unwrap().code(), Some(143));
+    let left: Vec<_> = fs::read_dir(baker.dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .filter(|name| name.to_str().unwrap().starts_with("disk"))
+        .collect();
+    assert_eq!(left, ["disk.baking"]);
+    fs::remove_file(baker.path("begun")).unwrap();
+    let mut bake = command.spawn().unwrap();
+    wait_for("the tool", || baker.path("begun").exists());
     bake.kill().unwrap();
     bake.wait().unwrap();
     assert!(!disk.exists());
