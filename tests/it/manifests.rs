@@ -374,7 +374,8 @@ fn containers(pod: &Value) -> Vec<Value> {
 }
 
 /// What is installed by `daemonset/base`.
-fn base() -> Vec<Value> {
+/// What `kubectl apply -k` makes of the base.
+pub(crate) fn base() -> Vec<Value> {
     let dir = root().join("base");
     base_of(&dir, &documents(&dir.join("kustomization.yaml"))[0])
 }

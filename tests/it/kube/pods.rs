@@ -474,3 +474,51 @@ async fn the_clock_of_the_server_does_not_matter() {
         }
     }
 }
+
+/// (verb, group, resource) of a ClusterRole of `daemonset/`.
+fn granted(role: &str) -> BTreeSet<(String, String, String)> {
+    let base = crate::manifests::base();
+    let is_role = |d: &&Value| d["kind"] == "ClusterRole" && d["metadata"]["name"] == role;
+    let role = base.iter().find(is_role).unwrap();
+    let texts = |list: &Value| -> Vec<String> {
+        let list = list.as_array().unwrap().iter();
+        list.map(|text| text.as_str().unwrap().to_owned()).collect()
+    };
+    let mut granted = BTreeSet::new();
+    for rule in role["rules"].as_array().unwrap() {
+        for group in texts(&rule["apiGroups"]) {
+            for resource in texts(&rule["resources"]) {
+                for verb in texts(&rule["verbs"]) {
+                    granted.insert((verb, group.clone(), resource.clone()));
+                }
+            }
+        }
+    }
+    granted
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn its_rights_are_what_it_asks_for_and_no_more() {
+    let bed = Bed::new().await;
+    let wrong = json!({PREFETCH: "hf://o/m, nonsense"});
+    bed.fake.put("", "pods", pod("a", &wrong));
+    let told = |bed: &Bed| bed.events("WrongAnnotation").len() == 1;
+    until("an event was told", || told(&bed)).await;
+    // The next process tells it again, and finds it there.
+    let bed = bed.restart().await;
+    until("it was counted", || bed.fake.count("patch", "events") > 0).await;
+    // With credentials a third role comes in, which namespaces bind by themselves.
+    let named = json!({PREFETCH: "hf://o/m", "hearth.dev/credentials": "s"});
+    bed.fake.put("", "pods", pod("b", &named));
+    until("the secret was asked for", || {
+        bed.fake.count("get", "secrets") > 0
+    })
+    .await;
+    let asked = bed.fake.asked().into_iter();
+    let asked: BTreeSet<_> = asked
+        .map(|a| (a.verb.to_owned(), a.group, a.resource))
+        .collect();
+    let mut rights = granted("hearth-pods");
+    rights.append(&mut granted("hearth-secrets"));
+    assert_eq!(asked, rights);
+}
