@@ -69,11 +69,9 @@ impl NodeWarmer {
         }
         node.clone()
     }
-}
 
-#[async_trait]
-impl Warmer for NodeWarmer {
-    async fn warm(&self, order: &Order, progress: &Progress) -> Result<(), WarmError> {
+    /// As [`Warmer::warm`].
+    async fn bring(&self, order: &Order, progress: &Progress) -> Result<(), WarmError> {
         let (reference, tenancy) = (&order.reference, self.node.tenancy());
         let rank = i8::try_from(order.priority.clamp(-100, 100)).unwrap_or_default();
         let mut node = self.node(order).with_rank(rank);
@@ -93,11 +91,22 @@ impl Warmer for NodeWarmer {
         if let Some(owner) = pin {
             charge(tenancy, &order.namespace, owner, &resolved.artifact, false)?;
         }
-        let span =
-            span!("warmup", hearth.warmup.name = order.warmup, hearth.reference = %order.reference);
-        let warming = node.warm_known(&resolved, pin, progress);
-        let warmed = telemetry::within(span, NodeError::about, warming).await;
+        let warmed = node.warm_known(&resolved, pin, progress).await;
         warmed.map(drop).map_err(|error| failed(&error))
+    }
+}
+
+#[async_trait]
+impl Warmer for NodeWarmer {
+    async fn warm(&self, order: &Order, progress: &Progress) -> Result<(), WarmError> {
+        let span = span!(
+            "warmup",
+            hearth.warmup.uid = order.warmup,
+            k8s.namespace.name = order.namespace,
+            hearth.reference = %order.reference
+        );
+        let about = |error: &WarmError| error.reason.to_owned();
+        telemetry::within(span, about, self.bring(order, progress)).await
     }
 
     async fn keep(
