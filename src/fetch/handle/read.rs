@@ -200,7 +200,11 @@ impl Handle {
                 let since = *elsewhere_since.get_or_insert_with(Instant::now);
                 let slow_since = *self.slow_holder.lock();
                 let is_slow = slow_since.is_some_and(|since| since.elapsed() < SLOW_HOLDER);
-                if is_slow || since.elapsed() > OTHER_PROCESS_PATIENCE {
+                let patience = match is_slow {
+                    true => OTHER_PROCESS,
+                    false => OTHER_PROCESS_PATIENCE,
+                };
+                if since.elapsed() > patience {
                     // It may be slow, or stopped: no reader waits for that, and none twice.
                     if !is_slow {
                         *self.slow_holder.lock() = Some(Instant::now());

@@ -424,6 +424,7 @@ impl Handle {
             }
             partial.abandon().map_err(failed)?;
             self.completed(&complete, partial);
+            engine.came(self.id());
             return Ok(Some(complete));
         }
         if !self.all_present(partial) {
