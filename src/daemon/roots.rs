@@ -4,8 +4,8 @@
 //! is mounted is only metadata, if a container's overlay can take that and the store's objects itself.
 //! Any other is a FUSE mount, readable at once, while the rest arrives in the background; a container
 //! that starts after that gets the native root. One chain id may so have several mounts at a time, in
-//! `<store>/run/roots/<chain>/{lazy…,native}`; all go when nobody needs the chain any more. An image that
-//! is arriving may say that it has layers which it has not: its mount is for none but itself.
+//! `<store>/run/roots/<chain>/{lazy…,native}`; all go when nobody needs the chain. That of an image which is
+//! not unpacked yet is for none but itself: nobody knows whether it has the layers that it says.
 //!
 //! Native roots outlive this process and are taken over by the next one. So are FUSE mounts where a keeper
 //! has them; else they die with it, and are made anew when the snapshotter asks for them again.
@@ -199,9 +199,8 @@ impl ImageRoots {
         };
         let chain = self.chain(&id);
         let mut chain = chain.lock().await;
-        let dir = self.dir(&id, "lazy");
-        let lazy = self.serve_lazy(&id, dir, resolved, Some(orphan)).await;
-        chain.lazy.push(lazy.map_err(anyhow::Error::new)?);
+        let lazy = self.serve_lazy(&id, self.dir(&id, "lazy"), resolved, Some(orphan));
+        chain.lazy.push(lazy.await.map_err(anyhow::Error::new)?);
         Ok(())
     }
 
@@ -253,10 +252,8 @@ impl ImageRoots {
 
     /// Looks whether the image that the CRI named can be read before it is pulled.
     async fn learn(&self, named: Option<&Reference>) -> Result<bool, NodeError> {
-        match named {
-            Some(reference) => Ok(self.node.resolve_lazily(reference).await?.is_some()),
-            None => Ok(false),
-        }
+        let Some(named) = named else { return Ok(false) };
+        Ok(self.node.resolve_lazily(named).await?.is_some())
     }
 
     /// Mounts a complete image so that it needs nobody; where, and where the contents of its files
