@@ -194,6 +194,24 @@ pub trait DiskFile: Send + Sync + fmt::Debug {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
 }
 
+/// Makes a directory, mode 0700, and those above it; their names are durable when this returns. False where it was
+/// there.
+///
+/// # Errors
+/// What the disk says.
+pub fn make_all(disk: &dyn Disk, dir: &Path) -> Result<bool> {
+    let Some(above) = dir.parent() else {
+        return Ok(false);
+    };
+    if disk.stat(dir)?.is_some() {
+        return Ok(false);
+    }
+    make_all(disk, above)?;
+    let made = disk.create_dir(dir)?;
+    disk.sync_dir(above)?;
+    Ok(made)
+}
+
 /// The disk of this machine.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RealDisk;

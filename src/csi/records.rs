@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     digest::Digest,
-    disk::{Disk, DiskError, Open, Span, lock_file},
+    disk::{Disk, DiskError, Open, Span, lock_file, make_all},
     source::Keys,
 };
 
@@ -177,8 +177,11 @@ type Found = (Records, Vec<Published>, Vec<Created>);
 impl Records {
     pub(super) fn open(disk: Arc<dyn Disk>, dir: &Path) -> Result<Found, CsiError> {
         for kind in [PUBLISHED, CREATED] {
-            let dir = dir.join(kind);
-            std::fs::create_dir_all(&dir).map_err(|e| DiskError::new("make directory", &dir, e))?;
+            make_all(&*disk, &dir.join(kind))?;
+        }
+        // `run/csi` and what is above it may be of others, or of a process that was killed before it could do this.
+        for dir in dir.ancestors().take(3) {
+            disk.sync_dir(dir)?;
         }
         let fail = |e: io::Error| DiskError::new("lock", dir, e);
         let lock = disk.open(&dir.join("lock"), Open::Create)?;

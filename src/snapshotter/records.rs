@@ -157,7 +157,7 @@ impl Records {
     /// # Errors
     /// One that another process serves, or that cannot be written.
     pub(super) fn open(disk: Arc<dyn Disk>, root: &Path) -> Result<(Self, Found), SnapshotError> {
-        if make_all(&*disk, root)? {
+        if disk::make_all(&*disk, root)? {
             // Who is in a container may have to pass through, as with containerd's own.
             set_mode(root, 0o711)?;
         }
@@ -318,20 +318,6 @@ fn unreadable(found: &mut Found, path: &Path, id: u64, error: &str) {
 fn set_mode(path: &Path, mode: u32) -> Result<(), DiskError> {
     let set = fs::set_permissions(path, fs::Permissions::from_mode(mode));
     set.map_err(|e| DiskError::new("set the mode of", path, e))
-}
-
-/// Makes a directory and those above it; durable when it returns. False where it was there.
-fn make_all(disk: &dyn Disk, dir: &Path) -> Result<bool, DiskError> {
-    let Some(above) = dir.parent() else {
-        return Ok(false);
-    };
-    if disk.stat(dir)?.is_some() {
-        return Ok(false);
-    }
-    make_all(disk, above)?;
-    let made = disk.create_dir(dir)?;
-    disk.sync_dir(above)?;
-    Ok(made)
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use hearth::{
         Settings, Status, Targets, User, Want, serve,
     },
     digest::Digest,
+    disk::{Disk, RealDisk},
     r#gen::csi::v1::{
         self as api,
         controller_client::ControllerClient,
@@ -25,6 +26,7 @@ use hearth::{
 use tempfile::TempDir;
 use tonic::{Code, transport::Channel};
 
+mod crash;
 mod fields;
 mod volumes;
 
@@ -209,6 +211,7 @@ struct Bed {
     models: Arc<Made>,
     marks: Arc<Marks>,
     config: Config,
+    disk: Arc<dyn Disk>,
     served: Option<Served>,
 }
 
@@ -224,15 +227,22 @@ impl Bed {
     }
 
     async fn with(config: Config) -> Self {
-        let mut bed = Self {
+        let mut bed = Self::on(Arc::new(RealDisk));
+        bed.config = config;
+        bed.start().await;
+        bed
+    }
+
+    /// One that is not started yet.
+    fn on(disk: Arc<dyn Disk>) -> Self {
+        Self {
             dir: tempfile::tempdir().unwrap(),
             models: Arc::default(),
             marks: Arc::default(),
-            config,
+            config: Config::default(),
+            disk,
             served: None,
-        };
-        bed.start().await;
-        bed
+        }
     }
 
     fn settings(&self) -> Settings {
@@ -244,8 +254,9 @@ impl Bed {
     }
 
     async fn start(&mut self) {
-        let (models, marks) = (self.models.clone(), self.marks.clone());
-        let driver = Driver::open(self.settings(), models, marks).await.unwrap();
+        let (disk, models, marks) = (self.disk.clone(), self.models.clone(), self.marks.clone());
+        let driver = Driver::open_on(disk, self.settings(), models, marks);
+        let driver = driver.await.unwrap();
         let path = self.dir.path().join("csi.sock");
         let address = format!("unix://{}", path.display());
         let listener = Listener::bind(Path::new(&address)).unwrap();
