@@ -85,7 +85,10 @@ use std::{
     collections::HashMap,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Weak, atomic::AtomicU64},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 use parking_lot::Mutex;
@@ -107,7 +110,10 @@ pub struct Store {
     root: PathBuf,
     config: Config,
     disk: Arc<dyn Disk>,
-    writable: bool,
+    /// A tier, or baked: never written, whatever the disk says.
+    sealed: bool,
+    /// It could be written once; a disk that fails since says so itself.
+    was_writable: AtomicBool,
     boot: [u8; 16],
     id: String,
     partials: Mutex<HashMap<PartialId, Weak<Partial>>>,
@@ -197,7 +203,8 @@ impl Store {
             root: root.to_owned(),
             config: config.clone(),
             disk,
-            writable: true,
+            sealed: false,
+            was_writable: AtomicBool::new(true),
             boot,
             id: String::new(),
             partials: Mutex::default(),
@@ -214,7 +221,8 @@ impl Store {
             root: root.to_owned(),
             config: self.config.clone(),
             disk: Arc::clone(&self.disk),
-            writable: false,
+            sealed: true,
+            was_writable: AtomicBool::new(false),
             boot: self.boot,
             id: String::new(),
             partials: Mutex::default(),
@@ -227,7 +235,8 @@ impl Store {
 
     /// Takes its identity, and looks at its tiers.
     fn begin(&mut self, identity: Identity) {
-        self.writable = identity.lock.is_none() && self.disk.writable(&self.root);
+        self.sealed = identity.lock.is_some();
+        self.was_writable = AtomicBool::new(false);
         self.id = identity.id;
         self.look_at_tiers(true);
     }
@@ -242,9 +251,19 @@ impl Store {
         &self.id
     }
 
-    /// Whether it can be written.
-    pub const fn writable(&self) -> bool {
-        self.writable
+    /// Whether it can be written. One that was opened on a disk which only is read can be as soon as that is mended.
+    pub fn writable(&self) -> bool {
+        if self.sealed || self.was_writable.load(Ordering::Relaxed) {
+            return !self.sealed;
+        }
+        let writable = self.disk.writable(&self.root);
+        self.was_writable.store(writable, Ordering::Relaxed);
+        writable
+    }
+
+    /// Whether it is never written, whatever the disk says.
+    pub fn is_sealed(&self) -> bool {
+        self.sealed
     }
 
     fn identity(&self) -> Result<Option<Identity>> {
@@ -253,7 +272,7 @@ impl Store {
             return Ok(None);
         };
         let damaged = |why: &dyn std::fmt::Display| {
-            let advice = match self.writable {
+            let advice = match self.writable() {
                 true => {
                     "; unless a newer version of hearth wrote it, remove that file: it is made anew, \
                      and the content of the store stays"

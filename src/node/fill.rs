@@ -7,7 +7,7 @@ use futures_util::{StreamExt as _, stream};
 use super::{Node, NodeError, Progress, Resolved, blocking, layers::Pace, slices};
 use crate::{
     fetch::{Class, FetchError, FetchErrorKind},
-    store::Complete,
+    store::{Complete, StoreErrorKind},
     telemetry::{self, span},
     tree::{Artifact, Object},
 };
@@ -22,7 +22,7 @@ const LONGEST_FILL_PAUSE: Duration = Duration::from_secs(60);
 impl Node {
     /// Fetches every object of an artifact that is being read, in the background. The caller holds
     /// it. An origin that cannot be reached is tried again, at longer and longer intervals; so is a
-    /// disk that is full or fails. Where it is an image, a container is starting from it: that goes
+    /// disk that is full, fails, or only is read. Where it is an image, a container is starting from it: that goes
     /// first.
     ///
     /// # Errors
@@ -42,22 +42,29 @@ impl Node {
             self.engine.touch();
             pace.wait(&self.engine).await;
         }
-        let _room = self.admit(&resolved.artifact).await?;
         let mut pause = FIRST_FILL_PAUSE;
+        let mut wait = async |error: &(dyn std::error::Error + Sync)| {
+            let reference = &resolved.artifact.reference;
+            tracing::warn!(reference, %error, ?pause, "the background fetch waits");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_FILL_PAUSE);
+        };
+        let _room = loop {
+            match self.admit(&resolved.artifact).await {
+                // The disk is only read, for now.
+                Err(NodeError::Store(error))
+                    if error.kind() == StoreErrorKind::ReadOnly && !self.store().is_sealed() =>
+                {
+                    wait(&error).await;
+                }
+                admitted => break admitted?,
+            }
+        };
         loop {
             progress.begin(&resolved.artifact, self.store());
             match self.bring(resolved, progress, Some(pace)).await {
-                Err(NodeError::Fetch { reference, source })
-                    if matches!(
-                        source.kind(),
-                        FetchErrorKind::Unavailable
-                            | FetchErrorKind::NoSpace
-                            | FetchErrorKind::Disk
-                    ) =>
-                {
-                    tracing::warn!(reference, error = %source, ?pause, "the background fetch waits");
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(LONGEST_FILL_PAUSE);
+                Err(NodeError::Fetch { source, .. }) if may_pass(source.kind()) => {
+                    wait(&source).await;
                 }
                 other => return other,
             }
@@ -128,6 +135,12 @@ impl Node {
         });
         checked.await?
     }
+}
+
+/// Whether it is an origin that cannot be reached, or a disk that is full or fails.
+const fn may_pass(kind: FetchErrorKind) -> bool {
+    use FetchErrorKind::{Disk, NoSpace, Unavailable};
+    matches!(kind, Unavailable | NoSpace | Disk)
 }
 
 /// The order in which objects are fetched: small ones (configuration, tokenizer, indexes) first,

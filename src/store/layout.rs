@@ -131,7 +131,7 @@ impl Store {
 
     /// Fails where the store cannot be written.
     pub(super) fn need_writable(&self) -> Result<()> {
-        if self.writable {
+        if self.writable() {
             return Ok(());
         }
         let message = format!("store {} cannot be written", self.root.display());

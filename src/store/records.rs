@@ -355,31 +355,27 @@ impl Store {
                 tree: None,
             });
         }
-        // Where nothing can be written, nothing can be evicted.
-        let (lock, written) = match self.writable {
-            true => match self.lock_removable(&self.hold_path(reference), Span::Shared, true) {
-                // The disk has become so since. It may be mended while this is held.
+        // The disk may be one that only is read, or become so, and be mended while this is held.
+        let lock_path = self.hold_path(reference);
+        let (lock, written) = match self.writable() {
+            true => match self.lock_removable(&lock_path, Span::Shared, true) {
                 Err(error) if error.errno() == Some(libc::EROFS) => {
-                    let path = self.hold_path(reference);
-                    (self.lock_there(&path, Span::Shared, true)?, false)
+                    (self.lock_there(&lock_path, Span::Shared, true)?, false)
                 }
                 lock => (lock?, true),
             },
-            false => (None, false),
+            false => (self.lock_where_allowed(&lock_path), false),
         };
         let Some(record) = self.read_record(&path)? else {
             return Err(missing());
         };
-        let tree = match self.writable {
-            true => Some(self.lock_tree(&record.digest, Span::Shared, true)?),
-            false => None,
-        };
+        let tree = self.hold_tree(&record.digest)?;
         if written {
             self.disk.touch(&path)?;
         }
         Ok(Hold {
             reference: lock,
-            tree: tree.flatten(),
+            tree,
         })
     }
 
@@ -388,11 +384,8 @@ impl Store {
     /// # Errors
     /// What the disk says.
     pub fn hold_generation(&self, digest: &Digest) -> Result<Hold> {
-        let tree = match self.writable {
-            true => self.lock_tree(digest, Span::Shared, true)?,
-            false => None,
-        };
-        if tree.is_none() && self.writable && self.read_tree(digest)?.is_none() {
+        let tree = self.hold_tree(digest)?;
+        if tree.is_none() && self.writable() && self.read_tree(digest)?.is_none() {
             // Whoever serves it goes on, and fetches what is collected once more.
             tracing::warn!(%digest, "the tree of what is held is missing: its content may be collected");
         }
@@ -400,6 +393,19 @@ impl Store {
             reference: None,
             tree,
         })
+    }
+
+    fn hold_tree(&self, digest: &Digest) -> Result<Option<FileLock>> {
+        match self.writable() {
+            true => self.lock_tree(digest, Span::Shared, true),
+            false => Ok(self.lock_where_allowed(&self.tree_path(digest))),
+        }
+    }
+
+    /// The shared lock of a file in a store that cannot be written; none where the user may not even do that, and so
+    /// will not evict anything either.
+    fn lock_where_allowed(&self, path: &Path) -> Option<FileLock> {
+        self.lock_there(path, Span::Shared, true).ok().flatten()
     }
 
     /// Whether only a tier knows a reference: nothing of it can be evicted, or removed.

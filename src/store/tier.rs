@@ -468,7 +468,10 @@ impl Store {
         if tier.bad.lock().insert(*digest) {
             metrics::global().store_tier_damaged.add(1);
         }
-        let Some(path) = self.distrusted_path(tier, digest).filter(|_| self.writable) else {
+        let Some(path) = self
+            .distrusted_path(tier, digest)
+            .filter(|_| self.writable())
+        else {
             return Ok(());
         };
         if let Some(dir) = path.parent().and_then(Path::parent) {

@@ -107,7 +107,7 @@ impl Store {
     fn verify_tiers(self: &Arc<Self>) {
         for tier in &self.usable_tiers() {
             if tier.config.verify != TierVerify::Never
-                && self.writable
+                && self.writable()
                 && let Err(error) = self.verify_slowly(tier)
             {
                 tier.failed(&error);

@@ -86,7 +86,7 @@ impl Store {
             }
             (Some(path), _) => (path.clone(), Ok(vec![path.clone()])),
             (None, Some(label)) => {
-                let may_mount = self.writable.then_some(&*self.root);
+                let may_mount = self.writable().then_some(&*self.root);
                 let found = label::mounted(label, may_mount);
                 (format!("LABEL={label}").into(), found)
             }

@@ -218,3 +218,82 @@ fn a_store_on_a_disk_that_is_only_read_for_a_while() {
             .contains("0 damaged")
     );
 }
+
+/// A server that begins on a disk that only is read, keeps what comes once the disk can be written: what is read, and
+/// what is fetched in the background.
+#[test]
+fn a_server_that_began_on_a_disk_that_is_only_read() {
+    let bed = Bed::new();
+    let web = Web::new();
+    let names = ["read", "filled"];
+    let models = names.map(|name| web.model(name, 12, 2));
+    let image = bed.path("image");
+    let disk = Mounted::ext4(&image, 192);
+    let at = disk.dir.path().to_str().unwrap().to_owned();
+    let config = bed.path("config.toml");
+    fs::write(&config, "[store]\nmin_free = 0\n").unwrap();
+    let flags = format!("--store {at}/store --config {}", config.display());
+    let dirs = names.map(|name| bed.mount_dir(name));
+    let shards = [1, 2].map(|n| format!("model-{n:05}-of-00002.safetensors"));
+    let body = |name: &str, shard: &str| fs::read(web.path(name).join(shard)).unwrap();
+    let remount = |how: &str| {
+        let how = format!("remount,{how}");
+        Done::of(&mut tool("mount", &["-o", &how, &at])).ok();
+    };
+    for ((model, dir), name) in models.iter().zip(&dirs).zip(names) {
+        bed.ok(&format!("{flags} mount --no-fill {model} {dir}"));
+        read(&format!("{dir}/{}", shards[0]), &body(name, &shards[0]));
+        bed.ok(&format!("{flags} umount {dir}"));
+    }
+    remount("ro");
+    let serve = |how: &str, n: usize| {
+        let (model, dir) = (&models[n], &dirs[n]);
+        let server = bed.start(&format!("{flags} mount --foreground {how} {model} {dir}"));
+        let begun = Instant::now();
+        while hearth::mount::find(Path::new(dir)).unwrap().is_none() {
+            assert!(begun.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        server
+    };
+    let mut servers = [serve("--no-fill", 0), serve("", 1)];
+    let read_all = || {
+        for (dir, name) in dirs.iter().zip(names) {
+            for shard in &shards {
+                read(&format!("{dir}/{shard}"), &body(name, shard));
+            }
+        }
+    };
+    read_all();
+    let object = |name: &str| {
+        let hex = hearth::digest::Digest::of(&body(name, &shards[1])).hex();
+        Path::new(&at).join(format!("store/objects/sha256/{}/{hex}", &hex[..2]))
+    };
+    let objects = names.map(object);
+    assert!(!objects.iter().any(|object| object.exists()));
+    remount("rw");
+    let begun = Instant::now();
+    while !objects.iter().all(|object| object.exists()) {
+        assert!(begun.elapsed() < Duration::from_secs(120), "{objects:?}");
+        read(
+            &format!("{}/{}", dirs[0], shards[1]),
+            &body("read", &shards[1]),
+        );
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert!(servers.iter_mut().all(Running::runs), "without a restart");
+    // What they serve is held, though that could not be written down when they began.
+    bed.ok(&format!("{flags} gc --target-bytes 0"));
+    assert!(objects.iter().all(|object| object.exists()));
+    let before = web.sent();
+    read_all();
+    assert_eq!(web.sent(), before);
+    assert!(
+        bed.ok(&format!("{flags} verify --all"))
+            .contains("0 damaged")
+    );
+    for (dir, server) in dirs.iter().zip(servers) {
+        bed.ok(&format!("{flags} umount {dir}"));
+        assert_eq!(server.done().code, Some(0));
+    }
+}
