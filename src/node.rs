@@ -9,6 +9,7 @@ mod bake;
 mod documents;
 mod error;
 mod fill;
+mod hold;
 mod layers;
 mod patient;
 mod progress;
@@ -20,7 +21,6 @@ mod unpack;
 
 use std::sync::Arc;
 
-use self::layers::Layers;
 pub use self::{
     bake::Planned,
     error::NodeError,
@@ -30,12 +30,13 @@ pub use self::{
     status::{ArtifactStatus, FileStatus, Place},
     tenancy::{OverQuota, Tenancy, TenancyConfig},
 };
+use self::{hold::MAX_REMOVALS, layers::Layers};
 use crate::{
     digest::Digest,
     fetch::{self, Engine, FetchErrorKind, VerifyPolicy},
     reference::{HubRepo, Locator, Reference},
     source::{Credentials, Layered, Source, SourceErrorKind, Sources},
-    store::{ByteSize, Hold, Reservation, Store, StoreError, StoreErrorKind},
+    store::{ByteSize, Reservation, Store, StoreError, StoreErrorKind},
     telemetry::{self, span},
     tree::Artifact,
 };
@@ -464,6 +465,7 @@ impl Node {
     ) -> Result<WarmReport, NodeError> {
         let started = std::time::Instant::now();
         let mut tried_again = false;
+        let mut removals = 0;
         loop {
             let resolved = match revision {
                 Some(revision) => self.resolve_at(reference, revision, progress).await?,
@@ -482,6 +484,10 @@ impl Node {
                 {
                     tracing::warn!(%error, "resolving again");
                     tried_again = true;
+                }
+                Err(error) if self.was_removed(&error) && removals < MAX_REMOVALS => {
+                    tracing::warn!(%reference, "removed meanwhile: resolving again");
+                    removals += 1;
                 }
                 Err(error) => return Err(error),
                 Ok(before) => return Ok(WarmReport::new(&resolved, before, started)),
@@ -534,42 +540,6 @@ impl Node {
         let before = progress.begin(artifact, self.store());
         self.bring(resolved, progress, None).await?;
         Ok(before.saturating_sub(resolved.brought))
-    }
-
-    /// Keeps an artifact from eviction while the guard lives.
-    ///
-    /// # Errors
-    /// What the store says.
-    pub async fn hold(&self, reference: &str) -> Result<Hold, NodeError> {
-        let (store, reference) = (Arc::clone(self.store()), reference.to_owned());
-        Ok(blocking(move || store.hold(&reference)).await?)
-    }
-
-    /// As [`Node::hold`], of what has just been resolved: recorded once more where another process has
-    /// removed it since. An image is more than its artifact, and is not.
-    ///
-    /// # Errors
-    /// What the store says.
-    pub async fn hold_resolved(&self, resolved: &Resolved) -> Result<Hold, NodeError> {
-        let name = &resolved.artifact.reference;
-        match self.hold(name).await {
-            Err(NodeError::Store(error))
-                if error.kind() == StoreErrorKind::NotFound && resolved.layers.is_none() =>
-            {
-                self.record(&resolved.artifact).await?;
-                self.hold(name).await
-            }
-            held => held,
-        }
-    }
-
-    /// As [`Node::hold`], for the generation `digest` of `reference`.
-    ///
-    /// # Errors
-    /// What the store says.
-    pub async fn hold_generation(&self, digest: &Digest) -> Result<Hold, NodeError> {
-        let (store, digest) = (Arc::clone(self.store()), *digest);
-        Ok(blocking(move || store.hold_generation(&digest)).await?)
     }
 
     /// Makes sure that an artifact fits, evicting where that helps.

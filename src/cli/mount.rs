@@ -487,22 +487,24 @@ impl Mounted {
         progress: Arc<Progress>,
         options: Options,
     ) -> anyhow::Result<Self> {
+        let mut holds = Vec::new();
         let resolved = match &place.orphan {
-            Some((_, digest)) => node.resume(reference, digest).await?,
-            None => node.resolve(reference).await?,
+            Some((_, digest)) => {
+                let resolved = node.resume(reference, digest).await?;
+                match node.hold(&resolved.artifact.reference).await {
+                    Ok(hold) => holds.push(hold),
+                    // It was forgotten while it was mounted.
+                    Err(error) => tracing::debug!(%error, "only the generation is held"),
+                }
+                resolved
+            }
+            None => {
+                let (resolved, hold) = node.resolve_held(reference).await?;
+                holds.push(hold);
+                resolved
+            }
         };
         let artifact = &resolved.artifact;
-        let mut holds = Vec::new();
-        let held = match place.orphan {
-            None => node.hold_resolved(&resolved).await,
-            Some(_) => node.hold(&artifact.reference).await,
-        };
-        match held {
-            Ok(hold) => holds.push(hold),
-            // It was forgotten while it was mounted.
-            Err(error) if place.orphan.is_none() => return Err(error.into()),
-            Err(error) => tracing::debug!(%error, "only the generation is held"),
-        }
         let digest = artifact.digest();
         if place.orphan.is_some() {
             holds.push(node.hold_generation(&digest).await?);

@@ -49,7 +49,8 @@ impl Content for PodContent {
         let failed = |error: NodeError| of_node(&error);
         let guarded = node.guard(&wish.reference, keys.as_ref()).await;
         guarded.map_err(failed)?;
-        let resolved = node.resolve(&wish.reference).await.map_err(failed)?;
+        let held = node.resolve_held(&wish.reference).await;
+        let (resolved, _hold) = held.map_err(failed)?;
         let artifact = &resolved.artifact;
         let reference = &artifact.reference;
         if wish.pin {

@@ -285,11 +285,18 @@ impl Models for SharedModels {
             .map_err(|e| of_node(&e))?;
         let resolved = self.unless_ending(async {
             match &generation {
-                Some(digest) => node.resume(&want.reference, digest).await,
-                None => node.resolve(&want.reference).await,
+                Some(digest) => {
+                    let resolved = node.resume(&want.reference, digest).await;
+                    resolved.map(|resolved| (resolved, None))
+                }
+                None => {
+                    let held = node.resolve_held(&want.reference).await;
+                    held.map(|(resolved, hold)| (resolved, Some(hold)))
+                }
             }
         });
-        let resolved = resolved.await?.map_err(|e| match (&e, generation) {
+        // Held until it is served, which holds it, too.
+        let (resolved, _hold) = resolved.await?.map_err(|e| match (&e, generation) {
             (NodeError::Unknown(_), Some(_)) => ModelError::new(ModelErrorKind::Gone, describe(&e)),
             _ => of_node(&e),
         })?;
@@ -557,7 +564,7 @@ fn mount_on(
     }
     // Of a process that is gone, and that no keeper has: whoever reads it reads nothing any more.
     while mount::find(dir)?.is_some() {
-        mount::unmount(dir, true)?;
+        mount::unmount_forced(dir)?;
     }
     fs::create_dir_all(dir).map_err(|e| failed(format!("{}: {e}", dir.display())))?;
     Ok(match keeper {

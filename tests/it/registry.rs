@@ -29,6 +29,7 @@ use crate::scripted::{Reply, Scripted, Seen};
 mod auth;
 mod manifests;
 mod passing;
+mod removed;
 mod ways;
 
 const SECRET: &str = "geheim";
