@@ -94,6 +94,19 @@ class Hearth:
         done = self.run("status", at, "--json", ok=False)
         return json.loads(done.stdout) if done.returncode == 0 else None
 
+    def panics(self, *more):
+        """Lines about panics in the logs of its mounts, and in those given besides."""
+        run = os.path.join(self.store, "run")
+        logs = [os.path.join(run, f) for f in os.listdir(run) if f.endswith(".log")] if os.path.isdir(run) else []
+        found = []
+        for path in logs + list(more):
+            try:
+                with open(path, errors="replace") as f:
+                    found += [line.strip() for line in f if "panicked" in line]
+            except FileNotFoundError:
+                pass
+        return found
+
     def processes(self):
         """Processes of this store: pid -> (command, open files, resident bytes)."""
         found = {}
