@@ -162,6 +162,8 @@ pub fn main() -> ExitCode {
         _ => (None, Vec::new()),
     };
     let traces = init_tracing(cli.verbose, traces);
+    // Whatever becomes of this process.
+    crate::mount::keeper::refuse_overdue();
     let done = made.and_then(|context| match command {
         Command::Inspect(args) => inspect::run(&context, args),
         Command::Warm(args) => warm::run(&context, args),

@@ -1,8 +1,8 @@
 //! mount: a [`View`] on the kernel's side of `/dev/fuse`. The only room that imports fuser.
 //!
 //! `device` mounts and unmounts, `table` reads the kernel's list of mounts, `adapter` decodes requests,
-//! calls `fs` and answers, `opens` decides between passthrough and FUSE reads, `stale`
-//! has the kernel drop what turned out wrong, `errno` is the one
+//! calls `fs` and answers, `opens` decides between passthrough and FUSE reads, `stale` and `pages`
+//! have the kernel drop what turned out wrong, `errno` is the one
 //! table from errors to errno. `session` begins with the kernel or goes on where another process
 //! stopped, with what `state` remembers; `keeper` holds both while processes come and go; `retire` lets
 //! go. Called by `daemon` and `cli`.
@@ -23,6 +23,7 @@ mod errno;
 pub mod keeper;
 pub mod native;
 mod opens;
+mod pages;
 mod retire;
 mod server;
 mod session;
@@ -302,7 +303,8 @@ impl Mount {
             true => Some(Agreed::of(&session.state.answer().map_err(failed)?)),
             false => None,
         };
-        let server = Arc::new(Server::new(view, &session, agreed, config, runtime));
+        let server = Server::new(view, &session, agreed, config, runtime, keeper.clone());
+        let server = Arc::new(server);
         let mut settings = fuser::Config::default();
         let threads = config.threads.clamp(1, 64);
         settings.n_threads = Some(threads);
@@ -420,6 +422,8 @@ impl Mount {
             .map_err(|e| MountError::system(&self.dir, "mountinfo", e))?
             .is_some_and(|m| m.connection == self.connection);
         match there {
+            // The number may be of another mount by now, unless it is as dead as this one.
+            true if self.has_ended() => clean(&self.dir),
             true => device::unmount(&self.dir, lazy),
             false => Ok(()),
         }
@@ -541,7 +545,7 @@ pub fn unmount_forced(dir: &Path) -> Result<(), MountError> {
     if let Some(found) = find(dir)?
         && let Some(info) = list.iter().rfind(|info| info.mountpoint == found)
     {
-        keeper::abort(info.connection);
+        return device::end(&found, info.connection);
     }
     unmount(dir, true)
 }
@@ -568,18 +572,22 @@ pub fn unmount(dir: &Path, lazy: bool) -> Result<(), MountError> {
 /// The list of mounts cannot be read.
 pub fn find(dir: &Path) -> Result<Option<PathBuf>, MountError> {
     let list = mounted().map_err(|e| MountError::system(dir, "mountinfo", e))?;
-    let is_mounted = |dir: &Path| list.iter().any(|m| m.mountpoint == dir);
+    // As it is listed: other names for it may end in a slash.
+    let mounted = |dir: PathBuf| {
+        let found = list.iter().find(|m| m.mountpoint == dir);
+        found.map(|m| m.mountpoint.clone())
+    };
     // What is mounted there may be dead or stuck: look at the directory itself last.
     let plain = std::path::absolute(dir).map_err(|e| MountError::system(dir, "path", e))?;
-    let mut found = Some(plain.clone()).filter(|p| is_mounted(p));
+    let mut found = mounted(plain.clone());
     if found.is_none()
         && let (Some(parent), Some(name)) = (plain.parent(), plain.file_name())
         && let Ok(parent) = parent.canonicalize()
     {
-        found = Some(parent.join(name)).filter(|p| is_mounted(p));
+        found = mounted(parent.join(name));
     }
     if found.is_none() {
-        found = plain.canonicalize().ok().filter(|p| is_mounted(p));
+        found = plain.canonicalize().ok().and_then(mounted);
     }
     Ok(found)
 }

@@ -148,7 +148,10 @@ impl Parts {
             (Some(path), false) => {
                 Some(Link::connect(path).context("the keeper of agent.keeper cannot be had")?)
             }
-            (None, true) => Some(Link::managed(&mut passed)?),
+            (None, true) => {
+                let patience = Duration::from_secs(config.mount.orphan_timeout);
+                Some(Link::managed(&mut passed, patience)?)
+            }
             (None, false) => None,
         };
         let listened = passed.iter().map(|(name, _)| name.clone());

@@ -564,7 +564,7 @@ fn mount_on(
     }
     // Of a process that is gone, and that no keeper has: whoever reads it reads nothing any more.
     while mount::find(dir)?.is_some() {
-        mount::unmount_forced(dir)?;
+        mount::unmount(dir, true)?;
     }
     fs::create_dir_all(dir).map_err(|e| failed(format!("{}: {e}", dir.display())))?;
     Ok(match keeper {

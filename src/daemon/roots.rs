@@ -489,6 +489,8 @@ impl Roots for ImageRoots {
         match pinned {
             Ok(Ok(())) => Ok(true),
             Ok(Err(error)) if error.kind() == StoreErrorKind::ReadOnly => Ok(true),
+            // Another process has removed it meanwhile.
+            Ok(Err(error)) if error.kind() == StoreErrorKind::NotFound => Ok(false),
             Ok(Err(error)) => Err(of_node(&error.into())),
             Err(error) => Err(RootsError::new(RootsErrorKind::Failed, error.to_string())),
         }

@@ -7,7 +7,7 @@ use std::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::net::UnixStream,
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
@@ -18,7 +18,10 @@ use nix::{
     unistd::{getgid, getuid},
 };
 
-use super::{MountError, MountErrorKind, table::FSTYPE};
+use super::{
+    MountError, MountErrorKind,
+    table::{self, FSTYPE},
+};
 use crate::limits;
 
 /// The source shown in the list of mounts.
@@ -128,6 +131,29 @@ pub(super) fn unmount(dir: &Path, lazy: bool) -> Result<(), MountError> {
             "nothing is mounted here",
         )),
         Err(error) => Err(MountError::system(dir, "umount", error)),
+    }
+}
+
+/// Where a connection is ended, if that file system is mounted.
+pub(super) fn control(connection: u32) -> PathBuf {
+    format!("/sys/fs/fuse/connections/{connection}/abort").into()
+}
+
+/// Takes the mount of a connection that is alive away from `dir`, whatever its server does: whoever waits for an
+/// answer gets ECONNABORTED, whoever asks later ENOTCONN. Fine where it is detached already.
+pub(super) fn end(dir: &Path, connection: u32) -> Result<(), MountError> {
+    let aborted = std::fs::write(control(connection), "1");
+    let found = table::find(dir).map_err(|e| MountError::system(dir, "mountinfo", e))?;
+    if !found.is_some_and(|found| found.is_hearth() && found.connection == connection) {
+        return aborted.map_err(|e| MountError::system(dir, "abort", e));
+    }
+    if aborted.is_err() {
+        // Aborts it, too; that files are open is not what was to be known.
+        let _ = nix::mount::umount2(dir, MntFlags::MNT_FORCE | MntFlags::UMOUNT_NOFOLLOW);
+    }
+    match unmount(dir, true) {
+        Err(error) if error.kind() == MountErrorKind::NotMounted => Ok(()),
+        done => done,
     }
 }
 

@@ -7,6 +7,7 @@
 //! given a server to run starts it again. While there is none, whoever reads through it waits, for at
 //! most the time that is configured, and is then answered ETIMEDOUT (`refuse`); what the kernel
 //! reads by itself goes on without anybody.
+//! It drops pages for its servers (`super::pages`), by children of its own, since who does so cannot be killed.
 //!
 //! Invariants: one thread; every queue and message is bounded; a peer that does not read is dropped. No
 //! file on a mount is ever opened here: to close it would be a request to a server that may not be there.
@@ -15,7 +16,9 @@
 //! service manager keeps the same fds (`fdstore`).
 
 mod child;
+mod droppers;
 mod fdstore;
+mod held;
 mod line;
 mod link;
 mod refuse;
@@ -25,6 +28,7 @@ mod wire;
 use std::{
     collections::BTreeMap,
     io,
+    ops::RangeInclusive,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     process::Command,
@@ -42,11 +46,14 @@ use nix::{
 
 use self::{
     child::Child,
+    droppers::Droppers,
+    held::{Answered, Held, is_alive, take_away, unknown},
     refuse::Refuser,
     wire::{Answer, Dir, Request},
 };
 pub use self::{
     child::SUCCESSOR,
+    fdstore::refuse_overdue,
     link::{Link, Orphan},
     wire::{Kept, PROTOCOL},
 };
@@ -89,6 +96,7 @@ pub struct Keeper {
     last_peer: u64,
     sessions: Vec<Held>,
     child: Option<Child>,
+    droppers: Droppers,
     stopping: bool,
 }
 
@@ -96,20 +104,6 @@ struct Peer {
     socket: OwnedFd,
     process: u32,
     greeted: bool,
-}
-
-struct Held {
-    session: Session,
-    server: Option<u64>,
-    /// Who wants to serve it, and until when.
-    successor: Option<(u64, Instant)>,
-    servers: u32,
-    /// Without server since then.
-    orphan: Instant,
-    refuser: Option<Refuser>,
-    /// Its directory shows it no more: it is for whoever has something of it open.
-    detached: bool,
-    _holds: Vec<OwnedFd>,
 }
 
 /// Something that [`poll`] reports.
@@ -146,6 +140,8 @@ impl Keeper {
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
             ending.add(signal);
         }
+        // Not an end of its own, but of a child that drops pages.
+        ending.add(Signal::SIGCHLD);
         ending.thread_block().map_err(|e| failed(e.into()))?;
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let signals = SignalFd::with_flags(&ending, flags).map_err(|e| failed(e.into()))?;
@@ -157,6 +153,7 @@ impl Keeper {
             last_peer: 0,
             sessions: Vec::new(),
             child: settings.server.map(Child::new),
+            droppers: Droppers::default(),
             stopping: false,
         })
     }
@@ -172,9 +169,13 @@ impl Keeper {
                 self.handle(source, hung_up);
             }
         }
-        if self.child.is_some() {
-            // Nobody will serve what is left.
-            self.sessions.drain(..).for_each(take_away);
+        for held in self.sessions.drain(..) {
+            // It would end with this process, but for a child that drops pages.
+            let lasts = held.server.is_none() && self.droppers.count(held.session.connection) > 0;
+            // Where the server was run by this process, nobody will serve what is left.
+            if self.child.is_some() || lasts {
+                take_away(held);
+            }
         }
         Ok(())
     }
@@ -240,7 +241,9 @@ impl Keeper {
                 Ok(refuser) => held.refuser = Some(refuser),
                 Err(error) => {
                     tracing::error!(%dir, %error, "requests cannot be refused: the mount is given up");
-                    abort(held.session.connection);
+                    if let Err(error) = device::end(&held.session.dir, held.session.connection) {
+                        tracing::warn!(%error, "it could not be ended");
+                    }
                     // Looked at again when that has no effect.
                     held.orphan = now;
                 }
@@ -308,7 +311,11 @@ impl Keeper {
     fn handle(&mut self, source: Source, hung_up: bool) {
         match source {
             Source::Signals => {
-                while let Ok(Some(_)) = self.signals.read_signal() {
+                while let Ok(Some(signal)) = self.signals.read_signal() {
+                    if signal.ssi_signo == Signal::SIGCHLD as u32 {
+                        self.droppers.reap();
+                        continue;
+                    }
                     self.stopping = true;
                     if let Some(child) = &mut self.child {
                         child.stop();
@@ -459,6 +466,12 @@ impl Keeper {
             }
             Request::Abort { dir } => self.abort(&dir.0),
             Request::Give { dir, connection } => self.accept_session(id, &dir.0, connection, fds),
+            Request::Drop {
+                dir,
+                connection,
+                first,
+                last,
+            } => self.drop_pages(id, (&dir.0, connection), first..=last, fds),
         };
         match answered {
             Ok((answer, fds)) => {
@@ -489,6 +502,7 @@ impl Keeper {
             keeper: std::process::id(),
             version: env!("HEARTH_VERSION").into(),
             takes: true,
+            drops: true,
         };
         Ok((answer, Vec::new()))
     }
@@ -598,11 +612,35 @@ impl Keeper {
         }
     }
 
+    /// Starts a child that drops pages and says so to the one fd of `fds`.
+    fn drop_pages(
+        &mut self,
+        id: u64,
+        (dir, connection): (&Path, u32),
+        inodes: RangeInclusive<u64>,
+        fds: Vec<OwnedFd>,
+    ) -> Answered {
+        let mut sessions = self.sessions.iter();
+        let held = sessions.find(|held| held.is(dir, Some(connection)));
+        let held = held.ok_or_else(|| unknown(dir))?;
+        let refused = |kind, why: &str| Err(MountError::new(kind, dir, why));
+        if held.server != Some(id) {
+            return refused(MountErrorKind::Keeper, "another process serves it");
+        }
+        let Ok([report]) = <[OwnedFd; 1]>::try_from(fds) else {
+            return refused(
+                MountErrorKind::Keeper,
+                "nobody would be told that pages were dropped",
+            );
+        };
+        self.droppers.start(&held.session, inodes, report.as_fd())?;
+        Ok((Answer::Done, Vec::new()))
+    }
+
     fn abort(&mut self, dir: &Path) -> Answered {
         let found = |held: &Held| held.is(dir, None);
         let at = self.sessions.iter().position(found);
         let held = self.remove(at.ok_or_else(|| unknown(dir))?);
-        abort(held.session.connection);
         take_away(held);
         if let Some(child) = &mut self.child {
             self.stopping = true;
@@ -644,79 +682,5 @@ impl Keeper {
             tracing::warn!(process = peer.process, %error, "a peer does not listen");
             self.gone(id);
         }
-    }
-}
-
-type Answered = Result<(Answer, Vec<OwnedFd>), MountError>;
-
-impl Held {
-    fn new(session: Session, server: u64) -> Self {
-        Self {
-            session,
-            server: Some(server),
-            successor: None,
-            servers: 0,
-            orphan: Instant::now(),
-            refuser: None,
-            detached: false,
-            _holds: Vec::new(),
-        }
-    }
-
-    fn show(&self) -> Answered {
-        let failed = |e| MountError::system(&self.session.dir, "session", e);
-        let fuse = self.session.device.fd().map_err(failed)?;
-        let state = self.session.state.fd().map_err(failed)?;
-        let connection = self.session.connection;
-        Ok((Answer::Session { connection }, vec![fuse, state]))
-    }
-
-    /// Whether it is the session of this connection, or where none is given, the one that `dir` shows.
-    fn is(&self, dir: &Path, connection: Option<u32>) -> bool {
-        let meant = connection.map_or(!self.detached, |number| number == self.session.connection);
-        meant && self.session.dir == dir
-    }
-
-    fn give(&mut self, id: u64) {
-        self.server = Some(id);
-        self.servers += 1;
-        self.refuser = None;
-    }
-}
-
-fn unknown(dir: &Path) -> MountError {
-    MountError::new(
-        MountErrorKind::NotMounted,
-        dir,
-        "the keeper has no mount here",
-    )
-}
-
-/// Whether the kernel still has the connection.
-fn is_alive(session: &Session) -> bool {
-    let mut fds = [PollFd::new(session.device.as_fd(), PollFlags::empty())];
-    match poll(&mut fds, PollTimeout::ZERO) {
-        Ok(_) => !fds[0].any().unwrap_or(false),
-        Err(_) => true,
-    }
-}
-
-/// Leaves nothing of a session that nobody will serve.
-fn take_away(held: Held) {
-    let Held { session, .. } = held;
-    let dir = &session.dir;
-    let mounted = table::find(dir).is_ok_and(|found| {
-        found.is_some_and(|found| found.is_hearth() && found.connection == session.connection)
-    });
-    if mounted && let Err(error) = device::unmount(dir, true) {
-        tracing::warn!(%error, "could not unmount");
-    }
-}
-
-/// Ends a FUSE connection: whoever waits for an answer gets ECONNABORTED, whoever asks later ENOTCONN.
-pub(super) fn abort(connection: u32) {
-    let path = format!("/sys/fs/fuse/connections/{connection}/abort");
-    if let Err(error) = std::fs::write(&path, "1") {
-        tracing::warn!(path, %error, "the connection could not be aborted");
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     ops::RangeInclusive,
+    path::PathBuf,
     sync::{
         Arc, Weak,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -17,8 +18,10 @@ use tokio::runtime::Handle;
 use super::{
     Config,
     errno::errno,
+    keeper::Link,
     opens::{Answer, Opens, Registered as _},
-    session::{Agreed, Backing, Device, Session, drop_pages},
+    pages::{Place, drop_pages},
+    session::{Agreed, Backing, Device, Session},
     stale::Stale,
     state::{Kind, State, Working},
     stats::{Counters, Stats},
@@ -37,6 +40,9 @@ pub(super) struct Server {
     pub(super) state: Arc<State>,
     /// While the session runs.
     pub(super) device: Weak<Device>,
+    connection: u32,
+    dir: PathBuf,
+    keeper: Option<Arc<Link>>,
     pub(super) counters: Counters,
     pub(super) small_file: u64,
     /// Off once the kernel has refused, for want of privilege or of a suitable store.
@@ -64,10 +70,14 @@ impl Server {
         agreed: Option<Agreed>,
         config: &Config,
         runtime: Handle,
+        keeper: Option<Arc<Link>>,
     ) -> Self {
         Self {
             view,
             runtime,
+            connection: session.connection,
+            dir: session.dir.clone(),
+            keeper,
             opens: Opens::new(session.state.clone()),
             state: session.state.clone(),
             device: Arc::downgrade(&session.device),
@@ -181,8 +191,14 @@ impl Server {
         let Some(device) = self.device.upgrade() else {
             return;
         };
-        match drop_pages(&device, inodes.clone()) {
-            Ok(()) => self.counters.invalidations.add(1),
+        let place = Place {
+            device: &device,
+            connection: self.connection,
+            dir: &self.dir,
+            keeper: self.keeper.as_deref(),
+        };
+        match drop_pages(place, inodes.clone()) {
+            Ok(done) => self.counters.invalidations.add(done.into()),
             Err(error) => tracing::error!(?inodes, %error, "the kernel keeps wrong bytes"),
         }
     }

@@ -11,7 +11,6 @@
 
 use std::{
     io,
-    ops::RangeInclusive,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
@@ -23,11 +22,8 @@ use std::{
 use fuser::BackingId;
 use nix::{
     errno::Errno,
-    sys::{
-        socket::{AddressFamily, SockFlag, SockType, socketpair},
-        wait::{WaitStatus, waitpid},
-    },
-    unistd::{ForkResult, fork, read, write},
+    sys::socket::{AddressFamily, SockFlag, SockType, socketpair},
+    unistd::{read, write},
 };
 
 use super::{
@@ -48,7 +44,6 @@ const PASSTHROUGH: u64 = 1 << 37;
 const HAS_RESEND: u64 = 1 << 39;
 /// `FUSE_NOTIFY_RESEND`: the notification is its number where an error would stand.
 const NOTIFY_RESEND: i32 = 7;
-const NOTIFY_INVAL_INODE: i32 = 2;
 /// Set in the number of a request that the kernel sends again.
 pub(super) const RESENT: u64 = 1 << 63;
 
@@ -96,6 +91,11 @@ impl Device {
         self.left.store(true, Ordering::SeqCst);
     }
 
+    /// Whether this process has let it go.
+    pub(super) fn has_left(&self) -> bool {
+        self.left.load(Ordering::SeqCst)
+    }
+
     pub(super) fn open_backing(self: &Arc<Self>, file: &std::fs::File) -> io::Result<Backing> {
         let id = BackingId::create_raw(self, file)?;
         Ok(self.backing(id))
@@ -125,7 +125,7 @@ impl Drop for Backing {
         let Some(device) = self.device.upgrade() else {
             return;
         };
-        if device.left.load(Ordering::SeqCst) {
+        if device.has_left() {
             return;
         }
         // SAFETY: FUSE_DEV_IOC_BACKING_CLOSE reads one u32, which lives until it returns.
@@ -291,49 +291,6 @@ pub(super) fn tell(device: BorrowedFd<'_>, error: i32, request: u64) -> io::Resu
     header[8..].copy_from_slice(&request.to_ne_bytes());
     write(device, &header)?;
     Ok(())
-}
-
-/// Has the kernel drop its pages of `inodes`; waits for those that are being read.
-///
-/// A child of this process does the waiting. It cannot be killed: the pages that it waits for may need an
-/// answer of this process, which would then be neither dead nor alive, and have no successor.
-pub(super) fn drop_pages(device: &Device, inodes: RangeInclusive<u64>) -> io::Result<()> {
-    // fuse_out_header, fuse_notify_inval_inode_out: from 0, and no length, to the end.
-    let mut message = [0u8; OUT_HEADER + 24];
-    message[..4].copy_from_slice(&((OUT_HEADER + 24) as u32).to_ne_bytes());
-    message[4..8].copy_from_slice(&NOTIFY_INVAL_INODE.to_ne_bytes());
-    let fd = device.fd.as_raw_fd();
-    // SAFETY: the child makes system calls only, on numbers and on memory that are its own.
-    match unsafe { fork() }? {
-        // SAFETY: as above. It keeps no fd but this one: no lock, and no connection to the keeper.
-        ForkResult::Child => unsafe {
-            libc::dup2(fd, 0);
-            if libc::syscall(libc::SYS_close_range, 1, libc::c_uint::MAX, 0) != 0 {
-                for fd in 1..65536 {
-                    libc::close(fd);
-                }
-            }
-            let mut failed = 0;
-            for ino in inodes {
-                message[16..24].copy_from_slice(&ino.to_ne_bytes());
-                let written = libc::write(0, message.as_ptr().cast(), message.len());
-                // The kernel need not know every inode.
-                if written < 0 && *libc::__errno_location() != libc::ENOENT {
-                    failed = *libc::__errno_location();
-                }
-            }
-            libc::_exit(failed)
-        },
-        ForkResult::Parent { child } => loop {
-            return match waitpid(child, None) {
-                Err(Errno::EINTR) => continue,
-                Err(error) => Err(error.into()),
-                Ok(WaitStatus::Exited(_, 0)) => Ok(()),
-                Ok(WaitStatus::Exited(_, errno)) => Err(io::Error::from_raw_os_error(errno)),
-                Ok(other) => Err(io::Error::other(format!("{other:?}"))),
-            };
-        },
-    }
 }
 
 /// Reads into `buffer`, whatever interrupts.

@@ -5,6 +5,7 @@
 //!     0 "hrthsess"   8 format u32   12 slots u32   16 slots ever used u32   20 servers so far u32
 //!    24 length of the kernel's INIT u32   28 length of our answer u32 (0: none yet)
 //!    32 length of `about` u32   36 length of the mount point u32
+//!    40 found without a server, in seconds since the boot, u32 (0: not)   44 how long readers wait then, in seconds, u32
 //!  1024 INIT request   2048 INIT answer   4096 about: what is served, opaque here
 //! 61440 the mount point
 //! 65536 slots of 32 bytes: kind u32, backing id u32, inode u64, handle u64, zero [8]
@@ -46,6 +47,8 @@ const SLOTS: u32 = 1 << 20;
 
 const HIGH: usize = 16 / 4;
 const SERVERS: usize = 20 / 4;
+const ORPHAN: usize = 40 / 4;
+const PATIENCE: usize = 44 / 4;
 const INIT: Field = Field {
     length: 24,
     at: 1024,
@@ -226,8 +229,26 @@ impl State {
         Ok(OsString::from_vec(self.get(&DIR)?).into())
     }
 
+    /// How long readers are to wait for a server, in seconds.
+    pub(super) fn set_patience(&self, seconds: u64) {
+        let seconds = u32::try_from(seconds).unwrap_or(u32::MAX).max(1);
+        self.map.words()[PATIENCE].store(seconds, Ordering::Release);
+    }
+
+    /// Nobody serves it, `now` seconds after the boot; whether that has been so for longer than readers are to
+    /// wait.
+    pub(super) fn is_overdue(&self, now: u32) -> bool {
+        let (now, none) = (now.max(1), Ordering::AcqRel);
+        let since = self.map.words()[ORPHAN].compare_exchange(0, now, none, Ordering::Acquire);
+        let since = since.map_or_else(|since| since, |_| now);
+        // Earlier versions did not note any.
+        let patience = self.word(PATIENCE);
+        patience > 0 && now.saturating_sub(since) >= patience
+    }
+
     /// One more server begins; how many there were before.
     pub(super) fn next_server(&self) -> u32 {
+        self.map.words()[ORPHAN].store(0, Ordering::Release);
         self.map.words()[SERVERS].fetch_add(1, Ordering::AcqRel)
     }
 
@@ -419,6 +440,20 @@ mod tests {
         let expected = [wide, entry(Kind::Closing(9), 7), entry(Kind::Working, 7)];
         assert_eq!(found, expected);
         assert_eq!(next.add(entry(Kind::Cached, 1)).unwrap(), Slot(3));
+    }
+
+    #[test]
+    fn without_a_server_patience_ends() {
+        let state = State::create(b"", b"", Path::new("")).unwrap();
+        assert!(!state.is_overdue(1) && !state.is_overdue(1000));
+        state.next_server();
+        state.set_patience(10);
+        assert!(![0, 3, 10].map(|now| state.is_overdue(now)).contains(&true));
+        assert!(state.is_overdue(11));
+        state.next_server();
+        assert!(!state.is_overdue(100) && !state.is_overdue(109) && state.is_overdue(110));
+        // A clock that is wrong.
+        assert!(!state.is_overdue(5));
     }
 
     #[test]

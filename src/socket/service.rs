@@ -81,10 +81,26 @@ pub fn forget(name: &str) -> io::Result<()> {
 /// called, and nothing after that.
 pub fn passed() -> Vec<(String, OwnedFd)> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
+    if TAKEN.swap(true, Relaxed) {
+        return Vec::new();
+    }
+    let own = |number: BorrowedFd<'_>| {
+        // SAFETY: it is open, passed to this process and to nobody else in it, and taken once.
+        Ok(unsafe { OwnedFd::from_raw_fd(number.as_raw_fd()) })
+    };
+    listed(own)
+}
+
+/// Copies of what [`passed`] gives; to be called before that.
+pub fn peek() -> Vec<(String, OwnedFd)> {
+    listed(|number| number.try_clone_to_owned())
+}
+
+fn listed(take: impl Fn(BorrowedFd<'_>) -> io::Result<OwnedFd>) -> Vec<(String, OwnedFd)> {
     let word = |name| std::env::var(name).unwrap_or_default();
     let count = word("LISTEN_FDS").parse::<usize>().unwrap_or(0);
     // They may be meant for a parent of this process.
-    if word("LISTEN_PID").parse() != Ok(std::process::id()) || TAKEN.swap(true, Relaxed) {
+    if word("LISTEN_PID").parse() != Ok(std::process::id()) {
         return Vec::new();
     }
     let names = word("LISTEN_FDNAMES");
@@ -94,12 +110,11 @@ pub fn passed() -> Vec<(String, OwnedFd)> {
         let name = names.next().filter(|name| !name.is_empty());
         // SAFETY: only looked at; where it is not open that is an error.
         let fd = unsafe { BorrowedFd::borrow_raw(number) };
-        if fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).is_err() {
-            continue;
+        if fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).is_ok()
+            && let Ok(fd) = take(fd)
+        {
+            found.push((name.unwrap_or("unknown").to_owned(), fd));
         }
-        // SAFETY: it is open, passed to this process and to nobody else in it, and taken once.
-        let fd = unsafe { OwnedFd::from_raw_fd(number) };
-        found.push((name.unwrap_or("unknown").to_owned(), fd));
     }
     found
 }

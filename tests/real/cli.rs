@@ -32,6 +32,7 @@ mod matrix;
 mod memory;
 mod models;
 mod mounts;
+mod namespaces;
 mod offline;
 mod private;
 mod secrets;

@@ -1,8 +1,11 @@
 //! Mounts that the service manager keeps (`FDSTORE=1`), where there is no keeper: the connection and the state of
-//! each under the name `hearth-<connection>`, what it relies on under `hearth-<connection>-hold`.
+//! each under the name `hearth-<connection>`, what it relies on under `hearth-<connection>-hold`; and, under
+//! `hearth-life`, a pipe that ends when the manager lets go of all that (see `super::super::pages`).
 //!
 //! It keeps them however this process ends, and passes them to the next one. It does nothing else: while no
-//! server is there, who reads waits until the manager has started one.
+//! server is there, who reads waits until the manager has started one. One that is started again and again, and never
+//! comes to serve, refuses them after a time ([`refuse_overdue`]); when the service is stopped, the manager lets go
+//! of the mounts, and they end.
 
 use std::{
     collections::BTreeMap,
@@ -10,8 +13,13 @@ use std::{
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    unistd::pipe2,
+};
 use parking_lot::Mutex;
 
 use super::{
@@ -21,14 +29,26 @@ use super::{
         state::State,
         table,
     },
-    abort, unknown,
+    refuse::Refuser,
+    unknown,
     wire::Kept,
 };
 use crate::socket::service;
 
+/// Requests are refused in so many bursts; who asks on and on is not to hold up whoever comes to serve.
+const ROUNDS: usize = 64;
+
+/// What the pipe is called.
+const LIFE: &str = "hearth-life";
+
 /// What the manager keeps of this process's mounts.
-#[derive(Debug, Default)]
-pub(super) struct FdStore(Mutex<BTreeMap<PathBuf, Held>>);
+#[derive(Debug)]
+pub(super) struct FdStore {
+    held: Mutex<BTreeMap<PathBuf, Held>>,
+    orphan_timeout: Duration,
+    /// The end that is read, and the other one.
+    life: Option<[OwnedFd; 2]>,
+}
 
 #[derive(Debug)]
 struct Held {
@@ -57,30 +77,12 @@ fn hold_name(connection: u32) -> String {
 
 impl FdStore {
     /// Takes what is ours of `passed`, and leaves the rest there.
-    pub(super) fn new(passed: &mut Vec<(String, OwnedFd)>) -> Self {
-        let mut found = BTreeMap::<u32, Parts>::new();
-        let mut others = Vec::new();
-        for (name, fd) in passed.drain(..) {
-            let words = name.strip_prefix("hearth-").map(|rest| {
-                let hold = rest.strip_suffix("-hold");
-                (hold.unwrap_or(rest).parse::<u32>(), hold.is_some())
-            });
-            match words {
-                Some((Ok(connection), true)) => {
-                    found.entry(connection).or_default().holds.push(fd);
-                }
-                Some((Ok(connection), false)) => {
-                    found.entry(connection).or_default().fds.push(fd);
-                }
-                _ => others.push((name, fd)),
-            }
-        }
-        *passed = others;
-        let this = Self::default();
-        for (connection, parts) in found {
+    pub(super) fn new(passed: &mut Vec<(String, OwnedFd)>, orphan_timeout: Duration) -> Self {
+        let mut held = BTreeMap::new();
+        for (connection, parts) in sort(passed) {
             match recover(connection, parts) {
-                Ok(Some((dir, held))) => {
-                    this.0.lock().insert(dir, held);
+                Ok(Some((dir, found))) => {
+                    held.insert(dir, found);
                 }
                 // Unmounted since.
                 Ok(None) => forget(connection),
@@ -90,11 +92,26 @@ impl FdStore {
                 }
             }
         }
-        this
+        let life = match inherited_life(passed) {
+            Some(life) => Ok(life),
+            None => new_life(),
+        };
+        if let Err(error) = &life {
+            tracing::warn!(%error, "the service manager may not end the mounts when the service is stopped");
+        }
+        Self {
+            held: Mutex::new(held),
+            orphan_timeout,
+            life: life.ok(),
+        }
+    }
+
+    pub(super) fn life(&self) -> Option<BorrowedFd<'_>> {
+        self.life.as_ref().map(|[end, _]| end.as_fd())
     }
 
     pub(super) fn sessions(&self) -> Vec<Kept> {
-        let all = self.0.lock();
+        let all = self.held.lock();
         let kept = all
             .iter()
             .map(|(dir, held)| Kept::new(dir, None, held.inherited.into()));
@@ -109,6 +126,7 @@ impl FdStore {
     ) -> Result<Session, MountError> {
         let session = Session::mount(dir, options, about.as_bytes())?;
         let connection = session.connection;
+        session.state.set_patience(self.orphan_timeout.as_secs());
         let stored = || -> io::Result<Held> {
             let (fuse, state) = (session.device.fd()?, session.state.fd()?);
             service::store(&name(connection), &[fuse.as_fd(), state.as_fd()])?;
@@ -122,7 +140,7 @@ impl FdStore {
         };
         match stored() {
             Ok(held) => {
-                self.0.lock().insert(dir.to_owned(), held);
+                self.held.lock().insert(dir.to_owned(), held);
                 Ok(session)
             }
             Err(error) => {
@@ -135,21 +153,16 @@ impl FdStore {
     }
 
     pub(super) fn show(&self, dir: &Path) -> Result<Session, MountError> {
-        let all = self.0.lock();
+        let all = self.held.lock();
         let held = all.get(dir).ok_or_else(|| unknown(dir))?;
-        let failed = |e| MountError::system(dir, "session", e);
-        let fuse = held.fuse.try_clone().map_err(failed)?;
-        let state = held.state.try_clone().map_err(failed)?;
-        Ok(Session {
-            dir: dir.to_owned(),
-            connection: held.connection,
-            device: Arc::new(Device::new(fuse)),
-            state: Arc::new(State::open(state).map_err(failed)?),
-        })
+        let session = held.session(dir);
+        let session = session.map_err(|e| MountError::system(dir, "session", e))?;
+        session.state.set_patience(self.orphan_timeout.as_secs());
+        Ok(session)
     }
 
     pub(super) fn hold(&self, dir: &Path, fds: &[BorrowedFd<'_>]) -> Result<(), MountError> {
-        let mut all = self.0.lock();
+        let mut all = self.held.lock();
         let held = all.get_mut(dir).ok_or_else(|| unknown(dir))?;
         let failed = |e| MountError::system(dir, "service manager", e);
         let name = hold_name(held.connection);
@@ -166,7 +179,7 @@ impl FdStore {
     }
 
     pub(super) fn end(&self, dir: &Path, connection: u32) {
-        let mut all = self.0.lock();
+        let mut all = self.held.lock();
         // Another may have been mounted there since.
         if all
             .get(dir)
@@ -179,11 +192,97 @@ impl FdStore {
     }
 
     pub(super) fn abort(&self, dir: &Path) -> Result<(), MountError> {
-        let held = self.0.lock().remove(dir).ok_or_else(|| unknown(dir))?;
-        abort(held.connection);
+        let held = self.held.lock().remove(dir).ok_or_else(|| unknown(dir))?;
         forget(held.connection);
-        device::unmount(dir, true)
+        device::end(dir, held.connection)
     }
+}
+
+impl Held {
+    fn session(&self, dir: &Path) -> io::Result<Session> {
+        Ok(Session {
+            dir: dir.to_owned(),
+            connection: self.connection,
+            device: Arc::new(Device::new(self.fuse.try_clone()?)),
+            state: Arc::new(State::open(self.state.try_clone()?)?),
+        })
+    }
+}
+
+/// What a process that the manager has started does before anything else: where mounts have been passed to it that
+/// nobody has come to serve for so long as readers are to wait, it answers ETIMEDOUT to all of them. So do its
+/// successors, until one serves.
+pub fn refuse_overdue() {
+    for (connection, parts) in sort(&mut service::peek()) {
+        let Some(now) = uptime() else { return };
+        // What is not understood, whoever comes to serve says.
+        let Ok(Some((dir, held))) = recover(connection, parts) else {
+            continue;
+        };
+        let refused = held.session(&dir).and_then(|session| {
+            if session.state.is_overdue(now) {
+                tracing::error!(dir = %dir.display(), "no server came back in time: what is asked of it is refused until one does");
+                let mut refuser = Refuser::new(&session)?;
+                for _ in 0..ROUNDS {
+                    if !refuser.refuse(&session.state)? {
+                        break;
+                    }
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = refused {
+            tracing::error!(dir = %dir.display(), %error, "requests cannot be refused");
+        }
+    }
+}
+
+/// Makes a pipe of which the manager has both ends.
+fn new_life() -> io::Result<[OwnedFd; 2]> {
+    let (end, other) = pipe2(OFlag::O_CLOEXEC)?;
+    service::store(LIFE, &[end.as_fd(), other.as_fd()])?;
+    Ok([end, other])
+}
+
+/// The pipe that a process before this one has made, taken from what was `passed`.
+fn inherited_life(passed: &mut Vec<(String, OwnedFd)>) -> Option<[OwnedFd; 2]> {
+    let ends: Vec<_> = passed.extract_if(.., |(name, _)| name == LIFE).collect();
+    let mut ends: Vec<OwnedFd> = ends.into_iter().map(|(_, fd)| fd).collect();
+    // The manager need not keep an order.
+    ends.sort_by_key(|fd| {
+        let flags = fcntl(fd, FcntlArg::F_GETFL).unwrap_or_default();
+        flags & libc::O_ACCMODE != libc::O_RDONLY
+    });
+    ends.try_into().ok()
+}
+
+/// Seconds since the boot.
+fn uptime() -> Option<u32> {
+    let text = std::fs::read_to_string("/proc/uptime").ok()?;
+    text.split('.').next()?.parse().ok()
+}
+
+/// Takes what is ours of `passed`, by connection.
+fn sort(passed: &mut Vec<(String, OwnedFd)>) -> BTreeMap<u32, Parts> {
+    let mut found = BTreeMap::<u32, Parts>::new();
+    let mut others = Vec::new();
+    for (name, fd) in passed.drain(..) {
+        let words = name.strip_prefix("hearth-").map(|rest| {
+            let hold = rest.strip_suffix("-hold");
+            (hold.unwrap_or(rest).parse::<u32>(), hold.is_some())
+        });
+        match words {
+            Some((Ok(connection), true)) => {
+                found.entry(connection).or_default().holds.push(fd);
+            }
+            Some((Ok(connection), false)) => {
+                found.entry(connection).or_default().fds.push(fd);
+            }
+            _ => others.push((name, fd)),
+        }
+    }
+    *passed = others;
+    found
 }
 
 /// The mount of a connection, if there still is one.

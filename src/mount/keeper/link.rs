@@ -1,8 +1,10 @@
 //! A server's connection to whoever keeps its mounts: a keeper, or the service manager.
 
 use std::{
+    ops::RangeInclusive,
     os::fd::{BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use super::{
@@ -63,13 +65,19 @@ impl Link {
     }
 
     /// Has the service manager keep mounts. Takes those of the process before this one from what the manager
-    /// has `passed`.
+    /// has `passed`. Where no process comes to serve them for so long, [`refuse_overdue`] refuses who waits.
     ///
     /// # Errors
     /// There is no manager.
-    pub fn managed(passed: &mut Vec<(String, OwnedFd)>) -> Result<Self, MountError> {
+    ///
+    /// [`refuse_overdue`]: super::refuse_overdue
+    pub fn managed(
+        passed: &mut Vec<(String, OwnedFd)>,
+        orphan_timeout: Duration,
+    ) -> Result<Self, MountError> {
         fdstore::available()?;
-        Ok(Self(Way::Manager(FdStore::new(passed))))
+        let store = FdStore::new(passed, orphan_timeout);
+        Ok(Self(Way::Manager(store)))
     }
 
     /// The process id of the keeper, where there is one.
@@ -178,6 +186,28 @@ impl Link {
         match &self.0 {
             Way::Keeper(line) => line.hold(dir, fds),
             Way::Manager(store) => store.hold(dir, fds),
+        }
+    }
+
+    /// Has another process than this one drop the kernel's pages of `inodes`, and say so to `report`; false where
+    /// there is none that could.
+    pub(in super::super) fn drop_pages(
+        &self,
+        at: (&Path, u32),
+        inodes: RangeInclusive<u64>,
+        report: BorrowedFd<'_>,
+    ) -> Result<bool, MountError> {
+        match &self.0 {
+            Way::Keeper(line) => line.talk().drop_pages(at, inodes, report),
+            Way::Manager(_) => Ok(false),
+        }
+    }
+
+    /// What ends when nobody keeps the mounts any more; not known of a keeper.
+    pub(in super::super) fn life(&self) -> Option<BorrowedFd<'_>> {
+        match &self.0 {
+            Way::Keeper(_) => None,
+            Way::Manager(store) => store.life(),
         }
     }
 

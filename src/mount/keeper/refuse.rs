@@ -62,12 +62,12 @@ impl Refuser {
         self.device.as_fd()
     }
 
-    /// Answers what is there.
-    pub(super) fn refuse(&mut self, state: &State) -> io::Result<()> {
+    /// Answers what is there; whether there may be more.
+    pub(super) fn refuse(&mut self, state: &State) -> io::Result<bool> {
         for _ in 0..AT_ONCE {
             let length = match read(&self.device, &mut self.buffer) {
                 Ok(length) => length,
-                Err(Errno::EAGAIN) => return Ok(()),
+                Err(Errno::EAGAIN) => return Ok(false),
                 // It was taken back before it could be read.
                 Err(Errno::EINTR | Errno::ENOENT) => continue,
                 Err(error) => return Err(error.into()),
@@ -91,7 +91,7 @@ impl Refuser {
                 _ => {}
             }
         }
-        Ok(())
+        Ok(true)
     }
 }
 

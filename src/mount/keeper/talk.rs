@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    ops::RangeInclusive,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
@@ -43,6 +44,7 @@ pub(super) struct Talk {
     lost: Arc<AtomicBool>,
     keeper: u32,
     takes: bool,
+    drops: bool,
 }
 
 /// Who is told of sessions that a successor asks for, by what their mount points begin with.
@@ -106,14 +108,20 @@ impl Talk {
             lost,
             keeper: 0,
             takes: false,
+            drops: false,
         };
         let hello = Request::Hello {
             protocol: PROTOCOL,
             version: env!("HEARTH_VERSION").into(),
         };
         match talk.ask(name, &hello, &[])?.0 {
-            Answer::Welcome { keeper, takes, .. } => {
-                (talk.keeper, talk.takes) = (keeper, takes);
+            Answer::Welcome {
+                keeper,
+                takes,
+                drops,
+                ..
+            } => {
+                (talk.keeper, talk.takes, talk.drops) = (keeper, takes, drops);
                 Ok(talk)
             }
             other => Err(unexpected(name, &other)),
@@ -257,6 +265,29 @@ impl Talk {
             },
             &[],
         )
+    }
+
+    /// Has a child of the keeper drop the kernel's pages of `inodes`, which says so to `report`; false where the keeper
+    /// cannot.
+    ///
+    /// # Errors
+    /// [`MountErrorKind::Busy`] where it has too much of that in hand; [`MountErrorKind::System`] where it is gone.
+    pub(super) fn drop_pages(
+        &self,
+        (dir, connection): (&Path, u32),
+        inodes: RangeInclusive<u64>,
+        report: BorrowedFd<'_>,
+    ) -> Result<bool, MountError> {
+        if !self.drops {
+            return Ok(false);
+        }
+        let request = Request::Drop {
+            dir: Dir(dir.into()),
+            connection,
+            first: *inodes.start(),
+            last: *inodes.end(),
+        };
+        self.tell(dir, &request, &[report]).map(|()| true)
     }
 
     fn session(&self, dir: &Path, request: &Request) -> Result<Session, MountError> {

@@ -69,6 +69,14 @@ pub(super) enum Request {
     Abort {
         dir: Dir,
     },
+    /// Have the kernel drop its pages of these inodes, and say so by the descriptor that comes along
+    /// (`pages`). Only of a keeper that [`Answer::Welcome`] says it of.
+    Drop {
+        dir: Dir,
+        connection: u32,
+        first: u64,
+        last: u64,
+    },
 }
 
 /// What a keeper answers.
@@ -81,6 +89,9 @@ pub(super) enum Answer {
         /// Whether it knows [`Request::Give`], which earlier versions do not.
         #[serde(default)]
         takes: bool,
+        /// Whether it knows [`Request::Drop`], which earlier versions do not.
+        #[serde(default)]
+        drops: bool,
     },
     Next(Option<Kept>),
     /// With the fds of the connection and of the state.

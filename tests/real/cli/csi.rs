@@ -18,10 +18,10 @@ use super::*;
 use crate::hub::Stub;
 
 /// The directory of the kubelet: a mount of its own, whose mounts are seen elsewhere.
-struct Pods(PathBuf);
+pub(super) struct Pods(pub(super) PathBuf);
 
 impl Pods {
-    fn new(dir: PathBuf) -> Self {
+    pub(super) fn new(dir: PathBuf) -> Self {
         fs::create_dir_all(&dir).unwrap();
         let none = None::<&str>;
         mount(Some(&dir), &dir, none, MsFlags::MS_BIND, none).unwrap();

@@ -219,9 +219,12 @@ print('done')
     let web = Web::slow("2m");
     let model = web.model("m", 8, 1);
     let dir = bed.mount_dir("mnt");
-    // Complete from the start, and while it is arriving.
-    for round in 0..2 {
-        bed.ok(&format!("mount {model} {dir}"));
+    let config = bed.path("config.toml");
+    fs::write(&config, "[mount]\npassthrough = false\n").unwrap();
+    let older = format!("--config {}", config.display());
+    // While it is arriving, complete from the start, and so on a kernel that cannot read it by itself.
+    for (round, options) in ["", "", &older].into_iter().enumerate() {
+        bed.ok(&format!("{options} mount {model} {dir}"));
         let mut child = python(SCRIPT, &[&dir]);
         child.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = child.spawn().unwrap();
@@ -235,7 +238,8 @@ print('done')
             std::io::Write::write_all(&mut input, b"\n").unwrap();
         }
         assert!(child.wait().unwrap().success());
-        bed.wait_complete(&dir);
+        let passed = bed.wait_complete(&dir)["mount"]["passthrough_opens"].as_u64();
+        assert!(options.is_empty() || passed == Some(0), "{passed:?}");
         end(&bed, &dir);
     }
 }

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use super::{
     agent::{Client, get},
     csi::{Csi, wait_for},
+    namespaces::unkillable,
     survive::Reader,
     *,
 };
@@ -128,39 +129,87 @@ fn the_units_are_valid() {
     bed.ok(&format!("--config {UNITS}/config.toml config --check"));
 }
 
+/// An agent as a service of a systemd.
+struct Service {
+    systemd: Systemd,
+    csi: Csi,
+    admin: u16,
+    config: String,
+}
+
+impl Service {
+    fn start(more: &str) -> Self {
+        let bed = Bed::new();
+        let admin = servers::free_port();
+        let at = |name: &str| bed.path(name).display().to_string();
+        let config = format!(
+            "[agent]\nfdstore = true\nnode_name = 'n'\nsocket = '{}'\n[admin]\n\
+             address = '127.0.0.1:{admin}'\n[csi]\nenabled = true\nendpoint = '{}'\n{more}",
+            at("agent.sock"),
+            at("csi.sock"),
+        );
+        fs::write(bed.path("config.toml"), &config).unwrap();
+        let options = format!("--config {} agent", at("config.toml"));
+        let csi = Csi::client(bed, false, String::new());
+        let systemd = Systemd::boot(&csi.bed, &options);
+        let service = Self {
+            systemd,
+            csi,
+            admin,
+            config,
+        };
+        service.wait_ready();
+        service
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.csi.bed.path("log")).unwrap_or_default()
+    }
+
+    fn is_ready(&self) -> bool {
+        matches!(get(self.admin, "/readyz"), Ok((200, _)))
+    }
+
+    fn wait_ready(&self) {
+        let begun = Instant::now();
+        while !self.is_ready() {
+            let boot = || fs::read_to_string(self.csi.bed.path("boot")).unwrap_or_default();
+            let late = begun.elapsed() > Duration::from_secs(60);
+            assert!(!late, "{}\n{}", boot(), self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn kill(&self) {
+        let kill = ["kill", "--kill-who=main", "-s", "KILL", "hearth"];
+        self.systemd.run("systemctl", &kill).ok();
+    }
+
+    /// Runs `script` in its namespaces.
+    fn python(&self, script: &str, arguments: &[&str]) -> Command {
+        let [enter, own @ ..] = self.systemd.inside();
+        let inner = python(script, arguments);
+        let mut command = Command::new(enter);
+        command.args(own).arg(inner.get_program());
+        command.args(inner.get_args());
+        command
+    }
+}
+
 #[test]
 fn mounts_and_sockets_outlive_the_agent_as_a_service() {
-    let bed = Bed::new();
     let web = Web::slow("1m");
     let model = web.model("m", 12, 2);
-    let admin = servers::free_port();
-    let at = |name: &str| bed.path(name).display().to_string();
-    let config = format!(
-        "[agent]\nfdstore = true\nnode_name = 'n'\nsocket = '{}'\n[admin]\n\
-         address = '127.0.0.1:{admin}'\n[csi]\nenabled = true\nendpoint = '{}'\n",
-        at("agent.sock"),
-        at("csi.sock"),
-    );
-    fs::write(bed.path("config.toml"), config).unwrap();
-    let options = format!("--config {} agent", at("config.toml"));
-    let socket = bed.path("csi.sock");
-    let csi = Csi::client(bed, false, String::new());
-    let systemd = Systemd::boot(&csi.bed, &options);
-    let log = || fs::read_to_string(csi.bed.path("log")).unwrap_or_default();
-    let ready = || matches!(get(admin, "/readyz"), Ok((200, _)));
-    let begun = Instant::now();
-    while !ready() {
-        let boot = || fs::read_to_string(csi.bed.path("boot")).unwrap_or_default();
-        assert!(
-            begun.elapsed() < Duration::from_secs(60),
-            "{}\n{}",
-            boot(),
-            log()
-        );
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let service = Service::start("");
+    let Service {
+        systemd,
+        csi,
+        admin,
+        ..
+    } = &service;
+    let socket = csi.bed.path("csi.sock");
     let sockets = systemd.show("NFileDescriptorStore");
-    assert_eq!(sockets, "2", "the port and the socket");
+    assert_eq!(sockets, "4", "the port, the socket, and a pipe");
     let target = csi.publish("v", &model);
     let hows = ["sequential", "random_reads", "mapped", "metadata"];
     let readers: Vec<_> = (1..)
@@ -176,21 +225,17 @@ fn mounts_and_sockets_outlive_the_agent_as_a_service() {
     for round in 0..5 {
         std::thread::sleep(Duration::from_millis(400));
         match round {
-            3 => systemd.run("systemctl", &["restart", "hearth"]),
-            _ => systemd.run(
-                "systemctl",
-                &["kill", "--kill-who=main", "-s", "KILL", "hearth"],
-            ),
+            3 => drop(systemd.run("systemctl", &["restart", "hearth"]).ok()),
+            _ => service.kill(),
         }
-        .ok();
         let next = || systemd.show("MainPID");
         wait_for("another process", || ![&*pid, "0"].contains(&&*next()));
         pid = next();
-        wait_for("ready", ready);
+        wait_for("ready", || service.is_ready());
         assert_eq!(csi.publish("v", &model), target);
     }
     for reader in readers {
-        assert!(reader.done() > 0, "{}", log());
+        assert!(reader.done() > 0, "{}", service.log());
     }
     assert!(connects.done() > 0);
     let truth = web.path("m").display().to_string();
@@ -213,7 +258,72 @@ fn mounts_and_sockets_outlive_the_agent_as_a_service() {
     wait_for("the old port is forgotten", || {
         systemd.show("NFileDescriptorStore") == sockets
     });
-    assert!(get(admin, "/readyz").is_err());
+    assert!(get(*admin, "/readyz").is_err());
     systemd.run("systemctl", &["stop", "hearth"]).ok();
-    assert_eq!(systemd.show("Result"), "success", "{}", log());
+    assert_eq!(systemd.show("Result"), "success", "{}", service.log());
+}
+
+/// A service that is started again and again, and never serves: who waits is refused after a time, until it does.
+#[test]
+fn a_service_that_does_not_come_back_refuses_who_waits() {
+    const SCRIPT: &str = r"
+import errno, os, sys
+try: os.statvfs(sys.argv[1]); print('fine')
+except OSError as error: print(errno.errorcode[error.errno])
+";
+    let web = Web::slow("2m");
+    let model = web.model("m", 8, 1);
+    let service = Service::start("[mount]\norphan_timeout_seconds = 2\n");
+    let csi = &service.csi;
+    let target = csi.publish("v", &model);
+    let config = csi.bed.path("config.toml");
+    fs::write(&config, "nonsense").unwrap();
+    let ask = || Done::of(&mut service.python(SCRIPT, &[&target])).ok();
+    assert_eq!(ask().trim(), "fine");
+    service.kill();
+    let asked = Instant::now();
+    assert_eq!(ask().trim(), "ETIMEDOUT", "{}", service.log());
+    let waited = asked.elapsed() > Duration::from_millis(500);
+    assert!(waited, "it waits first");
+    assert_eq!(ask().trim(), "ETIMEDOUT");
+    fs::write(&config, &service.config).unwrap();
+    service.wait_ready();
+    let truth = web.path("m").display().to_string();
+    service.systemd.run("diff", &["-r", &target, &truth]).ok();
+    csi.unpublish("v");
+}
+
+/// A service that is stopped while the kernel waits for answers before it drops pages: its mounts end, and who reads
+/// is told so.
+#[test]
+fn a_service_that_is_stopped_leaves_nobody_waiting() {
+    const SCRIPT: &str = r"
+import errno, os, sys
+f = os.open(sys.argv[1], os.O_RDONLY)
+os.posix_fadvise(f, 0, 0, os.POSIX_FADV_RANDOM)
+os.pread(f, 4096, 0)
+print('begun', flush=True)
+try: print(len(os.pread(f, 4096, 1000 << 10)))
+except OSError as error: print(errno.errorcode[error.errno])
+";
+    // The last bytes of a chunk come late.
+    let web = Web::slow("32k");
+    let model = web.model("m", 2, 1);
+    let service = Service::start("");
+    let csi = &service.csi;
+    let target = csi.publish("v", &model);
+    let shard = format!("{target}/model-00001-of-00001.safetensors");
+    let mut reader = service.python(SCRIPT, &[&shard]);
+    reader.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut reader = reader.spawn().unwrap();
+    let mut word = [0; 6];
+    std::io::Read::read_exact(reader.stdout.as_mut().unwrap(), &mut word).unwrap();
+    service.kill();
+    let config = csi.bed.path("config.toml").display().to_string();
+    wait_for("pages are to be dropped", || unkillable(&config) > 0);
+    service.systemd.run("systemctl", &["stop", "hearth"]).ok();
+    let done = Done::from("reader".into(), reader.wait_with_output().unwrap());
+    let said = done.ok();
+    assert!(["ENOTCONN\n", "ECONNABORTED\n"].contains(&&*said), "{said}");
+    wait_for("nobody waits any more", || unkillable(&config) == 0);
 }
