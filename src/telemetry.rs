@@ -1,6 +1,6 @@
 //! telemetry: spans, for a collector that speaks OTLP. Imported by any room, imports only `metrics`.
 //!
-//! A span is one of the `tracing` crate, with the target [`TARGET`], made by [`span!`]: few, for what somebody waits for
+//! A span is one of the `tracing` crate, with the target [`TARGET`], made by `span!`: few, for what somebody waits for
 //! (the start of a pod, a warm, a layer, a request of the kubelet or of containerd, a mount that is taken over), and none
 //! for a read. Names of attributes are those of OpenTelemetry's semantic conventions where it has one, else `hearth.*`;
 //! references are in them as in the log, without secrets. Spans are not in the log, and the log is not in them.

@@ -13,6 +13,9 @@
 //! A claimed image is pinned until containerd has removed its snapshots: the claim was for good.
 
 mod left;
+mod pinned;
+
+pub use pinned::pinned_images;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -37,7 +40,7 @@ use crate::{
         native::{self, Support},
     },
     node::{Node, NodeError, Progress, Resolved, Start},
-    reference::{Locator, Reference},
+    reference::Reference,
     snapshotter::{Hints, Root, Roots, RootsError, RootsErrorKind, Usage},
     store::{self, Hold, Placement, Store, StoreError, StoreErrorKind},
     tree::{Inode, Kind},
@@ -446,39 +449,6 @@ fn named(hints: &Hints) -> Option<Reference> {
     format!("oci://{}", hints.image.as_ref()?).parse().ok()
 }
 
-/// The images that somebody has pinned, as containerd calls them; a claim is no wish to keep them.
-///
-/// # Errors
-/// What the disk says.
-pub fn pinned_images(store: &Store) -> Result<BTreeSet<String>, StoreError> {
-    let records = store.records()?.into_iter();
-    let pinned = records.filter(|r| r.pins.iter().any(|pin| !pin.starts_with(CLAIMED)));
-    Ok(pinned
-        .filter_map(|record| image_name(&record.reference))
-        .collect())
-}
-
-/// `registry/repository:tag`, or with the digest in place of the tag.
-fn image_name(reference: &str) -> Option<String> {
-    let Ok(Reference {
-        locator: Locator::Oci(oci),
-        ..
-    }) = reference.parse()
-    else {
-        return None;
-    };
-    // A directory of an image is no image.
-    if !oci.path.is_empty() {
-        return None;
-    }
-    let separator = if oci.digest.is_some() { '@' } else { ':' };
-    let (registry, repository) = (&oci.registry, &oci.repository);
-    Some(format!(
-        "{registry}/{repository}{separator}{}",
-        oci.wanted()
-    ))
-}
-
 #[async_trait]
 impl Roots for ImageRoots {
     async fn knows(&self, chain_id: &Digest, hints: &Hints) -> Result<bool, RootsError> {
@@ -697,29 +667,4 @@ fn of_node(error: &NodeError) -> RootsError {
         next = cause.source();
     }
     RootsError::new(kind, message)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn images_have_the_names_that_containerd_gives_them() {
-        let digest = Digest::of(b"manifest");
-        for (reference, name) in [
-            ("oci://127.0.0.1:5000/app:1", "127.0.0.1:5000/app:1"),
-            ("oci://docker.io/nginx", "docker.io/library/nginx:latest"),
-            (
-                "oci://r.example/a/b:1?platform=linux/arm64",
-                "r.example/a/b:1",
-            ),
-        ] {
-            let canonical = reference.parse::<Reference>().unwrap().to_string();
-            assert_eq!(image_name(&canonical).as_deref(), Some(name));
-        }
-        let pinned = format!("oci://r.example/a:1@{digest}");
-        let name = format!("r.example/a@{digest}");
-        assert_eq!(image_name(&pinned), Some(name));
-        assert_eq!(image_name("https://r.example/a:1"), None);
-    }
 }
