@@ -30,6 +30,7 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
+use self::left::{CLAIMED, owner};
 use crate::{
     digest::Digest,
     fs::{Fetched, View},
@@ -634,14 +635,6 @@ impl Roots for ImageRoots {
             })?;
         Ok(Usage { bytes, inodes })
     }
-}
-
-/// How the owners of the pins of claimed chains begin.
-const CLAIMED: &str = "containerd-";
-
-/// The owner of the pin of a claimed chain.
-fn owner(chain: &Digest) -> String {
-    format!("{CLAIMED}{}", &chain.hex()[..32])
 }
 
 fn owner_of(inodes: &[Inode]) -> (u32, u32) {

@@ -553,13 +553,20 @@ impl Store {
         }
     }
 
-    /// Forgets what a reference was resolved to, even while it is held; its pins stay.
+    /// Forgets what a reference was resolved to, even while it is held, since that turned out false: its generation is
+    /// not there any more either. Its pins stay.
     ///
     /// # Errors
     /// What the disk says.
     pub fn forget_resolution(&self, reference: &str) -> Result<bool> {
         self.need_writable()?;
-        self.unlink_record(reference)
+        let record = self.read_record(&self.record_path(reference))?;
+        let removed = self.unlink_record(reference)?;
+        if let Some(record) = record {
+            // Whoever had it published would go on with it: all of its files may be here.
+            self.disk.unlink(&self.tree_path(&record.digest))?;
+        }
+        Ok(removed)
     }
 
     /// Removes the record of a reference that nobody holds; whether there was one, or `None`

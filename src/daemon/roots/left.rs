@@ -6,8 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{About, CLAIMED};
+use super::About;
 use crate::{
+    digest::Digest,
     mount::{
         self, MountError,
         keeper::{Link, Orphan},
@@ -67,7 +68,15 @@ pub(super) fn unpin(store: &Store, owners: &BTreeSet<String>) -> anyhow::Result<
     Ok(())
 }
 
-/// Whether it is what [`super::owner`] makes.
+/// How the owners of the pins of claimed chains begin.
+pub(super) const CLAIMED: &str = "containerd-";
+
+/// The owner of the pin of a claimed chain.
+pub(super) fn owner(chain: &Digest) -> String {
+    format!("{CLAIMED}{}", &chain.hex()[..32])
+}
+
+/// Whether it is what [`owner`] makes.
 fn is_of_claim(pin: &str) -> bool {
     let chain = pin.strip_prefix(CLAIMED).unwrap_or_default();
     chain.len() == 32 && chain.bytes().all(|byte| byte.is_ascii_hexdigit())
