@@ -88,8 +88,9 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         output::json(&rows)?;
         return Ok(ExitCode::SUCCESS);
     }
+    output::line("")?;
     output::line(format!(
-        "\n{} MiB model over {} Mbit/s, {} ms to answer; seconds from asking to",
+        "{} MiB model over {} Mbit/s, {} ms to answer; seconds from asking to",
         args.size, args.mbit, args.latency
     ))?;
     let mut table = vec![vec![

@@ -127,9 +127,9 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
             output::json(&ReferenceStatus { artifact, files })?;
             return Ok(ExitCode::SUCCESS);
         }
+        output::line(&artifact.reference)?;
         output::line(format!(
-            "{}\n{} of {} ({} %), {}",
-            artifact.reference,
+            "{} of {} ({} %), {}",
             output::size(artifact.present_bytes),
             output::size(artifact.bytes),
             output::percent(artifact.present_bytes, artifact.bytes),

@@ -655,7 +655,7 @@ fn secrets_open_what_is_closed_and_stay_secret() {
 
     let mut asked = csi.asked("v", &[("source", "hf://org/my-model"), ("layout", "hub")]);
     let closed = csi.try_publish(asked.clone()).unwrap_err();
-    assert_eq!(closed.code(), Code::NotFound, "{closed:?}");
+    assert_eq!(closed.code(), Code::Unauthenticated, "{closed:?}");
     asked.secrets = map(&[("token", "hf_falsch")]);
     let wrong = csi.try_publish(asked.clone()).unwrap_err();
     assert!(!wrong.message().contains("hf_"), "{wrong:?}");
@@ -675,7 +675,8 @@ fn secrets_open_what_is_closed_and_stay_secret() {
         "other",
         &[("source", "hf://org/my-model"), ("layout", "hub")],
     );
-    assert_eq!(csi.try_publish(other).unwrap_err().code(), Code::NotFound);
+    let closed = csi.try_publish(other).unwrap_err();
+    assert_eq!(closed.code(), Code::Unauthenticated, "{closed:?}");
     let store = files_below(&csi.bed.store());
     for file in store
         .iter()
