@@ -90,9 +90,8 @@ impl Native {
 
 /// A FUSE mount and what belongs to it.
 struct Lazy {
-    /// The image.
     reference: String,
-    /// Whether it is known to have the layers that it says.
+    /// Whether the image is known to have the layers that it says.
     is_verified: bool,
     mount: Arc<Mount>,
     fill: tokio::task::JoinHandle<()>,

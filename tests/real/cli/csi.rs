@@ -675,7 +675,8 @@ fn secrets_open_what_is_closed_and_stay_secret() {
         "other",
         &[("source", "hf://org/my-model"), ("layout", "hub")],
     );
-    assert_eq!(csi.try_publish(other).unwrap_err().code(), Code::NotFound);
+    let closed = csi.try_publish(other).unwrap_err();
+    assert_eq!(closed.code(), Code::Unauthenticated, "{closed:?}");
     let store = files_below(&csi.bed.store());
     for file in store
         .iter()
