@@ -43,7 +43,7 @@ use crate::{
     node::{Node, NodeError, Progress, Resolved, Start},
     reference::Reference,
     snapshotter::{Hints, Root, Roots, RootsError, RootsErrorKind, Usage},
-    store::{self, Hold, Placement, Store, StoreError, StoreErrorKind},
+    store::{self, Hold, Placement, StoreError, StoreErrorKind},
     tree::{Inode, Kind},
 };
 
