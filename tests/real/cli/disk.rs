@@ -227,6 +227,8 @@ fn a_server_that_began_on_a_disk_that_is_only_read() {
     let web = Web::new();
     let names = ["read", "filled"];
     let models = names.map(|name| web.model(name, 12, 2));
+    // Of other content: what one of them brings is not what the other waits for.
+    write_model(&web.path("filled"), 12, 2, 2);
     let image = bed.path("image");
     let disk = Mounted::ext4(&image, 192);
     let at = disk.dir.path().to_str().unwrap().to_owned();
