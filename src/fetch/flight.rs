@@ -410,11 +410,13 @@ fn commit(
     flight.lease.read().commit(index, data, mode)?;
     metrics::global().store_written_bytes.add(data.len() as u64);
     // What demand holds is for demand alone.
-    let may_wait = flight.class != Class::Demand && engine.pool.is_roomy();
+    // Of what is made from other objects there are few buffers: whoever kept them would wait for himself.
+    let is_roomy = || !handle.is_made() && engine.pool.is_roomy();
+    let may_wait = flight.class != Class::Demand && is_roomy();
     handle
         .verifier()
         .offer(index, generation, may_wait.then_some(buf));
-    if flight.class == Class::Readahead && handle.is_read() && engine.pool.is_roomy() {
+    if flight.class == Class::Readahead && handle.is_read() && is_roomy() {
         engine.recent.keep(handle, index);
     } else {
         handle.forget(index);
@@ -431,7 +433,7 @@ fn commit(
             return Err(error);
         }
     }
-    if !engine.pool.is_roomy() {
+    if !is_roomy() {
         handle.verifier().withdraw(index);
     }
     Ok(())

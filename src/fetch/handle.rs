@@ -259,6 +259,11 @@ impl Handle {
         }
     }
 
+    /// Whether it is made from other objects.
+    pub(super) fn is_made(&self) -> bool {
+        self.route().source.waits_for_objects()
+    }
+
     /// Whether all is here and verified, be it that the store is still to have it.
     pub fn is_verified(&self) -> bool {
         matches!(&*self.state.read(), State::Complete(_) | State::Held(_))
