@@ -23,11 +23,13 @@ impl SharedMap {
         if bytes == 0 || bytes % 4 != 0 || file.metadata()?.len() != len {
             return Err(invalid());
         }
-        // All of it now, while a page that cannot be read is just one that is not mapped.
-        let map = memmap2::MmapOptions::new()
-            .len(bytes)
-            .populate()
-            .map_raw(file)?;
+        let mut options = memmap2::MmapOptions::new();
+        options.len(bytes);
+        if bytes <= LOCKED {
+            // All of it now, while a page that cannot be read is just one that is not mapped.
+            options.populate();
+        }
+        let map = options.map_raw(file)?;
         if bytes <= LOCKED {
             // Where it may not be locked it is as safe as the disk.
             let _ = map.lock();
@@ -42,5 +44,22 @@ impl SharedMap {
         // SAFETY: the mapping is readable and writable, page-aligned, `words * 4` bytes long and
         // lives as long as `self`; all access in this and other processes is atomic.
         unsafe { std::slice::from_raw_parts(self.map.as_ptr().cast::<AtomicU32>(), self.words) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::*;
+
+    #[test]
+    fn what_is_large_takes_memory_as_it_is_used() {
+        let file = tempfile::tempfile().unwrap();
+        let len = 32 * LOCKED as u64;
+        file.set_len(len).unwrap();
+        let map = SharedMap::new(&file, len).unwrap();
+        assert_eq!(map.words().len() as u64, len / 4);
+        assert_eq!(file.metadata().unwrap().blocks(), 0);
     }
 }
