@@ -11,19 +11,19 @@ use crate::daemon;
 /// SIGTERM or SIGINT.
 #[derive(clap::Args)]
 #[command(after_long_help = "\
-For containerd, in /etc/containerd/certs.d/registry.example/hosts.toml (the directory is `config_path` of
-its registry configuration):
+For containerd, in /etc/containerd/certs.d/registry.example/hosts.toml (the directory is
+`config_path` of its registry configuration):
 
   server = \"https://registry.example\"
 
   [host.\"http://127.0.0.1:5700\"]
     capabilities = [\"pull\", \"resolve\"]
 
-When the mirror does not answer, containerd asks the registry itself. hearth reads these files, too, and passes
-its own mirror by.
+When the mirror does not answer, containerd asks the registry itself. hearth reads these files, too,
+and passes its own mirror by.
 
-What is only pulled through the mirror is kept until room is needed or `hearth gc` runs: no artifact needs it. To
-keep an image, warm it (`hearth warm --pin oci://...`).")]
+What is only pulled through the mirror is kept until room is needed or `hearth gc` runs: no artifact
+needs it. To keep an image, warm it (`hearth warm --pin oci://...`).")]
 pub(super) struct Args {
     /// Where to listen [default: mirror.address of the configuration, else 127.0.0.1:5700]
     #[arg(long, value_name = "IP:PORT")]
