@@ -84,8 +84,8 @@ def wait_for(what, ready, proc):
 
 class Containerd:
     """A private one, with all it has below one directory. `plugin`: a proxy snapshotter of that name, at `<at>/s.sock`;
-    `certs`: a directory of hosts.toml files, for the CRI."""
-    def __init__(self, at, plugin=None, cri=False, certs=None):
+    `certs`: a directory of hosts.toml files, for the CRI; `named`: it tells the snapshotter which image it is about."""
+    def __init__(self, at, plugin=None, cri=False, certs=None, named=False):
         self.at, self.plugin = at, plugin; at.mkdir(parents=True, exist_ok=True)
         off = ["io.containerd.internal.v1.opt"] + ([] if cri else ["io.containerd.grpc.v1.cri"])
         config = f"""version = 2
@@ -98,7 +98,7 @@ address = "{at}/c.sock"
 address = "{at}/t.sock"
 """
         if plugin: config += f'[proxy_plugins.{plugin}]\ntype = "snapshot"\naddress = "{at}/s.sock"\n'
-        if cri: config += f'[plugins."io.containerd.grpc.v1.cri"]\ndisable_apparmor = true\n[plugins."io.containerd.grpc.v1.cri".containerd]\nsnapshotter = "{plugin or "overlayfs"}"\n'
+        if cri: config += f'[plugins."io.containerd.grpc.v1.cri"]\ndisable_apparmor = true\n[plugins."io.containerd.grpc.v1.cri".containerd]\nsnapshotter = "{plugin or "overlayfs"}"\ndisable_snapshot_annotations = {json.dumps(not named)}\n'
         if certs: config += f'[plugins."io.containerd.grpc.v1.cri".registry]\nconfig_path = "{certs}"\n'
         (at / "config.toml").write_text(config)
         with open(at / "log", "w") as log: self.proc = subprocess.Popen(["containerd", "-c", at / "config.toml"], stdout=log, stderr=log)

@@ -6,10 +6,12 @@ usage: images.py IMAGE [-n 5] [--cmd 'python3 /app/main.py'] [--hearth PATH] [--
 IMAGE is repository:tag in the files of a docker-registry below --data; this starts registries on them. As root; needs
 containerd, runc, docker-registry, curl; for the link what `benches/run` installs; for stargz what Debian has of it, which
 it installs (and converts the image, once: 10 minutes). Cases, in turns, each round beginning with another:
-  containerd   empty containerd: `ctr images pull` (overlayfs), then `ctr run`; then once more, warm
+  containerd   empty containerd: `ctr images pull` (overlayfs), then `ctr run`; then once more, warm, and a third time
   hearth-pull  empty store: `hearth warm`, which downloads, unpacks and verifies; then a start from a mount of it; once more
   hearth-lazy  empty store, index and access profile beside the image (pushed first): `hearth mount`, an overlay on it, `ctr run --rootfs`;
                once more when all is there. rss: the largest process of hearth, MiB; sent: MB of blobs, in all
+  hearth-cri   as hearth-lazy, as a node does it: PullImage of the CRI, and `ctr run` on hearth's snapshotter; once more
+               in the moment when all is there, and a third time
   stargz       `ctr-remote images rpull` of the image in its own format, then `ctr run`; once more
   *-link       each of these over 1 Gbit/s with a round trip of 2 ms
   one, many    --many containers at once on one lazily mounted image, each running --many-cmd, and one alone; until all of it
@@ -21,7 +23,7 @@ it installs (and converts the image, once: 10 minutes). Cases, in turns, each ro
                Both roots are made once, by the first of these cases, and stay until the end
   full-containerd, full-hearth, full-stargz
                who reads all: pull (or lazy mount), then `tar` of the whole root
-The page cache is dropped before each case. Figures are medians [min-max] of seconds; cpu is that of the whole machine, so
+The page cache is dropped before each case; what was written is synced before a warm start. Figures are medians [min-max] of seconds; cpu is that of the whole machine, so
 with the registry's; every run is a line of images.jsonl in the working directory."""
 import argparse, contextlib, json, shlex, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -78,7 +80,9 @@ def containerd(a, at, row, registry):
         with Step(row, "pull"): sh(*c.ctr("images", "pull", "--plain-http", name))
         with Step(row, "first"): sh(*c.ctr("run", "--rm", name, "c1", *a.cmd.split()))
         row["total"] = row["pull"] + row["first"]
+        sh("sync")
         with Step(row, "again"): sh(*c.ctr("run", "--rm", name, "c2", *a.cmd.split()))
+        with Step(row, "third"): sh(*c.ctr("run", "--rm", name, "c3", *a.cmd.split()))
     finally: c.close()
 
 def hearth(a, at, row, registry, lazy):
@@ -94,9 +98,28 @@ def hearth(a, at, row, registry, lazy):
                 with Step(row, "first"): start(c, at, "c1", dir, a.cmd)
                 row["total"] = row["pull"] + row["first"]
                 wait_complete(a, at, dir)
+                sh("sync")
                 with Step(row, "again"): start(c, at, "c2", dir, a.cmd)
         row["rss"], row["sent"] = peak.mib, registry.sent(mark)
     finally: c.close()
+
+def hearth_cri(a, at, row, registry):
+    served = Served(at / "cd", [*a.run(at), "snapshotter", "--address", at / "cd/s.sock", "--root", at / "cd/snapshots"])
+    c, name, mark = Containerd(at / "cd", "hearth", cri=True, named=True), f"{registry.host}/{a.image}", registry.mark()
+    def run(id, flag, *cmd): sh(*c.ctr("-n", "k8s.io", "run", flag, "--snapshotter", "hearth", *ENV, name, id, *cmd))
+    try:
+        c.wait_cri(); drop()
+        with Peak(at / "store") as peak:
+            with Step(row, "pull"): c.cri_pull(name)
+            with Step(row, "first"): run("c1", "--rm", *a.cmd.split())
+            row["total"] = row["pull"] + row["first"]
+            while not json.loads(sh(*a.run(at), "list", "--json"))[0]["complete"]: time.sleep(.2)
+            sh("sync")
+            with Step(row, "again"): run("c2", "--rm", *a.cmd.split())
+            with Step(row, "third"): run("c3", "--rm", *a.cmd.split())
+        row["rss"], row["sent"] = peak.mib, registry.sent(mark)
+    finally:
+        c.close(); served.close(); unmount(at)
 
 def stargz_case(a, at, row, registry):
     s = stargz(at / "cd"); c, name = Containerd(at / "cd", "stargz"), f"{registry.host}/{a.image}"
@@ -107,6 +130,7 @@ def stargz_case(a, at, row, registry):
             with Step(row, "pull"): sh(*c.ctr("images", "rpull", "--plain-http", "--snapshotter", "stargz", name, tool="ctr-remote"))
             with Step(row, "first"): sh(*c.ctr("run", "--rm", "--snapshotter", "stargz", name, "c1", *a.cmd.split()))
             row["total"] = row["pull"] + row["first"]
+            sh("sync")
             with Step(row, "again"): sh(*c.ctr("run", "--rm", "--snapshotter", "stargz", name, "c2", *a.cmd.split()))
         row["rss"], row["sent"] = peak.mib, registry.sent(mark)
     finally: c.close(); s.close()
@@ -212,6 +236,7 @@ STARTS = {
     "containerd": containerd,
     "hearth-pull": lambda *args: hearth(*args, False),
     "hearth-lazy": lambda *args: hearth(*args, True),
+    "hearth-cri": hearth_cri,
     "stargz": stargz_case,
 }
 CASES = {
@@ -258,7 +283,7 @@ def main():
             made = Registry(data, base, link, port); bed.callback(made.close); return made
         near, link, registries = registry(a.data), None, {}
         if any(name.endswith("-link") for name in names): link = bed.enter_context(Link(1000, 2000))
-        if not a.keep_index and any(name.startswith(("hearth-lazy", "one", "many", "full-hearth")) for name in names):
+        if not a.keep_index and any(name.startswith(("hearth-lazy", "hearth-cri", "one", "many", "full-hearth")) for name in names):
             push_index(a, base / "index", near)
         if any("stargz" in name for name in names): prepare_stargz(near, a.image, base)
         for name in names:

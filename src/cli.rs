@@ -48,7 +48,7 @@ use crate::{
     fetch::Engine,
     limits,
     node::{Node, NodeError},
-    reference::{Reference, redact},
+    reference::{Locator, Platform, Reference, redact},
     source::{self, Asker, Sources},
     store::Store,
     telemetry::{self, Traces},
@@ -150,7 +150,7 @@ pub fn main() -> ExitCode {
         let _ = write!(std::io::stderr(), "{}", Cli::command().render_help());
         return ExitCode::from(2);
     }
-    bound_arenas();
+    bound_allocator();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return wrong_usage(&error),
@@ -203,16 +203,21 @@ pub fn main() -> ExitCode {
     code
 }
 
-/// Lets all threads share a few arenas of the allocator: glibc gives each of them one of its own,
-/// and what is freed in one, which is most of what bodies leave behind, does not go back to the
-/// system and serves no other. Must come before the first thread.
-fn bound_arenas() {
+/// Has the allocator keep little: glibc gives each thread an arena of its own, and what is freed in one, which is most of
+/// what bodies leave behind, does not go back to the system and serves no other. Large pieces are mapped, always: once one
+/// was freed, glibc would take the next from an arena and fill it with zeros, as the 16 MiB that `fuser` has for the
+/// longest write of each session, of which a few KiB are ever used. Must come before the first thread.
+fn bound_allocator() {
     #[cfg(target_env = "gnu")]
     {
+        const MAPPED: libc::c_int = 4 << 20;
         let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        // SAFETY: mallopt(3) has no preconditions; M_ARENA_MAX only bounds what is made later.
+        // SAFETY: mallopt(3) has no preconditions; M_ARENA_MAX only bounds what is made later. The first threshold that is
+        // set ends that both change by themselves.
         unsafe {
             libc::mallopt(libc::M_ARENA_MAX, cores.clamp(2, 8) as libc::c_int);
+            libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, 2 * MAPPED);
         }
     }
 }
@@ -410,6 +415,32 @@ async fn interrupted() -> anyhow::Result<ExitCode> {
         done = tokio::signal::ctrl_c() => done.map(|()| ExitCode::from(130))?,
         _ = terminate.recv() => ExitCode::from(143),
     })
+}
+
+/// The platform of what lies in registries.
+#[derive(clap::Args)]
+struct PlatformArg {
+    /// Of images for several platforms the one for this, such as linux/arm64; also ?platform= in REF
+    #[arg(long, value_name = "OS/ARCH", value_parser = Platform::parse)]
+    platform: Option<Platform>,
+}
+
+impl PlatformArg {
+    /// `reference` for the platform, where one is given.
+    fn of(&self, mut reference: Reference) -> anyhow::Result<Reference> {
+        let Some(platform) = &self.platform else {
+            return Ok(reference);
+        };
+        let Locator::Oci(oci) = &mut reference.locator else {
+            anyhow::bail!("--platform is for oci:// references, {reference} is none");
+        };
+        let said = oci.platform.get_or_insert_with(|| platform.clone());
+        anyhow::ensure!(
+            said == platform,
+            "{reference} and --platform {platform} contradict each other"
+        );
+        Ok(reference)
+    }
 }
 
 /// Parses a reference of the command line.

@@ -131,6 +131,8 @@ impl Config {
         let config: Self = toml::from_str(text).map_err(|e| e.to_string())?;
         let checked = config.tiers.iter().try_for_each(TierConfig::check);
         checked.map_err(|e| e.to_string())?;
+        config.store.check().map_err(|e| e.to_string())?;
+        config.fetch.check()?;
         config.trace.check().map_err(|e| e.to_string())?;
         Ok(config)
     }
@@ -185,6 +187,12 @@ mod tests {
         for wrong in [
             "[fetch]\npatience_seconds = -1\n",
             "[fetch]\nverify = \"no\"\n",
+            "[fetch]\nstall_seconds = 0\n",
+            "[fetch]\nmax_connections = 0\n",
+            "[fetch]\nmemory = \"1MiB\"\n",
+            "[fetch]\nwarm_bandwidth = 0\n",
+            "[store]\nlow_watermark = 2\n",
+            "[store]\nhigh_watermark = nan\n",
             "[[tier]]\nmode = \"ro\"\n",
             "[[tier]]\npath = \"/t\"\nmode = \"rw\"\n",
             "[[tier]]\npath = \"/t\"\nlabel = \"hearth\"\n",

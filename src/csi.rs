@@ -5,13 +5,15 @@
 //! what is asked, `records` is what is on the disk, `target` binds. Called by `daemon` and `cli`.
 //!
 //! Invariants: what is published has a record, which is durable before the target is mounted and goes after it is
-//! unmounted; a record keeps its model mounted and pinned. One change of a volume at a time; a change that was begun is
-//! finished though the client goes away. A volume keeps the generation that it was first published with. Secrets are
-//! in memory only.
+//! unmounted; a record keeps its model mounted and pinned. One change of a target at a time, however many targets a volume
+//! has: only its pin is theirs together. A change that was begun is finished though the client goes away. A volume keeps
+//! the generation that it was first published with. Secrets are in memory only.
 //!
 //! What survives a crash: the records. The next process opens the models again, taking the mounts over where they are
-//! kept, and binds again what lost its mount.
+//! kept, and binds again what lost its mount. While a record cannot be read, nothing that an earlier process left is
+//! taken away: it may be of that volume.
 
+mod changes;
 mod error;
 mod models;
 mod records;
@@ -30,16 +32,17 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tracing::Instrument as _;
 
+use self::{
+    changes::{Of, Opens},
+    records::{Claim, Created, Published, Records},
+    request::{Create, Publish},
+};
 pub use self::{
     error::{CsiError, CsiErrorKind},
     models::{Layout, Mode, Model, ModelError, ModelErrorKind, Models, Status, User, Want},
     records::FORMAT,
     service::serve,
     target::{Binds, Flags, Targets},
-};
-use self::{
-    records::{Claim, Created, Published, Records},
-    request::{Create, Publish},
 };
 pub use crate::socket::{Listener, ServeError};
 use crate::{
@@ -49,8 +52,11 @@ use crate::{
 
 /// The name of the driver.
 pub const NAME: &str = "csi.hearth.dev";
-/// How long a call waits for another one about the same volume.
+/// How long a call waits for another one about the same target.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Until a volume that could not be served again is tried once more; it doubles.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Settings of this room (`[csi]`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,42 +107,26 @@ pub struct Driver {
     targets: Arc<dyn Targets>,
     records: Records,
     state: Mutex<State>,
-    /// One change of a volume at a time.
-    changes: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// One change at a time of a target, and of what all targets of a volume have together.
+    changes: Mutex<HashMap<Of, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 #[derive(Default)]
 struct State {
     /// By [`Published::id`].
     published: BTreeMap<String, Published>,
+    /// The same of records that cannot be read: they are there until their volumes are published or unpublished again.
+    unreadable: BTreeSet<String>,
     /// By volume.
     created: BTreeMap<String, Created>,
+    /// By volume.
+    opening: BTreeMap<String, Opens>,
 }
 
 /// A volume whose model is open and recorded.
 struct Begun {
     model: Model,
     record: Published,
-}
-
-/// The right to change a volume.
-struct Change<'a> {
-    of: &'a Driver,
-    volume: String,
-    held: Option<tokio::sync::OwnedMutexGuard<()>>,
-}
-
-impl Drop for Change<'_> {
-    fn drop(&mut self) {
-        self.held = None;
-        let mut changes = self.of.changes.lock();
-        if changes
-            .get(&self.volume)
-            .is_some_and(|lock| Arc::strong_count(lock) == 1)
-        {
-            changes.remove(&self.volume);
-        }
-    }
 }
 
 impl Drop for Driver {
@@ -172,14 +162,22 @@ impl Driver {
     ) -> Result<Arc<Self>> {
         request::check_node_id(&settings.node_id)?;
         let dir = settings.store.join("run/csi");
-        let (records, published, created) = blocking(move || Records::open(disk, &dir)).await??;
-        let owners: BTreeSet<_> = published.iter().map(|p| p.claim.owner()).collect();
-        let in_use: BTreeSet<_> = published.iter().map(|p| p.model.clone()).collect();
-        models.sweep(&owners, &in_use).await;
+        let found = blocking(move || Records::open(disk, &dir)).await??;
+        let (records, published, created) = (found.records, found.published, found.created);
+        match found.unreadable.is_empty() {
+            true => {
+                let owners: BTreeSet<_> = published.iter().map(|p| p.claim.owner()).collect();
+                let in_use: BTreeSet<_> = published.iter().map(|p| p.model.clone()).collect();
+                models.sweep(&owners, &in_use).await;
+            }
+            false => tracing::warn!("not all volumes can be read: what nobody may need stays"),
+        }
         metrics::global().csi_volumes.add(published.len() as u64);
         let state = State {
             published: published.into_iter().map(|p| (p.claim.id(), p)).collect(),
+            unreadable: found.unreadable,
             created: created.into_iter().map(|c| (c.volume(), c)).collect(),
+            ..State::default()
         };
         let this = Arc::new(Self {
             settings,
@@ -198,22 +196,41 @@ impl Driver {
         &self.settings
     }
 
-    /// Has everything that is published served again.
+    /// Has everything that is published served again: what cannot be now is tried again, as long as it is published.
     fn bring_back(self: &Arc<Self>) {
-        let published: Vec<_> = self.state.lock().published.values().cloned().collect();
-        for record in published {
-            let this = Arc::clone(self);
+        let published: Vec<_> = self.state.lock().published.keys().cloned().collect();
+        for id in published {
+            let driver = Arc::downgrade(self);
             tokio::spawn(async move {
-                if let Err(error) = this.bring_one_back(&record).await {
+                let mut pause = FIRST_PAUSE;
+                loop {
+                    // Not for longer: whoever ends waits until nobody has it.
+                    let Some(this) = driver.upgrade() else { return };
+                    let Some(record) = this.published(&id) else {
+                        return;
+                    };
+                    let Err(error) = this.bring_one_back(&record).await else {
+                        return;
+                    };
+                    drop(this);
                     let (volume, target) = (&record.claim.volume, record.claim.target.display());
-                    tracing::warn!(volume, %target, %error, "a volume is not served until it is published again");
+                    match pause {
+                        FIRST_PAUSE => {
+                            tracing::warn!(volume, %target, %error, "a volume is not served yet");
+                        }
+                        _ => {
+                            tracing::debug!(volume, %target, %error, "a volume is still not served")
+                        }
+                    }
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
                 }
             });
         }
     }
 
     async fn bring_one_back(self: &Arc<Self>, record: &Published) -> Result<()> {
-        let change = self.change(&record.claim.volume).await?;
+        let change = self.change_target(&record.claim.target).await?;
         // It may be gone, or be back, by now.
         if self.published(&record.claim.id()).as_ref() != Some(record) {
             return Ok(());
@@ -233,32 +250,6 @@ impl Driver {
 
     fn published(&self, id: &str) -> Option<Published> {
         self.state.lock().published.get(id).cloned()
-    }
-
-    /// Waits until this call is the only one to change `volume`.
-    async fn change(&self, volume: &str) -> Result<Change<'_>> {
-        let mut change = Change {
-            of: self,
-            volume: volume.to_owned(),
-            held: None,
-        };
-        let lock = {
-            let mut changes = self.changes.lock();
-            Arc::clone(changes.entry(volume.to_owned()).or_default())
-        };
-        match tokio::time::timeout(PATIENCE, lock.lock_owned()).await {
-            Ok(held) => {
-                change.held = Some(held);
-                Ok(change)
-            }
-            Err(_) => Err(CsiError::new(
-                CsiErrorKind::Aborted,
-                format!(
-                    "another call about {} is under way",
-                    volume.trim_start_matches('\0')
-                ),
-            )),
-        }
     }
 
     /// Has a volume mounted on its target; fine where it is.
@@ -291,11 +282,7 @@ impl Driver {
 
     /// Opens the model of a volume and records that it is published.
     async fn begin(self: &Arc<Self>, asked: &Publish) -> Result<Begun> {
-        let _change = self.change(&asked.volume).await?;
-        // Nor may another volume be on its way to the same target. No volume has such a name.
-        let _target = self
-            .change(&format!("\0{}", asked.target.display()))
-            .await?;
+        let _change = self.change_target(&asked.target).await?;
         let claim = Claim::new(asked);
         if let Some(before) = self.published(&claim.id()) {
             if !before.claim.is_same(&claim) {
@@ -314,6 +301,15 @@ impl Driver {
         self.check_outside(&asked.target)?;
         self.check_target(asked)?;
         self.prepare_target(&asked.target).await?;
+        let opening = self.opening(&asked.volume).await?;
+        let begun = self.begin_anew(asked, claim).await;
+        for claim in opening.end().values() {
+            self.unpin(claim).await;
+        }
+        begun
+    }
+
+    async fn begin_anew(self: &Arc<Self>, asked: &Publish, claim: Claim) -> Result<Begun> {
         let user = claim.user();
         let opened = self.models.open(&asked.want, None, &user).await;
         let model = opened.map_err(|e| CsiError::of_model(&asked.volume, &e))?;
@@ -353,7 +349,7 @@ impl Driver {
 
     /// Mounts the target of what was begun, unless it was unpublished meanwhile.
     async fn complete(self: &Arc<Self>, model: &Model, record: &Published) -> Result<()> {
-        let _change = self.change(&record.claim.volume).await?;
+        let _change = self.change_target(&record.claim.target).await?;
         if self.published(&record.claim.id()).as_ref() != Some(record) {
             return Err(CsiError::new(
                 CsiErrorKind::Aborted,
@@ -366,7 +362,7 @@ impl Driver {
     /// Takes back what was begun, by this call or an earlier one, and cannot be completed: after an error that is final
     /// the kubelet does not unpublish. What is mounted is left alone: a pod may use it.
     async fn give_up(self: &Arc<Self>, claim: &Claim) -> Result<()> {
-        let _change = self.change(&claim.volume).await?;
+        let _change = self.change_target(&claim.target).await?;
         match self.published(&claim.id()) {
             Some(record)
                 if record.claim.is_same(claim) && !self.is_mounted(&claim.target).await =>
@@ -448,7 +444,9 @@ impl Driver {
         blocking(move || {
             this.records.write_published(&record)?;
             let id = record.claim.id();
-            if this.state.lock().published.insert(id, record).is_none() {
+            let mut state = this.state.lock();
+            state.unreadable.remove(&id);
+            if state.published.insert(id, record).is_none() {
                 metrics::global().csi_volumes.add(1);
             }
             Ok(())
@@ -462,26 +460,34 @@ impl Driver {
     /// What the system says.
     pub(crate) async fn unpublish(self: &Arc<Self>, volume: &str, target: &Path) -> Result<()> {
         self.check_outside(target)?;
-        let _change = self.change(volume).await?;
-        match self.published(&records::id(volume, target)) {
-            Some(record) => self.remove(&record).await,
-            None => {
-                // Its record was lost: what is mounted goes, unless it is another volume's.
-                let other = self
-                    .state
-                    .lock()
-                    .published
-                    .values()
-                    .any(|p| p.claim.target == target);
-                if other {
-                    return Ok(());
-                }
-                self.detach(target, false).await
-            }
+        let _change = self.change_target(target).await?;
+        let id = records::id(volume, target);
+        if let Some(record) = self.published(&id) {
+            return self.remove(&record).await;
         }
+        // Its record was lost: what is mounted goes, unless it is another volume's.
+        let is_unreadable = {
+            let state = self.state.lock();
+            let mut others = state.published.values();
+            if others.any(|p| p.claim.target == target) {
+                return Ok(());
+            }
+            state.unreadable.contains(&id)
+        };
+        self.detach(target, is_unreadable).await?;
+        if is_unreadable {
+            let this = Arc::clone(self);
+            blocking(move || {
+                this.records.remove_published(&id)?;
+                this.state.lock().unreadable.remove(&id);
+                Ok::<_, CsiError>(())
+            })
+            .await??;
+        }
+        Ok(())
     }
 
-    /// Takes back what was published. The volume is this call's to change.
+    /// Takes back what was published. The target is this call's to change.
     async fn remove(self: &Arc<Self>, record: &Published) -> Result<()> {
         self.detach(&record.claim.target, true).await?;
         let (this, id) = (Arc::clone(self), record.claim.id());
@@ -504,17 +510,10 @@ impl Driver {
 
     /// Gives the model of a record back, and the pin where that was the last one.
     async fn let_go(&self, record: &Published) {
-        let (claim, user) = (&record.claim, record.claim.user());
-        self.models.close(&record.model, &user.id).await;
-        let others = self.state.lock().published.values().any(|other| {
-            let other = &other.claim;
-            other.volume == claim.volume
-                && other.reference == claim.reference
-                && other.target != claim.target
-        });
-        if !others {
-            self.models.unpin(&claim.reference, &user.owner).await;
-        }
+        self.models
+            .close(&record.model, &record.claim.user().id)
+            .await;
+        self.unpin(&record.claim).await;
     }
 
     /// How what is published at `path` does.
@@ -522,17 +521,23 @@ impl Driver {
     /// # Errors
     /// Nothing of this volume is published there.
     pub(crate) async fn stats(&self, volume: &str, path: &Path) -> Result<Status> {
-        let Some(record) = self.published(&records::id(volume, path)) else {
+        let id = records::id(volume, path);
+        let abnormal = |why: &str| Status {
+            trouble: Some(why.to_owned()),
+            ..Status::default()
+        };
+        let Some(record) = self.published(&id) else {
+            if self.state.lock().unreadable.contains(&id) {
+                let why = "its record is damaged: it is served once it is published again";
+                return Ok(abnormal(why));
+            }
             return Err(CsiError::new(
                 CsiErrorKind::NotFound,
                 format!("volume {volume} is not published at {}", path.display()),
             ));
         };
         let Some((model, mut status)) = self.models.status(&record.model).await else {
-            return Ok(Status {
-                trouble: Some("its model is not served".into()),
-                ..Status::default()
-            });
+            return Ok(abnormal("its model is not served"));
         };
         if !self.is_attached(&model, &record).await {
             status.trouble = Some(format!("nothing is mounted on {}", path.display()));
@@ -547,7 +552,7 @@ impl Driver {
     pub(crate) async fn create(self: &Arc<Self>, asked: Create) -> Result<Created> {
         let new = Created::new(&asked);
         let volume = new.volume();
-        let _change = self.change(&volume).await?;
+        let _change = self.change_volume(&volume).await?;
         let before = self.state.lock().created.get(&volume).cloned();
         if let Some(before) = before {
             return match before.suits(&asked) {
@@ -581,7 +586,7 @@ impl Driver {
     /// # Errors
     /// What the disk says.
     pub(crate) async fn delete(self: &Arc<Self>, volume: &str) -> Result<()> {
-        let _change = self.change(volume).await?;
+        let _change = self.change_volume(volume).await?;
         let (this, volume) = (Arc::clone(self), volume.to_owned());
         blocking(move || {
             let known = this.state.lock().created.contains_key(&volume);

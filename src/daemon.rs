@@ -21,7 +21,7 @@ pub use models::SharedModels;
 pub use roots::{ImageRoots, pinned_images};
 pub use warmups::NodeWarmer;
 
-use crate::node::{Node, NodeError};
+use crate::node::Node;
 
 /// Where mounts are, named as the kernel names them: the store may be reached through a link.
 fn run_dir(node: &Node) -> PathBuf {
@@ -31,9 +31,9 @@ fn run_dir(node: &Node) -> PathBuf {
 }
 
 /// An error with its causes.
-fn describe(error: &NodeError) -> String {
+fn describe(error: &dyn std::error::Error) -> String {
     let mut message = error.to_string();
-    let mut next = std::error::Error::source(error);
+    let mut next = error.source();
     while let Some(cause) = next {
         message = format!("{message}: {cause}");
         next = cause.source();

@@ -92,6 +92,9 @@ pub enum Open {
     /// To read; it must be there, a plain file: whoever brought a disk may have put a pipe there, which
     /// would never be opened, or a link to what is not on it.
     Read,
+    /// As `Read`, but whoever opens it sees whether it is a plain file, with all else that there is to see of it
+    /// ([`Stat::plain`]).
+    Unseen,
     /// A directory, to sync what is below it.
     Dir,
     /// To read and write; it must be there.
@@ -115,6 +118,10 @@ pub struct Stat {
     pub modified: SystemTime,
     /// Inode number.
     pub inode: u64,
+    /// How many names it has.
+    pub links: u64,
+    /// Whether it is a plain file.
+    pub plain: bool,
 }
 
 impl Stat {
@@ -125,6 +132,23 @@ impl Stat {
             disk: meta.blocks() * 512,
             modified: meta.modified().unwrap_or(SystemTime::UNIX_EPOCH),
             inode: meta.ino(),
+            links: meta.nlink(),
+            plain: meta.is_file(),
+        }
+    }
+
+    /// Refuses what is no plain file.
+    ///
+    /// # Errors
+    /// As opening it to read.
+    pub fn need_plain(&self, path: &Path) -> Result<()> {
+        match self.plain {
+            true => Ok(()),
+            false => Err(DiskError::new(
+                "open",
+                path,
+                io::Error::other("it is no plain file"),
+            )),
         }
     }
 }
@@ -227,7 +251,7 @@ impl Disk for RealDisk {
         let mut options = OpenOptions::new();
         options.read(true).mode(0o600);
         match how {
-            Open::Read => options.custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW),
+            Open::Read | Open::Unseen => options.custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW),
             Open::Dir => options.custom_flags(libc::O_DIRECTORY),
             Open::Write => options.write(true),
             Open::Create => options.write(true).create(true),
@@ -239,8 +263,8 @@ impl Disk for RealDisk {
             .map_err(|e| DiskError::new("open", path, e))?;
         let path = path.to_owned();
         let file = RealFile { file, path };
-        if how == Open::Read && !file.file.metadata().map_err(file.fail("stat"))?.is_file() {
-            return Err(file.fail("open")(io::Error::other("it is no plain file")));
+        if how == Open::Read {
+            file.stat()?.need_plain(&file.path)?;
         }
         if how == Open::New {
             let meta = file.file.metadata().map_err(file.fail("stat"))?;

@@ -3,8 +3,8 @@
 //! Three classes: a reader who waits ([`Class::Demand`]) goes before what a reader will want next
 //! ([`Class::Readahead`]), which goes before background work ([`Class::Warm`]). Every chunk is
 //! fetched by exactly one flight, which holds its lease; all who want it wait for that one.
-//! Memory is one fixed budget of chunk buffers. Retries are decided in `retry.rs` and nowhere
-//! else. Nothing becomes complete before its digest was checked.
+//! Memory is one fixed budget of chunk buffers. When a range is asked for again, `source::Retry` decides.
+//! Nothing becomes complete before its digest was checked.
 //!
 //! Called by `fs` (reads) and `node` (warm). What survives a crash is in the store; the engine
 //! itself keeps nothing.
@@ -121,6 +121,31 @@ impl Default for Config {
     }
 }
 
+impl Config {
+    /// Whether something can be fetched with these settings.
+    ///
+    /// # Errors
+    /// Names the setting, and says what was expected.
+    pub fn check(&self) -> Result<(), String> {
+        let wrong = |what: String| Err(format!("fetch.{what}"));
+        let stall = self.stall_timeout.as_secs_f64();
+        if stall < 1.0 {
+            return wrong(format!("stall_seconds = {stall}: expected at least 1"));
+        }
+        if self.max_connections == 0 {
+            return wrong("max_connections = 0: expected at least 1".into());
+        }
+        if self.memory.0 < Pool::LEAST {
+            let (found, least) = (self.memory, crate::store::ByteSize(Pool::LEAST));
+            return wrong(format!("memory = {found}: expected at least {least}"));
+        }
+        if self.warm_bandwidth.is_some_and(|bytes| bytes.0 == 0) {
+            return wrong("warm_bandwidth = 0: expected bytes a second, or nothing".into());
+        }
+        Ok(())
+    }
+}
+
 mod seconds {
     use std::time::Duration;
 
@@ -164,6 +189,8 @@ struct Inner {
     handles: Mutex<HashMap<ObjectId, Vec<Weak<Handle>>>>,
     /// Smoothed time to the first answer, in microseconds.
     answer_micros: AtomicU64,
+    /// Smoothed time that a chunk takes in the background, in microseconds; 0 until one came.
+    chunk_micros: AtomicU64,
 }
 
 impl Engine {
@@ -193,6 +220,7 @@ impl Engine {
             queue: Queue::new(config.max_connections),
             handles: Mutex::default(),
             answer_micros: AtomicU64::new(50_000),
+            chunk_micros: AtomicU64::new(0),
             runtime: runtime.clone(),
             config,
         });
@@ -318,6 +346,24 @@ impl Inner {
         let old = self.answer_micros.load(Ordering::Relaxed);
         let new = (old * 7 + took.as_micros().min(10_000_000) as u64) / 8;
         self.answer_micros.store(new, Ordering::Relaxed);
+    }
+
+    /// What a chunk usually takes in the background; `None` where that is not known, or background work is held back.
+    fn usual_pace(&self) -> Option<Duration> {
+        let micros = self.chunk_micros.load(Ordering::Relaxed);
+        let held_back = self.gate.busy() || self.bandwidth.is_capped();
+        (micros > 0 && !held_back).then(|| Duration::from_micros(micros))
+    }
+
+    /// A chunk took so long in the background. A single slow one does not make that usual.
+    fn brought_at(&self, pace: Duration) {
+        let new = (pace.as_micros() as u64).max(1);
+        let old = self.chunk_micros.load(Ordering::Relaxed);
+        let smoothed = match old {
+            0 => new,
+            old => (old * 7 + new.min(old * 2)).div_ceil(8),
+        };
+        self.chunk_micros.store(smoothed, Ordering::Relaxed);
     }
 }
 

@@ -456,6 +456,11 @@ impl View {
         }
     }
 
+    /// Notes that a file is opened again for which nothing had to be asked here.
+    pub fn touch(&self) {
+        self.contents.touch();
+    }
+
     /// Sizes of the whole view; free is what the upper may still take.
     pub fn statfs(&self) -> Statfs {
         let (used, free, files, free_files) =

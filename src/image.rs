@@ -14,6 +14,7 @@ mod error;
 mod hashing;
 mod index;
 mod inflate;
+mod memory;
 mod merge;
 pub mod profile;
 #[cfg(test)]
@@ -27,6 +28,7 @@ mod unpack;
 pub use decode::{Decoded, Decoder};
 pub use error::{ImageError, ImageErrorKind};
 pub use index::MAX_SPAN;
+pub use memory::Memory;
 pub use merge::merge;
 pub use span::LayerSource;
 pub use unpack::{Limits, Sink, Unpacker};
@@ -144,7 +146,7 @@ impl LayerIndex {
     ///
     /// # Errors
     /// A path that no file can have.
-    pub fn of_file(blob: Digest, size: u64, path: &str) -> Result<Self, ImageError> {
+    pub fn of_file(blob: Digest, size: u64, path: &str, meta: Meta) -> Result<Self, ImageError> {
         let wrong = path
             .split('/')
             .any(|name| tree::check_name(name.as_bytes()).is_err());
@@ -167,7 +169,7 @@ impl LayerIndex {
             entries: vec![LayerEntry {
                 path: path.as_bytes().into(),
                 kind: EntryKind::File(content),
-                meta: Meta::file(0),
+                meta,
             }],
             spans: vec![Span {
                 start: 0,

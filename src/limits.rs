@@ -1,4 +1,4 @@
-//! limits: how many files this process may have open.
+//! limits: how many files this process may have open, and memory that it does not need any more.
 //!
 //! By default 1024, for the sake of programs that use select(2); the hard limit is what the system bears. A process that holds
 //! the descriptors of thousands of mounts and connections takes all of that, and gives the programs that it starts what it
@@ -16,20 +16,34 @@ pub fn raise_open_files() {
     }
 }
 
-fn raise() -> io::Result<()> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: it fills in the struct, which lives until it returns.
-    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
-        return Err(io::Error::last_os_error());
+/// Gives memory that was freed back to the system: the allocator keeps it otherwise.
+pub fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim(3) has no preconditions and is thread-safe.
+    unsafe {
+        libc::malloc_trim(0);
     }
+}
+
+fn raise() -> io::Result<()> {
+    let limit = now()?;
     let given = *GIVEN.get_or_init(|| limit);
     set(&libc::rlimit {
         rlim_cur: given.rlim_max,
         ..given
     })
+}
+
+fn now() -> io::Result<libc::rlimit> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: it fills in the struct, which lives until it returns.
+    match unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } {
+        0 => Ok(limit),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn set(limit: &libc::rlimit) -> io::Result<()> {
@@ -38,6 +52,11 @@ fn set(limit: &libc::rlimit) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// How many files this process may have open; 0 where the system does not say.
+pub fn open_files() -> u64 {
+    now().map_or(0, |limit| limit.rlim_cur)
 }
 
 /// Has the program of `command` run with the limit that this process was given.

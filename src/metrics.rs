@@ -115,11 +115,11 @@ metrics! {
     counter fetch_readahead_bytes "hearth_fetch_readahead_bytes_total" "Bytes received from origins ahead of a sequential reader";
     counter fetch_warm_bytes "hearth_fetch_warm_bytes_total" "Bytes received from origins in the background";
     counter fetch_requests "hearth_fetch_requests_total" "Range requests sent to origins";
-    counter fetch_retries "hearth_fetch_retries_total" "Range requests sent again after an error";
-    counter fetch_failed_unavailable "hearth_fetch_failed_unavailable_total" "Range requests that failed since the origin, or the way to it, was down, slow or broken";
-    counter fetch_failed_throttled "hearth_fetch_failed_throttled_total" "Range requests that the origin put off: asked too often";
-    counter fetch_failed_denied "hearth_fetch_failed_denied_total" "Range requests that the origin refused: credentials";
-    counter fetch_failed_other "hearth_fetch_failed_other_total" "Range requests whose answer was of no use: another generation, not found, against the protocol";
+    counter fetch_retries "hearth_fetch_retries_total" "Requests to origins sent again after an error";
+    counter fetch_failed_unavailable "hearth_fetch_failed_unavailable_total" "Requests that failed since the origin, or the way to it, was down, slow or broken";
+    counter fetch_failed_throttled "hearth_fetch_failed_throttled_total" "Requests that the origin put off: asked too often";
+    counter fetch_failed_denied "hearth_fetch_failed_denied_total" "Requests that the origin refused: credentials";
+    counter fetch_failed_other "hearth_fetch_failed_other_total" "Requests whose answer was of no use: another generation, not found, against the protocol";
     counter fetch_hedges "hearth_fetch_hedges_total" "Second requests sent because the first was slow";
     counter fetch_corrupt_objects "hearth_fetch_corrupt_objects_total" "Objects whose content did not match its digest";
     counter fetch_streamed_bytes "hearth_fetch_streamed_bytes_total" "Bytes served without being stored, since the disk was full or failed";

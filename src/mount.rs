@@ -53,12 +53,12 @@ use self::{
     keeper::{Link, Orphan},
     retire::Haste,
     server::Server,
-    session::{Agreed, Device, Session},
+    session::{Agreed, Device, Id, Session},
 };
 pub use self::{
     state::FORMAT,
     stats::Stats,
-    table::{MountInfo, mounted},
+    table::{MountInfo, mounted, shows, stack},
 };
 use crate::{
     fs::View,
@@ -202,7 +202,7 @@ impl MountError {
 #[derive(Debug)]
 pub struct Mount {
     dir: PathBuf,
-    connection: u32,
+    id: Id,
     server: Arc<Server>,
     keeper: Option<Arc<Link>>,
     device: Weak<Device>,
@@ -252,7 +252,7 @@ impl Mount {
     ///
     /// # Errors
     /// What was agreed on with the kernel is more than this version knows; the other does not let go.
-    /// Then nothing has changed.
+    /// Then it waits for a server as before.
     pub fn adopt(
         view: Arc<View>,
         orphan: Orphan,
@@ -278,12 +278,12 @@ impl Mount {
         runtime: Handle,
         keeper: Option<Arc<Link>>,
     ) -> Result<Self, MountError> {
-        let (dir, connection) = (session.dir.clone(), session.connection);
+        let (dir, id) = (session.dir.clone(), session.id());
         Self::serve(session, view, config, runtime, keeper.clone()).inspect_err(|_| {
             if let Err(error) = device::unmount(&dir, true) {
                 tracing::warn!(%error, "could not unmount");
             }
-            if let Some(Err(error)) = keeper.map(|keeper| keeper.end(&dir, connection)) {
+            if let Some(Err(error)) = keeper.map(|keeper| keeper.end(&dir, id)) {
                 tracing::warn!(%error, "the keeper keeps what is gone");
             }
         })
@@ -322,6 +322,7 @@ impl Mount {
         if let Some(keeper) = &keeper {
             keeper.take(&session)?;
         }
+        let taken = Taken(resumed.then_some((&session, keeper.as_deref())));
         let distrusted = server.succeed(&session.device);
         session::connect(&fuse, &session.device, &session.state, &answer, resumed)
             .map_err(failed)?;
@@ -334,7 +335,7 @@ impl Mount {
         let (tell, ended) = watch::channel(false);
         let left = Arc::new(AtomicBool::new(false));
         let serving = (server.clone(), keeper.clone(), dir.clone(), left.clone());
-        let connection = session.connection;
+        let id = session.id();
         let device = session.device.clone();
         let channel = fuse.as_fd().as_raw_fd();
         let thread = std::thread::Builder::new()
@@ -346,20 +347,23 @@ impl Mount {
                 metrics::global().mount_mounts.sub(1);
                 server.notify_by(None);
                 drop(device);
-                if !left.load(Relaxed)
-                    && let Some(Err(error)) = keeper.map(|keeper| keeper.end(&dir, connection))
-                {
-                    tracing::debug!(%error, "the keeper was not told of the end");
+                if !left.load(Relaxed) {
+                    // Before anybody is told: what it held may be collected then.
+                    server.opens.end();
+                    if let Some(Err(error)) = keeper.map(|keeper| keeper.end(&dir, id)) {
+                        tracing::debug!(%error, "the keeper was not told of the end");
+                    }
                 }
                 tell.send_replace(true);
                 result
             })
             .map_err(|e| MountError::system(&dir, "thread", e))?;
+        taken.served();
         // Needs threads that serve: the kernel waits for what is being read.
         distrusted.into_iter().for_each(|ino| server.distrust(ino));
         Ok(Self {
             dir,
-            connection,
+            id,
             server,
             keeper,
             device: Arc::downgrade(&session.device),
@@ -370,6 +374,19 @@ impl Mount {
         })
     }
 
+    /// Gives the next server of a kept mount what nobody else is to know: see [`Orphan::secret`]. It is in memory only, that of
+    /// the session, and goes with it.
+    ///
+    /// # Errors
+    /// It is too long; then the next server has none.
+    pub fn remember(&self, secret: &[u8]) -> Result<(), MountError> {
+        let kept = match &self.keeper {
+            Some(_) => self.server.state.set_secret(secret),
+            None => Ok(()),
+        };
+        kept.map_err(|e| MountError::system(&self.dir, "session", e))
+    }
+
     /// Where it is mounted.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -377,7 +394,7 @@ impl Mount {
 
     /// Number of the FUSE connection (`/sys/fs/fuse/connections/<n>`).
     pub fn connection(&self) -> u32 {
-        self.connection
+        self.id.connection
     }
 
     /// What has been served so far.
@@ -409,7 +426,7 @@ impl Mount {
 
     /// Whether its directory shows it: not where somebody has detached it, or mounted something over it.
     pub fn is_mounted(&self) -> bool {
-        !self.has_ended() && table::shows(&self.dir, self.connection)
+        !self.has_ended() && table::shows(&self.dir, self.id.connection)
     }
 
     /// Unmounts; fine where it is unmounted already. `lazy` detaches it at once, and what is open
@@ -418,10 +435,7 @@ impl Mount {
     /// # Errors
     /// [`MountErrorKind::Busy`] where files are open and `lazy` is not set.
     pub fn unmount(&self, lazy: bool) -> Result<(), MountError> {
-        let there = table::find(&self.dir)
-            .map_err(|e| MountError::system(&self.dir, "mountinfo", e))?
-            .is_some_and(|m| m.connection == self.connection);
-        match there {
+        match table::shows(&self.dir, self.id.connection) {
             // The number may be of another mount by now, unless it is as dead as this one.
             true if self.has_ended() => clean(&self.dir),
             true => device::unmount(&self.dir, lazy),
@@ -447,7 +461,7 @@ impl Mount {
             left.map_err(failed)?;
         }
         match &self.keeper {
-            Some(keeper) => keeper.left(&self.dir, self.connection),
+            Some(keeper) => keeper.left(&self.dir, self.id),
             None => Ok(()),
         }
     }
@@ -490,6 +504,27 @@ impl Drop for Mount {
         }
         if let Err(error) = self.unmount(false).or_else(|_| self.unmount(true)) {
             tracing::warn!(%error, "could not unmount");
+        }
+    }
+}
+
+/// What was taken over from another server, until it is served: dropped before that, it waits for the next one.
+struct Taken<'a>(Option<(&'a Session, Option<&'a Link>)>);
+
+impl Taken<'_> {
+    fn served(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let Some((session, keeper)) = self.0 else {
+            return;
+        };
+        session.device.leave();
+        if let Some(Err(error)) = keeper.map(|keeper| keeper.left(&session.dir, session.id())) {
+            tracing::warn!(%error, "the keeper does not know that nobody serves a mount");
         }
     }
 }

@@ -3,7 +3,8 @@
 //! The one place that joins sources, store and engine. An artifact is recorded before its objects
 //! are looked at, so that collection in any process leaves them alone; it is held while it is
 //! warmed or viewed. What is warm needs no network: when the origin cannot be reached, the
-//! recorded artifact is used. Called by the faces and the CLI.
+//! recorded artifact is used; the one before it, where not all of it is here and all of that is. Called by the
+//! faces and the CLI.
 
 mod bake;
 mod documents;
@@ -11,6 +12,7 @@ mod error;
 mod fill;
 mod hold;
 mod layers;
+mod meaning;
 mod patient;
 mod progress;
 mod report;
@@ -20,27 +22,37 @@ mod tenancy;
 mod unpack;
 mod visitors;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 pub use self::{
     bake::Planned,
     error::NodeError,
     layers::{PushedIndexes, Start},
+    meaning::Meaning,
     progress::{FileProgress, Progress, Snapshot},
     report::WarmReport,
-    status::{ArtifactStatus, FileStatus, Place},
-    tenancy::{OverQuota, Tenancy, TenancyConfig},
+    status::{ArtifactStatus, FileStatus, Place, Presence},
+    tenancy::{OverQuota, Passing, Tenancy, TenancyConfig},
 };
-use self::{hold::MAX_REMOVALS, layers::Layers, visitors::Visitors};
+use self::{
+    hold::MAX_REMOVALS,
+    layers::{Layers, Slots},
+    meaning::{Purpose, is_in_layers, meaning},
+    visitors::Visitors,
+};
 use crate::{
     digest::Digest,
     fetch::{self, Engine, FetchErrorKind, VerifyPolicy},
+    image::Memory,
     reference::{HubRepo, Locator, Reference},
-    source::{Credentials, Layered, Source, SourceErrorKind, Sources},
+    source::{Credentials, Source, SourceErrorKind, Sources, patiently},
     store::{ByteSize, Reservation, Store, StoreError, StoreErrorKind},
     telemetry::{self, span},
-    tree::Artifact,
+    tree::{Artifact, Object},
 };
+
+/// Decoded bytes of layers that are kept in memory for a while, of all images that are read.
+const DECODED_CACHE: usize = 64 << 20;
 
 /// A reference brought down to an artifact.
 #[derive(Debug, Clone)]
@@ -96,8 +108,13 @@ pub struct Node {
     engine: Engine,
     /// Of what is warmed; see [`Node::with_rank`].
     rank: i8,
+    /// Nobody waits for what it brings.
+    is_ahead: bool,
     tenancy: Arc<Tenancy>,
     visitors: Arc<Visitors>,
+    /// For what lies in layers.
+    memory: Arc<Memory>,
+    slots: Arc<Slots>,
 }
 
 impl Node {
@@ -107,8 +124,11 @@ impl Node {
             sources,
             engine,
             rank: 0,
+            is_ahead: false,
             tenancy: Arc::default(),
             visitors: Arc::default(),
+            memory: Memory::new(DECODED_CACHE),
+            slots: Arc::default(),
         }
     }
 
@@ -135,11 +155,13 @@ impl Node {
         &self.tenancy
     }
 
-    /// This node, whose background work goes before that of a lower rank.
+    /// This node, to warm what is needed later: its background work goes before that of a lower rank, and what it unpacks
+    /// leaves turns to those who wait.
     #[must_use]
     pub fn with_rank(&self, rank: i8) -> Self {
         Self {
             rank,
+            is_ahead: true,
             ..self.clone()
         }
     }
@@ -182,30 +204,9 @@ impl Node {
         &self.engine
     }
 
-    /// Asks the origin what `reference` is; keeps nothing.
-    ///
-    /// # Errors
-    /// What the source says.
-    pub async fn inspect(&self, reference: &Reference) -> Result<Artifact, NodeError> {
-        let failed = |source| NodeError::Resolve {
-            reference: reference.to_string(),
-            source,
-        };
-        let source = self.sources.open(reference).map_err(failed)?;
-        source.resolve(reference).await.map_err(failed)
-    }
-
-    /// The layers of `reference`, where it is a container image; keeps nothing.
-    ///
-    /// # Errors
-    /// What the source says.
-    pub async fn layers(&self, reference: &Reference) -> Result<Option<Layered>, NodeError> {
-        let failed = |source| NodeError::Resolve {
-            reference: reference.to_string(),
-            source,
-        };
-        let source = self.sources.open(reference).map_err(failed)?;
-        source.layered(reference).await.map_err(failed)
+    /// How long an origin that puts requests off is asked.
+    fn patience(&self) -> Duration {
+        self.engine.config().patience
     }
 
     /// Resolves `reference` and records the artifact. A commit that is recorded needs no network;
@@ -214,21 +215,30 @@ impl Node {
     /// # Errors
     /// What the source or the store says.
     pub async fn resolve(&self, reference: &Reference) -> Result<Resolved, NodeError> {
-        self.resolve_showing(reference, &Progress::default()).await
+        let progress = Progress::default();
+        self.resolve_for(reference, Purpose::Read(&progress)).await
     }
 
-    /// As [`Node::resolve`]; shows the progress of layers that have to be unpacked for it.
+    /// As [`Node::resolve`], for who brings all of it; shows the progress of layers that have to be unpacked for it.
     ///
     /// # Errors
-    /// As [`Node::resolve`].
+    /// As [`Node::resolve`]; where an image does not fit in the place of what is recorded, which stays then.
     pub async fn resolve_showing(
         &self,
         reference: &Reference,
         progress: &Progress,
     ) -> Result<Resolved, NodeError> {
+        self.resolve_for(reference, Purpose::Bring(progress)).await
+    }
+
+    async fn resolve_for(
+        &self,
+        reference: &Reference,
+        purpose: Purpose<'_>,
+    ) -> Result<Resolved, NodeError> {
         let span = span!("resolve", hearth.reference = %reference);
         let resolving = async {
-            let resolved = self.resolve_now(reference, progress).await;
+            let resolved = self.resolve_now(reference, purpose).await;
             resolved.inspect(Resolved::tell)
         };
         telemetry::within(span, NodeError::about, resolving).await
@@ -237,7 +247,7 @@ impl Node {
     async fn resolve_now(
         &self,
         reference: &Reference,
-        progress: &Progress,
+        purpose: Purpose<'_>,
     ) -> Result<Resolved, NodeError> {
         let name = reference.to_string();
         let failed = |source| NodeError::Resolve {
@@ -253,8 +263,38 @@ impl Node {
             return Ok(resolved);
         }
         let asked = std::time::Instant::now();
-        let answer = match source.layered(reference).await {
-            Ok(Some(layered)) => {
+        let fallback = match &recorded {
+            Some(recorded) => Some(Arc::clone(recorded)),
+            None => self.recorded_for_here(reference).await?,
+        };
+        // What is recorded will do: nobody has to wait.
+        let patience = match fallback {
+            Some(_) => Duration::ZERO,
+            None => self.patience(),
+        };
+        let was_unpacked = recorded.as_ref().is_some_and(|a| is_in_layers(a));
+        let mut meant = patiently(patience, meaning(&source, reference, was_unpacked)).await;
+        if let Err(error) = &meant
+            && let Some(recorded) = self.last_whole(&name).await?.or(fallback)
+        {
+            let is_passing = is_passing(error.kind());
+            // It gave some of it before: credentials have expired.
+            let is_expired = error.kind() == SourceErrorKind::Denied;
+            if (is_passing || is_expired && self.has_some(&recorded).await?)
+                && let Some(resolved) = self.as_recorded(reference, &recorded, &source).await?
+            {
+                let revision = &recorded.revision;
+                tracing::warn!(%error, revision, "the origin cannot be reached: using what is recorded");
+                return Ok(resolved);
+            }
+            if is_passing {
+                // That will not do: now somebody has to wait.
+                let again = meaning(&source, reference, was_unpacked);
+                meant = patiently(self.patience(), again).await;
+            }
+        }
+        match meant {
+            Ok(Meaning::Layers(layered)) => {
                 if let Some(artifact) = &recorded
                     && artifact.revision == layered.manifest.to_string()
                     && let Some(mut resolved) = self.recorded_layers(artifact, &source).await?
@@ -263,17 +303,13 @@ impl Node {
                     return Ok(resolved);
                 }
                 let resolved = self
-                    .resolve_layered(reference, layered, &source, Some(progress))
+                    .resolve_layered(reference, layered, &source, purpose)
                     .await?;
                 let mut resolved = resolved.ok_or(NodeError::Unknown(name))?;
                 resolved.new = recorded.is_none();
-                return Ok(resolved);
+                Ok(resolved)
             }
-            Ok(None) => source.resolve(reference).await,
-            Err(error) => Err(error),
-        };
-        match answer {
-            Ok(artifact) => {
+            Ok(Meaning::Files(artifact)) => {
                 let artifact = Arc::new(artifact);
                 tracing::info!(
                     reference = name,
@@ -297,21 +333,7 @@ impl Node {
                 resolved.new = recorded.is_none();
                 Ok(resolved)
             }
-            Err(error) => {
-                if let Some(artifact) = recorded
-                    && match error.kind() {
-                        SourceErrorKind::Unavailable | SourceErrorKind::Throttled => true,
-                        // It gave some of it before: credentials have expired.
-                        SourceErrorKind::Denied => self.has_some(&artifact).await?,
-                        _ => false,
-                    }
-                    && let Some(resolved) = self.as_recorded(reference, &artifact, &source).await?
-                {
-                    tracing::warn!(%error, "the origin cannot be reached: using what is recorded");
-                    return Ok(resolved);
-                }
-                Err(failed(error))
-            }
+            Err(error) => Err(failed(error)),
         }
     }
 
@@ -331,17 +353,19 @@ impl Node {
         let span = span!("resolve", hearth.reference = %reference, hearth.lazy = true);
         let resolving = async {
             let source = self.sources.open(reference).map_err(failed)?;
-            let Some(layered) = source.layered(reference).await.map_err(failed)? else {
+            let asked = patiently(self.patience(), source.layered(reference));
+            let Some(layered) = asked.await.map_err(failed)? else {
                 return Ok(None);
             };
-            let resolved = self.resolve_layered(reference, layered, &source, None);
+            let resolved = self.resolve_layered(reference, layered, &source, Purpose::ReadLazily);
             Ok(resolved.await?.inspect(Resolved::tell))
         };
         telemetry::within(span, NodeError::about, resolving).await
     }
 
     /// The generation `digest` of `reference`, as a process before this one served it, whatever the
-    /// reference means by now. Needs no network where the store has it.
+    /// reference means by now; what is read at other places of its layers since may have another digest.
+    /// Needs no network where the store has it.
     ///
     /// # Errors
     /// It is not here, and the origin has another.
@@ -356,16 +380,17 @@ impl Node {
         };
         let source = self.sources.open(reference).map_err(failed)?;
         let (store, wanted) = (Arc::clone(self.store()), *digest);
-        if let Some(artifact) = blocking(move || store.generation(&wanted)).await?
-            && let Some(resolved) = self
-                .as_recorded(reference, &Arc::new(artifact), &source)
-                .await?
+        let served = blocking(move || store.generation(&wanted)).await?;
+        let served = served.map(Arc::new);
+        if let Some(artifact) = &served
+            && let Some(resolved) = self.as_recorded(reference, artifact, &source).await?
         {
             return Ok(resolved);
         }
         // A store that cannot be written has no record of it.
         let resolved = self.resolve(reference).await?;
-        match resolved.artifact.digest() == *digest {
+        let is_it = |served: &Arc<Artifact>| served.shows_the_same(&resolved.artifact);
+        match resolved.artifact.digest() == *digest || served.as_ref().is_some_and(is_it) {
             true => Ok(resolved),
             false => Err(NodeError::Unknown(format!("{reference} as {digest}"))),
         }
@@ -375,8 +400,9 @@ impl Node {
     async fn has_all(&self, artifact: &Arc<Artifact>) -> Result<bool, NodeError> {
         let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
         let all = blocking(move || {
+            let finder = store.finder()?;
             for object in artifact.stored() {
-                if store.complete_sized(&object.id, object.size)?.is_none() {
+                if finder.find(object)?.is_none() {
                     return Ok(false);
                 }
             }
@@ -414,12 +440,7 @@ impl Node {
             true => patient::Patient::of(source),
             false => Arc::clone(source),
         };
-        let layered = matches!(reference.locator, Locator::Oci(_))
-            && artifact.objects.iter().any(|object| {
-                let location = object.recipe.location();
-                location.is_some_and(|location| location.path.contains('#'))
-            });
-        match layered {
+        match matches!(reference.locator, Locator::Oci(_)) && is_in_layers(artifact) {
             true => self.recorded_layers(artifact, source).await,
             false => {
                 let (artifact, source) = (Arc::clone(artifact), Arc::clone(source));
@@ -471,7 +492,10 @@ impl Node {
         let mut removals = 0;
         loop {
             let resolved = match revision {
-                Some(revision) => self.resolve_at(reference, revision, progress).await?,
+                Some(revision) => {
+                    let purpose = Purpose::Bring(progress);
+                    self.resolve_at(reference, revision, purpose).await?
+                }
                 None => self.resolve_showing(reference, progress).await?,
             };
             match self.warm_resolved(&resolved, pin, progress).await {
@@ -525,12 +549,13 @@ impl Node {
     ) -> Result<u64, NodeError> {
         let artifact = &resolved.artifact;
         let hold = self.hold_resolved(resolved).await?;
-        let _room = match self.admit(artifact).await {
-            Ok(room) => room,
+        let coming = match self.make_room(resolved).await {
+            Ok(coming) => coming,
             Err(error) => {
                 drop(hold);
-                if resolved.new {
-                    self.forget(&artifact.reference).await;
+                match resolved.new {
+                    true => self.forget(&artifact.reference).await,
+                    false => self.take_back(artifact).await,
                 }
                 return Err(error);
             }
@@ -540,9 +565,24 @@ impl Node {
             let name = artifact.reference.clone();
             blocking(move || store.pin(&name, &owner)).await?;
         }
-        let before = progress.begin(artifact, self.store());
-        self.bring(resolved, progress, None).await?;
+        let before = self.present_bytes(artifact).await?;
+        progress.begin(artifact);
+        self.bring(resolved, coming, progress, None).await?;
         Ok(before.saturating_sub(resolved.brought))
+    }
+
+    /// The bytes of an artifact that are here.
+    async fn present_bytes(&self, artifact: &Arc<Artifact>) -> Result<u64, NodeError> {
+        let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
+        let counted = blocking(move || {
+            let (finder, origin) = (store.finder()?, artifact.origin());
+            let of = |object: &Object| match finder.find(object) {
+                Ok(Some(_)) => object.size,
+                _ => store.present_bytes(object.partial_id(&origin), object.size),
+            };
+            Ok(artifact.stored().map(of).sum())
+        });
+        Ok(counted.await?)
     }
 
     /// Makes sure that an artifact fits, evicting where that helps.
@@ -561,6 +601,23 @@ impl Node {
         if let Err(error) = blocking(move || store.remove(&name)).await {
             tracing::debug!(reference, %error, "the record of what was refused stays");
         }
+    }
+
+    /// Has the reference mean again what it meant before this generation, which was refused, was recorded.
+    async fn take_back(&self, artifact: &Arc<Artifact>) {
+        let (store, artifact) = (Arc::clone(self.store()), Arc::clone(artifact));
+        let reference = artifact.reference.clone();
+        let taken = blocking(move || store.take_back(&artifact.reference, &artifact.digest()));
+        if let Err(error) = taken.await {
+            tracing::debug!(reference, %error, "the record of what was refused stays");
+        }
+    }
+
+    /// What the reference meant before it was recorded last, where only that is all here.
+    async fn last_whole(&self, reference: &str) -> Result<Option<Arc<Artifact>>, NodeError> {
+        let (store, reference) = (Arc::clone(self.store()), reference.to_owned());
+        let whole = blocking(move || store.last_whole(&reference)).await?;
+        Ok(whole.map(Arc::new))
     }
 
     async fn recorded(&self, reference: &str) -> Result<Option<Arc<Artifact>>, NodeError> {
@@ -595,6 +652,14 @@ async fn joined<T>(task: tokio::task::JoinHandle<T>) -> T {
             Err(_) => std::future::pending().await,
         },
     }
+}
+
+/// Whether an origin that failed so may answer when it is asked again.
+const fn is_passing(kind: SourceErrorKind) -> bool {
+    matches!(
+        kind,
+        SourceErrorKind::Unavailable | SourceErrorKind::Throttled | SourceErrorKind::Corrupt
+    )
 }
 
 /// Whether it is the disk that refuses.

@@ -193,12 +193,13 @@ impl Snapshotter {
     ) -> Result<Arc<Self>> {
         mounts::text(&settings.root)?;
         let (records, found) = Records::open(disk, &settings.root)?;
+        let table = Table::new(found);
         let this = Arc::new(Self {
             settings,
             records,
-            table: RwLock::new(Table::new(found)),
+            held: Held::new(roots, table.users()),
+            table: RwLock::new(table),
             changes: Mutex::new(()),
-            held: Held::new(roots),
             has_index: Path::new("/sys/module/overlay/parameters/index").exists(),
         });
         this.bring_back();
@@ -212,7 +213,8 @@ impl Snapshotter {
             let (this, record) = (Arc::clone(self), record.clone());
             tokio::spawn(async move {
                 if let Err(error) = this.below_existing(&record).await {
-                    tracing::warn!(snapshot = record.name, %error, "a running container lost its root");
+                    // What a keeper has of it waits there, and stays for it.
+                    tracing::warn!(snapshot = record.name, %error, "the root of a running container is not back");
                 }
             });
         }
@@ -563,10 +565,11 @@ impl Snapshotter {
         Ok(below)
     }
 
-    /// As [`Self::below`] for a snapshot that is there, and may be removed meanwhile.
+    /// As [`Self::below`] for a snapshot that is there, and may be committed or removed meanwhile.
     async fn below_existing(&self, record: &Record) -> Result<Below> {
         let below = self.below(record).await?;
-        if !self.table.read().knows_id(record.id) {
+        let is_there = |now: &Record| now.id == record.id && now.kind != Kind::Committed;
+        if !self.table.read().get(&record.name).is_ok_and(is_there) {
             self.let_go(below.line.chain(), record.id).await;
             return Err(SnapshotError::NotFound(record.name.clone()));
         }

@@ -1,7 +1,8 @@
 //! Sources: where references resolve and bytes come from. Knows no disk.
 //!
-//! A [`Source`] resolves a reference to an [`Artifact`] and reads pinned byte ranges. It neither
-//! retries nor caches content: one room above does both. Every error carries a
+//! A [`Source`] resolves a reference to an [`Artifact`] and reads pinned byte ranges. It caches no content, and
+//! a range that fails is asked for again in the room above; what resolving asks, here, where whoever resolves
+//! has the patience (`retry`). Every error carries a
 //! [`SourceErrorKind`], which decides about retries, and names the object and the host; no error
 //! carries a secret. Nothing here survives a crash or needs to. [`Sources`] is how the rooms above
 //! come by a source.
@@ -13,10 +14,14 @@ mod listing;
 mod object;
 mod oci;
 mod own;
+mod retry;
 mod web;
 
-pub(crate) use self::oci::tarwalk;
 pub use self::own::{AwsKeys, Credentials, Keys};
+pub(crate) use self::{
+    oci::{model_of, tarwalk},
+    retry::{Retry, asked, patiently},
+};
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -26,7 +31,7 @@ use std::{
     ops::Range,
     path::PathBuf,
     sync::{Arc, Once, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -37,7 +42,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     digest::Digest,
     reference::{Locator, Platform, Reference, Secret},
-    tree::{Artifact, Location, MAX_INODES},
+    tree::{Artifact, Location},
 };
 
 /// The body of one range read: at most the bytes asked for, in order.
@@ -79,6 +84,15 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// As [`Source::resolve`].
     async fn layered(&self, _reference: &Reference) -> Result<Option<Layered>, SourceError> {
         Ok(None)
+    }
+
+    /// As [`Source::layered`], and of a model whose layers need no unpacking, too: for one that
+    /// [`Source::resolve`] cannot read in place ([`SourceError::needs_unpacking`]).
+    ///
+    /// # Errors
+    /// As [`Source::resolve`].
+    async fn layers(&self, reference: &Reference) -> Result<Option<Layered>, SourceError> {
+        self.layered(reference).await
     }
 
     /// A manifest or index of the repository, by tag or digest, as its registry holds it; its digest
@@ -168,6 +182,8 @@ pub struct Layered {
     pub reference: String,
     /// The digest of the manifest of the chosen platform.
     pub manifest: Digest,
+    /// The digest of the index that the reference names, which named the manifest; of several, the first.
+    pub index: Option<Digest>,
     /// The digest of the image's configuration.
     pub config: Digest,
     /// The platform of the image, where it says one.
@@ -176,6 +192,8 @@ pub struct Layered {
     pub root: String,
     /// The lowest first.
     pub layers: Vec<Layer>,
+    /// It is a model: whatever its layers say of owners, modes and devices, its tree is made as that of any other model.
+    pub is_model: bool,
 }
 
 /// One layer.
@@ -189,9 +207,19 @@ pub struct Layer {
     /// The digest of the decoded layer, where the configuration says it.
     pub diff_id: Option<Digest>,
     pub annotations: BTreeMap<String, String>,
-    /// The layer is no tar but one file, as it is, at this path (untrusted, relative to the root of
-    /// all layers). A tar is compressed as its media type ends: `gzip`, `zstd`, else not at all.
-    pub as_file: Option<String>,
+    /// The layer is no tar but one file, as it is. A tar is compressed as its media type ends: `gzip`,
+    /// `zstd`, else not at all.
+    pub as_file: Option<LayerFile>,
+}
+
+/// The file that a layer is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerFile {
+    /// Untrusted, relative to the root of all layers.
+    pub path: String,
+    /// Seconds since the epoch.
+    pub mtime: i64,
+    pub executable: bool,
 }
 
 /// What a source error means for whoever asked.
@@ -222,7 +250,10 @@ pub struct SourceError {
     what: String,
     message: String,
     retry_after: Option<Duration>,
+    /// Boxed: it is rare, and errors are to be small.
+    until: Option<Box<Instant>>,
     hint: Option<&'static str>,
+    needs_unpacking: bool,
 }
 
 impl SourceError {
@@ -233,8 +264,22 @@ impl SourceError {
             what: what.into(),
             message: message.into(),
             retry_after: None,
+            until: None,
             hint: None,
+            needs_unpacking: false,
         }
+    }
+
+    /// Of a model that lies in layers which can only be unpacked.
+    #[must_use]
+    fn in_layers(mut self) -> Self {
+        self.needs_unpacking = true;
+        self
+    }
+
+    /// Whether [`Source::layers`] says where it lies: it can be had by unpacking it.
+    pub const fn needs_unpacking(&self) -> bool {
+        self.needs_unpacking
     }
 
     fn no_registry(what: &str) -> Self {
@@ -245,6 +290,13 @@ impl SourceError {
     #[must_use]
     pub fn with_retry_after(mut self, wait: Option<Duration>) -> Self {
         self.retry_after = wait;
+        self
+    }
+
+    /// Of what is known to pass, until then at the latest.
+    #[must_use]
+    pub fn with_until(mut self, until: Instant) -> Self {
+        self.until = Some(Box::new(until));
         self
     }
 
@@ -279,6 +331,13 @@ impl SourceError {
         self.retry_after
     }
 
+    /// Whether it is known to pass, and no time has run out for that.
+    pub fn passes(&self) -> bool {
+        self.until
+            .as_ref()
+            .is_some_and(|until| Instant::now() < **until)
+    }
+
     /// What to try, for a person; `None` where the message says it all.
     pub fn hint(&self) -> Option<&'static str> {
         self.hint.or(match self.kind {
@@ -305,7 +364,7 @@ pub struct Config {
     pub stall_timeout_seconds: NonZeroU64,
     /// Idle connections kept per host.
     pub idle_connections: usize,
-    /// Most files of one reference; a listing with more is refused.
+    /// Most files of one reference; a listing with more is refused. Each of them takes up to a KiB of memory.
     pub max_entries: NonZeroUsize,
     /// Where the Hub is; else `HF_ENDPOINT`, else <https://huggingface.co>.
     pub hub_endpoint: Option<String>,
@@ -319,6 +378,10 @@ pub struct Config {
     /// The node that asks; no setting.
     #[serde(skip)]
     pub asker: Option<Asker>,
+    /// Whether the proxies that the environment names are left out for plain HTTP, the Hub and registries; no
+    /// setting.
+    #[serde(skip)]
+    pub no_proxy: bool,
 }
 
 /// Who asks: registries may have the mirror of this very node as theirs, which would ask itself.
@@ -357,12 +420,13 @@ impl Default for Config {
             request_timeout_seconds: seconds(30),
             stall_timeout_seconds: seconds(20),
             idle_connections: 64,
-            max_entries: NonZeroUsize::MIN.saturating_add(MAX_INODES - 1),
+            max_entries: NonZeroUsize::MIN.saturating_add(MAX_ENTRIES - 1),
             hub_endpoint: None,
             hub_token_file: None,
             registry_config_path: None,
             oci: OciConfig::default(),
             asker: None,
+            no_proxy: false,
         }
     }
 }
@@ -424,7 +488,7 @@ impl Sources {
     /// Settings in the environment that cannot be used.
     pub fn open(&self, reference: &Reference) -> Result<Arc<dyn Source>, SourceError> {
         if let Some(credentials) = &self.credentials {
-            let source = own::OwnSource::new(self, &reference.locator, credentials)?;
+            let source = own::OwnSource::new(self, &reference.locator, credentials);
             return Ok(Arc::new(source));
         }
         if reference.secret().is_some() {
@@ -489,6 +553,10 @@ pub fn install_tls() {
         let _ = rustls::crypto::ring::default_provider().install_default();
     });
 }
+
+/// Most files of one reference, where nothing is said: no model has as many, and anybody who may name a bucket
+/// could have all of it listed.
+const MAX_ENTRIES: usize = 1_000_000;
 
 /// Longest wait that an origin may ask for.
 const MAX_WAIT: Duration = Duration::from_secs(3600);

@@ -21,6 +21,7 @@
 //! <root>/distrusted/<tier>/<hex>         objects of a tier that are damaged there
 //! <root>/run/tiers/<device>/             where a tier is mounted that was found by its label
 //! <root>/run/verified/<tier>.json        how far a tier was read through in the background
+//! <root>/run/guarded/<sha256 of reference>      what came by the credentials of others than the node's own
 //! <root>/hearth.lock                     of a baked tier: what it holds, as text
 //! ```
 //!
@@ -49,6 +50,7 @@ mod batch;
 mod collect;
 mod config;
 mod error;
+mod guards;
 mod images;
 mod import;
 mod indexes;
@@ -58,6 +60,7 @@ mod lockfile;
 mod objects;
 mod partial;
 mod presence;
+mod previous;
 mod records;
 mod roots;
 mod space;
@@ -78,7 +81,9 @@ pub use objects::{Complete, hash_file};
 pub use partial::{MAX_OBJECT, Partial};
 pub use records::{Hold, Record};
 pub use space::{Reservation, Usage};
-pub use tier::{Placement, TierConfig, TierMode, TierStatus, TierVerify, label_is_plain};
+pub use tier::{
+    Finder, Placement, TierConfig, TierMode, TierStatus, TierVerify, Whereabouts, label_is_plain,
+};
 pub use verify::{Damage, VerifyProgress, VerifyReport, VerifyScope};
 
 use std::{

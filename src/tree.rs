@@ -287,6 +287,15 @@ impl Artifact {
         Digest::of(&self.encode())
     }
 
+    /// Whether both show the same files with the same content, wherever that is read.
+    pub fn shows_the_same(&self, other: &Self) -> bool {
+        let content = |object: &Object| (object.id, object.size, object.git_sha1);
+        self.reference == other.reference
+            && self.revision == other.revision
+            && self.tree == other.tree
+            && (self.objects.iter().map(content)).eq(other.objects.iter().map(content))
+    }
+
     /// Bytes of all distinct objects, each byte once: slices count as what they are cut from.
     pub fn size(&self) -> u64 {
         self.stored()

@@ -13,9 +13,17 @@ def die_with_parent():
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nothing listens on, and that the kernel gives to nobody who connects before somebody does."""
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as f:
+        first = int(f.read().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10000, first if first > 12000 else 20000)
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                pass
 
 
 class Origin:
@@ -177,7 +185,7 @@ class Worker:
                 if len(self.errors) > 20:
                     break
         with open(self.result + ".new", "w") as f:
-            json.dump({"kind": self.kind, "ops": self.ops, "wrong": self.wrong, "errors": self.errors,
+            json.dump({"kind": self.kind, "at": self.here, "ops": self.ops, "wrong": self.wrong, "errors": self.errors,
                        "slow": self.slow}, f)
         os.rename(self.result + ".new", self.result)
 
@@ -295,7 +303,7 @@ class Client(Worker):
 
 
 class Agent:
-    """A keeper and an agent, which mounts by the CSI; upgraded in place."""
+    """A keeper and an agent, which mounts by the CSI; upgraded in place, or killed and started again."""
 
     def __init__(self, hearth, home):
         self.hearth, self.home = hearth, home
@@ -344,6 +352,18 @@ class Agent:
             sys.exit(f"the old agent ended with {code}, the new one with {new.poll()}:\n{self.log()}")
         self.process = new
         return begun, time.time()
+
+    def kill(self, how):
+        """Ends the agent by a signal and starts another one: when, and how long until that was started. On return it is ready."""
+        when = time.time()
+        self.process.send_signal(how)
+        self.process.wait()
+        self.process = self.start("-v", "agent")
+        started = time.time()
+        self.wait(lambda: self.process.poll() is not None or self.ready(), "the next agent is not ready")
+        if self.process.poll() is not None:
+            sys.exit(f"the next agent ended with {self.process.returncode}:\n{self.log()}")
+        return when, started - when
 
     def call(self, method, message):
         """A call of gRPC, by curl: its status."""
@@ -404,7 +424,7 @@ def finish(workers, home, limit=120):
         while os.waitpid(w.pid, os.WNOHANG) == (0, 0):
             if time.time() > deadline:
                 os.kill(w.pid, signal.SIGKILL)
-                seen.append({"kind": w.kind, "ops": 0, "wrong": [], "errors": ["stuck"], "slow": []})
+                seen.append({"kind": w.kind, "at": w.here, "ops": 0, "wrong": [], "errors": ["stuck"], "slow": []})
                 break
             time.sleep(0.02)
         else:
@@ -412,7 +432,7 @@ def finish(workers, home, limit=120):
                 with open(w.result) as f:
                     seen.append(json.load(f))
             except OSError as e:
-                seen.append({"kind": w.kind, "ops": 0, "wrong": [], "errors": [f"died: {e}"], "slow": []})
+                seen.append({"kind": w.kind, "at": w.here, "ops": 0, "wrong": [], "errors": [f"died: {e}"], "slow": []})
     os.unlink(f"{home}/stop")
     return seen
 

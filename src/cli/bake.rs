@@ -1,9 +1,12 @@
 mod disk;
 
 use std::{
+    collections::HashSet,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -24,6 +27,8 @@ use crate::{
 const MAX_FROM: u64 = 256 << 20;
 /// References that are asked for, or brought, at the same time.
 const AT_ONCE: usize = 4;
+/// How often it is looked how far a disk image is.
+const LOOK: Duration = Duration::from_millis(250);
 /// How often what an older tier had damaged is fetched instead.
 const TRIES: usize = 3;
 
@@ -131,6 +136,12 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         reproducible: args.reproducible,
         image: image.as_ref(),
     };
+    if image.is_none() && output.exists() && !output.is_dir() {
+        return Err(output::hinted(
+            format!("{} is there already, and is no directory", output.display()),
+            "a disk image is made with --format, where nothing is yet",
+        ));
+    }
     let lock = match &image {
         None => bake(context, &output, &older, &wanted, &kind)?,
         Some(image) => {
@@ -138,6 +149,9 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
             let staging = disk::staging(&output);
             let lock = match sealed(&staging, &wanted, args.reproducible)? {
                 None => bake(context, &staging, &older, &wanted, &kind)?,
+                Some(before) if wanted.lock.is_none() => {
+                    still_so(context, &staging, &wanted, before)?
+                }
                 Some(before) => Ok(before),
             };
             match lock {
@@ -199,7 +213,7 @@ fn bake(
         }
     });
     // Nobody has anything open any more when it is sealed.
-    runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+    runtime.shutdown_timeout(Duration::from_secs(5));
     if let Err(interrupted) = brought? {
         return Ok(Err(interrupted));
     }
@@ -215,20 +229,34 @@ fn make(
     output: &Path,
 ) -> anyhow::Result<Result<(), ExitCode>> {
     output::note(&format!("making the disk image {}", output.display()));
+    let bar = output::byte_bar("making", image.needs(&staging)?);
+    let partial = disk::partial(output);
     let running = disk::Running::default();
     let (image, output, tool) = (image.clone(), output.to_owned(), running.clone());
     context.runtime()?.block_on(async {
         let mut making = tokio::task::spawn_blocking(move || image.make(&staging, &output, &tool));
-        tokio::select! {
-            made = &mut making => made?.map(Ok),
-            code = super::interrupted() => {
-                running.stop();
-                // It takes away what is not whole; perhaps it was just done.
-                if making.await?.is_ok() {
-                    return Ok(Ok(()));
+        let mut interrupted = std::pin::pin!(super::interrupted());
+        let mut look = tokio::time::interval(LOOK);
+        loop {
+            tokio::select! {
+                made = &mut making => {
+                    bar.finish_and_clear();
+                    return made?.map(Ok);
                 }
-                output::note("interrupted: what has arrived is kept; run it again to go on");
-                code.map(Err)
+                code = &mut interrupted => {
+                    running.stop();
+                    bar.finish_and_clear();
+                    // It takes away what is not whole; perhaps it was just done.
+                    if making.await?.is_ok() {
+                        return Ok(Ok(()));
+                    }
+                    output::note("interrupted: what has arrived is kept; run it again to go on");
+                    return code.map(Err);
+                }
+                _ = look.tick() => {
+                    let written = partial.metadata().map_or(0, |meta| meta.blocks() * 512);
+                    bar.set_position(written);
+                }
             }
         }
     })
@@ -261,7 +289,57 @@ fn sealed(staging: &Path, wanted: &Wanted, reproducible: bool) -> anyhow::Result
     Ok(Some(lock))
 }
 
+/// Fails where what was baked to become a disk image is something else at its origin by now. The exit status
+/// where it was interrupted.
+fn still_so(
+    context: &Context,
+    staging: &Path,
+    wanted: &Wanted,
+    lock: Lock,
+) -> anyhow::Result<Result<Lock, ExitCode>> {
+    let staging = staging.display();
+    let mut now = None;
+    let (asking, _scratch) = scratch(context)?;
+    let answer = &mut now;
+    let code = asking.with_node(|node| async move {
+        *answer = Some(plan(&node, wanted).await);
+        Ok(ExitCode::SUCCESS)
+    })?;
+    let now = match now {
+        None => return Ok(Err(code)),
+        Some(Ok(now)) => now,
+        Some(Err(error)) => {
+            output::note(&format!(
+                "whether {staging} is what its references mean by now cannot be said: {error:#}"
+            ));
+            return Ok(Ok(lock));
+        }
+    };
+    for planned in now {
+        let before = (lock.artifacts.iter()).find(|locked| locked.reference == planned.reference);
+        if let Some(before) = before
+            && before.revision != planned.revision
+        {
+            let (reference, then, now) = (&before.reference, &before.revision, &planned.revision);
+            return Err(output::hinted(
+                format!("{staging} was baked when {reference} was {then:?}; it is {now:?} now"),
+                format!(
+                    "remove it to bake what it is now, or say --from {staging}/hearth.lock for what it was"
+                ),
+            ));
+        }
+    }
+    Ok(Ok(lock))
+}
+
 impl Wanted {
+    /// What a lock says of the index of an image.
+    fn index(&self, reference: &Reference) -> Option<Digest> {
+        let (lock, name) = (self.lock.as_ref()?, reference.to_string());
+        let locked = lock.artifacts.iter().find(|a| a.reference == name)?;
+        locked.index.as_ref()?.parse().ok()
+    }
+
     fn names(&self) -> Vec<String> {
         let names = self.references.iter();
         names.map(|(reference, _)| reference.to_string()).collect()
@@ -300,7 +378,7 @@ fn wanted(references: Vec<Reference>, from: Option<&Path>) -> anyhow::Result<Wan
                 .extend(list.into_iter().map(|r| (r, None)));
         }
     }
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     (wanted.references).retain(|(reference, _)| seen.insert(reference.to_string()));
     anyhow::ensure!(!wanted.references.is_empty(), "there is nothing to bake");
     Ok(wanted)
@@ -318,10 +396,8 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new() -> anyhow::Result<Self> {
-        let name = format!("hearth-bake-{}", std::process::id());
-        let dir = std::env::temp_dir().join(name);
-        std::fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        Ok(Self(dir))
+        let dir = nix::unistd::mkdtemp(&std::env::temp_dir().join("hearth-bake-XXXXXX"));
+        Ok(Self(dir.context("cannot make a temporary directory")?))
     }
 }
 
@@ -333,17 +409,22 @@ impl Drop for Scratch {
     }
 }
 
-fn dry_run(context: &Context, wanted: &Wanted, json: bool) -> anyhow::Result<ExitCode> {
-    // Who builds an image wants no store in it.
+/// With a store of its own, as long as that is not dropped: who builds an image wants none in it.
+fn scratch(context: &Context) -> anyhow::Result<(Context, Scratch)> {
     let scratch = Scratch::new()?;
     let mut config = context.config.clone();
     config.tiers.clear();
-    let context = &Context {
+    let context = Context {
         root: std::path::absolute(&scratch.0)?,
         config,
         config_path: None,
         verbose: context.verbose,
     };
+    Ok((context, scratch))
+}
+
+fn dry_run(context: &Context, wanted: &Wanted, json: bool) -> anyhow::Result<ExitCode> {
+    let (context, _scratch) = scratch(context)?;
     context.with_node(|node| async move {
         let artifacts = plan(&node, wanted).await?;
         let bytes = artifacts.iter().map(|planned| planned.bytes).sum();
@@ -375,10 +456,7 @@ fn dry_run(context: &Context, wanted: &Wanted, json: bool) -> anyhow::Result<Exi
 /// Brings everything into the store of the bake.
 async fn bring(node: &Node, bake: &Bake, wanted: &Wanted, kind: &Kind<'_>) -> anyhow::Result<()> {
     let planned = plan(node, wanted).await?;
-    let mut room = Vec::new();
-    for planned in &planned {
-        room.push(node.reserve(planned).await?);
-    }
+    let mut room = tokio::task::block_in_place(|| node.reserve(&planned))?;
     let reserve = |what: &str, bytes| {
         let reserved = bake.store().admit_bytes(what, bytes);
         reserved.map_err(NodeError::from)
@@ -388,20 +466,21 @@ async fn bring(node: &Node, bake: &Bake, wanted: &Wanted, kind: &Kind<'_>) -> an
         room.push(reserve("what is copied from the older tier", copied)?);
     }
     if let Some(image) = kind.image {
-        // What layers unpack to is not known before.
-        let known = planned.iter().map(Planned::at_least);
-        image.admit(known.fold(0, u64::saturating_add))?;
-        let bytes = planned.iter().map(Planned::space);
-        room.push(reserve(
-            "the disk image",
-            bytes.fold(0, u64::saturating_add),
-        )?);
+        image.admit(Planned::at_least(&planned))?;
+        room.push(reserve("the disk image", Planned::space(&planned))?);
     }
     // It all fits. Each of them reserves for itself now.
     drop(room);
-    stream::iter(&wanted.references)
-        .map(|(reference, revision)| {
-            bring_one(node, bake.store(), bake, reference, revision.as_deref())
+    stream::iter(Planned::related(&planned))
+        .map(|related| async move {
+            for at in related {
+                let (reference, revision) = &wanted.references[at];
+                bring_one(node, bake.store(), bake, reference, revision.as_deref()).await?;
+                if let Some(index) = wanted.index(reference) {
+                    node.note_index(reference, index).await?;
+                }
+            }
+            Ok(())
         })
         .buffer_unordered(AT_ONCE)
         .try_collect()
@@ -412,11 +491,13 @@ async fn bring(node: &Node, bake: &Bake, wanted: &Wanted, kind: &Kind<'_>) -> an
 fn copied(bake: &Bake, planned: &[Planned]) -> Result<u64, NodeError> {
     let mut artifacts = Vec::new();
     let mut layers = 0u64;
+    let mut seen = HashSet::new();
     for planned in planned {
         if let Some(artifact) = planned.recorded(bake.store())? {
             artifacts.push(artifact);
         } else {
-            layers = layers.saturating_add(planned.known_layers(bake.store())?);
+            let known = planned.unpacked(bake.store(), true, &mut seen)?;
+            layers = layers.saturating_add(known);
         }
     }
     Ok(bake.copies(&artifacts, layers)?)

@@ -13,6 +13,7 @@ use std::{
         },
     },
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -22,6 +23,8 @@ use crate::{digest::Digest, mount::Stats, socket::is_trusted, store::run_dir};
 
 /// After a failure to take a connection.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Longest wait for an answer: of a mount of a million files it takes seconds.
+const LIMIT: Duration = Duration::from_secs(20);
 /// Longest answer taken, in bytes.
 const MAX_ANSWER: u64 = 1 << 20;
 
@@ -44,10 +47,16 @@ pub(super) struct MountStatus {
     pub log: Option<PathBuf>,
     pub total_bytes: u64,
     pub present_bytes: u64,
-    /// Whether all is here and verified.
+    /// Whether all is here.
     pub complete: bool,
-    /// Why the background fetch stopped, where it did.
+    /// Whether all of that was verified on this node, and not only by whoever baked a tier.
+    #[serde(default)]
+    pub verified: bool,
+    /// Why the background fetch stopped or waits, where it does.
     pub error: Option<String>,
+    /// Whether that is tried again by itself.
+    #[serde(default)]
+    pub waits: bool,
     /// Answers to the kernel.
     pub mount: Stats,
     /// Every metric of the process, by name.
@@ -110,7 +119,7 @@ pub(super) struct ControlServer {
 }
 
 impl ControlServer {
-    /// Serves what `status` says for the mount on `mountpoint`.
+    /// Serves what `status`, which may block, says for the mount on `mountpoint`.
     ///
     /// # Errors
     /// A socket that cannot be made.
@@ -125,6 +134,7 @@ impl ControlServer {
         let listener = tokio::net::UnixListener::bind(&socket.path)?;
         std::fs::set_permissions(&socket.path, Permissions::from_mode(0o600))?;
         let inode = std::fs::symlink_metadata(&socket.path)?.ino();
+        let status = Arc::new(status);
         let task = tokio::spawn(async move {
             loop {
                 let mut stream = match listener.accept().await {
@@ -139,7 +149,9 @@ impl ControlServer {
                 if !is_trusted(&stream) {
                     continue;
                 }
-                let Ok(text) = serde_json::to_vec(&status()) else {
+                let status = Arc::clone(&status);
+                let said = tokio::task::spawn_blocking(move || serde_json::to_vec(&status()));
+                let Ok(Ok(text)) = said.await else {
                     continue;
                 };
                 let write = tokio::io::AsyncWriteExt::write_all(&mut stream, &text);
@@ -191,12 +203,17 @@ pub(super) fn ask(root: &Path, mountpoint: &Path) -> std::io::Result<Option<Moun
             };
         }
     };
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(LIMIT))?;
     let mut text = Vec::new();
     match stream.by_ref().take(MAX_ANSWER).read_to_end(&mut text) {
         // It ended as it was asked.
         Ok(0) => return Ok(None),
         Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(None),
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+            let (dir, limit) = (mountpoint.display(), LIMIT.as_secs());
+            let message = format!("the process that serves {dir} gave no answer in {limit} s");
+            return Err(std::io::Error::new(std::io::ErrorKind::TimedOut, message));
+        }
         read => read?,
     };
     serde_json::from_slice(&text)

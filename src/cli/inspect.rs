@@ -2,8 +2,8 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
-use super::{Context, output, parse_reference};
-use crate::{reference::Reference, source::Layered, tree::Artifact};
+use super::{Context, PlatformArg, output, parse_reference};
+use crate::{node::Meaning, reference::Reference, source::Layered, tree::Artifact};
 
 /// Show the files of a reference, or the layers of a container image; fetches no content
 #[derive(clap::Args)]
@@ -11,6 +11,8 @@ pub(super) struct Args {
     /// What to look at
     #[arg(value_name = "REF", value_parser = parse_reference)]
     reference: Reference,
+    #[command(flatten)]
+    platform: PlatformArg,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -55,17 +57,20 @@ struct Layer {
 }
 
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
+    let reference = args.platform.of(args.reference)?;
     context.with_node(|node| async move {
-        if let Some(layered) = node.layers(&args.reference).await? {
-            let image = image(layered);
-            match args.json {
-                true => output::json(&image)?,
-                false => print_image(image)?,
+        let artifact = match node.inspect(&reference).await? {
+            Meaning::Files(artifact) => artifact,
+            Meaning::Layers(layered) => {
+                let image = image(layered);
+                match args.json {
+                    true => output::json(&image)?,
+                    false => print_image(image)?,
+                }
+                return Ok(ExitCode::SUCCESS);
             }
-            return Ok(ExitCode::SUCCESS);
-        }
-        let artifact = node.inspect(&args.reference).await?;
-        let report = report(&args.reference, &artifact);
+        };
+        let report = report(&reference, &artifact);
         if args.json {
             output::json(&report)?;
             return Ok(ExitCode::SUCCESS);

@@ -29,6 +29,11 @@ pub(super) struct Args {
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     crate::mount::available()?;
     crate::limits::raise_open_files();
+    // Who reads from its mounts would lose them with it; it is small. Nobody else may say so, nor does it matter much.
+    let spared = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    if let Err(error) = spared {
+        tracing::debug!(%error, "the kernel may kill the keeper when memory is short");
+    }
     let socket = std::path::absolute(args.socket)?;
     let keeper = Keeper::new(Settings {
         socket: Some(socket.clone()),

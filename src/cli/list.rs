@@ -4,6 +4,10 @@ use super::{Context, output};
 use crate::node::Place;
 
 /// List what the store knows, and how much of it is here
+///
+/// Looks at each object of the store itself. A tier that was baked is believed to have what it was sealed with, as long
+/// as the largest object of an artifact is there and none was found damaged: what somebody has removed from there since,
+/// `hearth status REF` and `hearth verify` find.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// Show where it lies: in the store, on tiers

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Context,
+    Context, PlatformArg,
     control::{self, ControlServer, MountStatus},
     output, parse_reference,
 };
@@ -45,6 +45,8 @@ pub(super) struct Args {
     reference: Reference,
     /// Where: an existing directory
     dir: PathBuf,
+    #[command(flatten)]
+    platform: PlatformArg,
     /// How files are laid out: as at the origin, or as in the cache of huggingface_hub (for
     /// HF_HUB_CACHE=DIR HF_HUB_OFFLINE=1)
     #[arg(long, value_enum, default_value = "tree")]
@@ -107,8 +109,9 @@ enum Word {
     Failed(String),
 }
 
-pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(context: &Context, mut args: Args) -> anyhow::Result<ExitCode> {
     crate::mount::available()?;
+    args.reference = args.platform.of(args.reference)?;
     if matches!(args.layout, LayoutArg::Hub) {
         anyhow::ensure!(
             matches!(args.reference.locator, Locator::Hub(_)),
@@ -459,7 +462,15 @@ struct Status {
     log: Option<PathBuf>,
     keeper: Option<u32>,
     restarts: u32,
-    error: Arc<Mutex<Option<String>>>,
+    halt: Arc<Mutex<Option<Halt>>>,
+}
+
+/// Why nothing is fetched in the background.
+#[derive(Clone)]
+struct Halt {
+    error: String,
+    /// Whether it is tried again.
+    waits: bool,
 }
 
 impl Mounted {
@@ -505,11 +516,11 @@ impl Mounted {
             }
         };
         let artifact = &resolved.artifact;
-        let digest = artifact.digest();
-        if place.orphan.is_some() {
-            holds.push(node.hold_generation(&digest).await?);
+        if let Some((_, digest)) = &place.orphan {
+            holds.push(node.hold_generation(digest).await?);
         }
-        let error = Arc::new(Mutex::new(None));
+        node.keep_indexes(&resolved, &artifact.digest()).await;
+        let halt = Arc::new(Mutex::new(None));
         let start = node.start(&resolved).await?;
         let contents = |artifact| {
             let source = Arc::clone(&resolved.source);
@@ -533,7 +544,7 @@ impl Mounted {
                 Mount::adopt(view, orphan, config, runtime, keeper)?
             }
             (_, Some(keeper)) => {
-                let digest = digest.to_string();
+                let digest = artifact.digest().to_string();
                 let about = serde_json::to_string(&About { digest })?;
                 Mount::kept(view, dir, config, runtime, keeper, &about)?
             }
@@ -556,15 +567,17 @@ impl Mounted {
         let mount = Arc::new(mount);
         let fill = options.fill.then(|| {
             let (node, resolved) = (node.clone(), resolved.clone());
-            let error = Arc::clone(&error);
+            let halt = Arc::clone(&halt);
             let mount = Arc::downgrade(&mount);
             tokio::spawn(async move {
                 tokio::time::sleep(HEAD_START).await;
-                let waits = |failed: &NodeError| *error.lock() = Some(output::chain(failed));
+                let waits = |failed: Option<&NodeError>| {
+                    *halt.lock() = failed.map(|failed| Halt {
+                        error: output::chain(failed),
+                        waits: true,
+                    });
+                };
                 let filled = node.fill(&resolved, &progress, waits).await;
-                if filled.is_ok() {
-                    *error.lock() = None;
-                }
                 if let Err(failed) = filled {
                     if failed.is_cancelled() {
                         return; // it is being unmounted
@@ -575,7 +588,10 @@ impl Mounted {
                     if let Some(mount) = mount.upgrade().filter(|_| refuted) {
                         mount.refuse(text.clone());
                     }
-                    *error.lock() = Some(text);
+                    *halt.lock() = Some(Halt {
+                        error: text,
+                        waits: false,
+                    });
                 }
             })
         });
@@ -586,7 +602,7 @@ impl Mounted {
             log: None,
             keeper: None,
             restarts: 0,
-            error,
+            halt,
             resolved,
         };
         Ok(Self {
@@ -630,16 +646,11 @@ impl Mounted {
 }
 
 impl Status {
+    /// Blocking: every object is looked at.
     fn get(&self) -> MountStatus {
         let artifact = &self.resolved.artifact;
-        let store = self.node.store();
-        let is_complete =
-            |o: &crate::tree::Object| matches!(store.complete_sized(&o.id, o.size), Ok(Some(_)));
-        let origin = artifact.origin();
-        let here = |o: &crate::tree::Object| match is_complete(o) {
-            true => o.size,
-            false => store.present_bytes(o.partial_id(&origin), o.size),
-        };
+        let presence = self.node.presence(artifact);
+        let halt = self.halt.lock().clone();
         let mount = self.mount.upgrade();
         MountStatus {
             mountpoint: mount
@@ -654,9 +665,11 @@ impl Status {
             restarts: self.restarts,
             log: self.log.clone(),
             total_bytes: artifact.size(),
-            present_bytes: artifact.stored().map(here).sum(),
-            complete: self.node.is_complete(artifact).unwrap_or(false),
-            error: self.error.lock().clone(),
+            present_bytes: presence.bytes,
+            complete: presence.complete,
+            verified: presence.verified,
+            waits: halt.as_ref().is_some_and(|halt| halt.waits),
+            error: halt.map(|halt| halt.error),
             mount: mount.map(|m| m.stats()).unwrap_or_default(),
             metrics: metrics::global()
                 .all()

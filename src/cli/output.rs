@@ -251,9 +251,16 @@ impl Shown {
                 self.last_plain = Instant::now();
                 let rate = now.present_bytes.saturating_sub(base) as f64
                     / since.elapsed().as_secs_f64().max(0.001);
-                let left = (now.total_bytes - now.present_bytes) as f64 / rate.max(1.0);
+                // At a standstill nobody knows.
+                let left = match rate < 1.0 {
+                    true => String::new(),
+                    false => {
+                        let left = now.total_bytes.saturating_sub(now.present_bytes) as f64;
+                        format!(", {:.0} s left", left / rate)
+                    }
+                };
                 note(&format!(
-                    "{}: {} of {} ({} %), {}/s, {} of {} files, {:.0} s left",
+                    "{}: {} of {} ({} %), {}/s, {} of {} files{left}",
                     self.name,
                     size(now.present_bytes),
                     size(now.total_bytes),
@@ -261,7 +268,6 @@ impl Shown {
                     size(rate as u64),
                     now.done_files,
                     now.total_files,
-                    left.min(999_999.0),
                 ));
             }
             return;

@@ -1,7 +1,11 @@
 use std::process::ExitCode;
 
 use super::{Context, output, parse_reference};
-use crate::{node::NodeError, reference::Reference, store::CollectOptions};
+use crate::{
+    node::NodeError,
+    reference::Reference,
+    store::{CollectOptions, Store},
+};
 
 /// Forget references, and free what nothing else needs
 #[derive(clap::Args)]
@@ -16,20 +20,40 @@ pub(super) struct Args {
 
 pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     let store = context.store()?;
-    for reference in args.references {
+    let mut code = ExitCode::SUCCESS;
+    let mut removed = false;
+    for reference in &args.references {
         let name = reference.to_string();
-        let removed = match args.force {
-            true => store.remove_forced(&name),
-            false => store.remove(&name),
-        };
-        if !removed.map_err(NodeError::from)? {
-            return Err(NodeError::Unknown(name).into());
+        match forget(&store, &name, args.force) {
+            Ok(()) => {
+                removed = true;
+                output::line(format!("removed: {name}"))?;
+            }
+            Err(error) => {
+                output::error(&error.into());
+                code = ExitCode::from(1);
+            }
         }
-        output::line(format!("removed: {name}"))?;
     }
-    let freed = store
-        .collect(&CollectOptions::default())
-        .map_err(NodeError::from)?;
-    output::line(format!("{} freed", output::size(freed.bytes)))?;
-    Ok(ExitCode::SUCCESS)
+    if removed {
+        // However full the disk is: nothing is evicted that was not named.
+        let options = CollectOptions {
+            target_bytes: Some(u64::MAX),
+            ..CollectOptions::default()
+        };
+        let freed = store.collect(&options).map_err(NodeError::from)?;
+        output::line(format!("{} freed", output::size(freed.bytes)))?;
+    }
+    Ok(code)
+}
+
+fn forget(store: &Store, name: &str, force: bool) -> Result<(), NodeError> {
+    let known = match force {
+        true => store.remove_forced(name),
+        false => store.remove(name),
+    };
+    match known? {
+        true => Ok(()),
+        false => Err(NodeError::Unknown(name.to_owned())),
+    }
 }

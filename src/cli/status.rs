@@ -98,9 +98,10 @@ fn store(context: &Context, json: bool) -> anyhow::Result<ExitCode> {
             None => format!(
                 "tier {}: in use{}{}",
                 tier.path.display(),
-                match tier.verified_at {
-                    Some(_) => ", verified",
-                    None => "",
+                match (tier.verified_at, tier.unreadable) {
+                    (Some(_), _) => ", verified".to_owned(),
+                    (None, 0) => String::new(),
+                    (None, some) => format!(", {some} objects could not be read"),
                 },
                 match tier.distrusted {
                     0 => String::new(),
@@ -133,7 +134,11 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
             output::size(artifact.present_bytes),
             output::size(artifact.bytes),
             output::percent(artifact.present_bytes, artifact.bytes),
-            state(artifact.complete, artifact.present_bytes, artifact.bytes),
+            state(
+                artifact.complete,
+                artifact.verified,
+                artifact.present_bytes == artifact.bytes
+            ),
         ))?;
         output::line(format!("artifact {}", artifact.digest))?;
         if !artifact.revision.is_empty() {
@@ -169,11 +174,12 @@ fn artifact(context: &Context, reference: &Reference, json: bool) -> anyhow::Res
     })
 }
 
-fn state(complete: bool, present: u64, total: u64) -> &'static str {
-    match complete {
-        true => "complete and verified",
-        false if present == total => "not verified yet",
-        false => "not complete",
+const fn state(complete: bool, verified: bool, is_all_here: bool) -> &'static str {
+    match (complete, verified) {
+        (true, true) => "complete and verified",
+        (true, false) => "complete, on a tier that this node has not verified",
+        (false, _) if is_all_here => "not verified yet",
+        (false, _) => "not complete",
     }
 }
 
@@ -208,7 +214,11 @@ fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
         output::size(status.present_bytes),
         output::size(status.total_bytes),
         output::percent(status.present_bytes, status.total_bytes),
-        state(status.complete, status.present_bytes, status.total_bytes),
+        state(
+            status.complete,
+            status.verified,
+            status.present_bytes == status.total_bytes
+        ),
     ))?;
     output::line(format!(
         "{} opens, {} of them without FUSE on the read path; {} reads answered ({})",
@@ -221,7 +231,8 @@ fn mount(context: &Context, dir: &str, json: bool) -> anyhow::Result<ExitCode> {
         output::line(format!("log: {}", log.display()))?;
     }
     if let Some(error) = status.error {
-        output::line(format!("the background fetch stopped: {error}"))?;
+        let does = if status.waits { "waits" } else { "stopped" };
+        output::line(format!("the background fetch {does}: {error}"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

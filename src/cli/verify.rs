@@ -31,7 +31,7 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
         let names: Vec<String> = args.references.iter().map(ToString::to_string).collect();
         let store = Arc::clone(node.store());
         for name in &names {
-            if store.artifact(name).map_err(NodeError::from)?.is_none() {
+            if !store.has_record(name).map_err(NodeError::from)? {
                 return Err(NodeError::Unknown(name.clone()).into());
             }
         }
@@ -63,7 +63,12 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
                 .chain(&report.missing)
                 .collect();
             for reference in references {
-                let reference: Reference = reference.parse()?;
+                // As it was given: its name does not have its secret.
+                let given = args.references.iter().find(|r| r.to_string() == *reference);
+                let reference: Reference = match given {
+                    Some(given) => given.clone(),
+                    None => reference.parse()?,
+                };
                 let progress = Progress::default();
                 let name = reference.to_string();
                 let warm = node.warm(&reference, None, &progress);

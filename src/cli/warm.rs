@@ -7,7 +7,7 @@ use std::{
 use anyhow::Context as _;
 use futures_util::{StreamExt as _, stream};
 
-use super::{Context, output, parse_reference};
+use super::{Context, PlatformArg, output, parse_reference};
 use crate::{
     node::{Node, Progress, WarmReport},
     reference::Reference,
@@ -29,6 +29,8 @@ pub(super) struct Args {
     /// Read more references from a file, one a line; - for standard input, # for comments
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
+    #[command(flatten)]
+    platform: PlatformArg,
     /// Keep it from eviction until `hearth unpin`
     #[arg(long)]
     pin: bool,
@@ -42,6 +44,8 @@ pub(super) fn run(context: &Context, args: Args) -> anyhow::Result<ExitCode> {
     if let Some(file) = &args.from {
         references.extend(read_list(file)?);
     }
+    let references = references.into_iter().map(|r| args.platform.of(r));
+    let references = references.collect::<anyhow::Result<Vec<_>>>()?;
     let pin = args.pin.then_some(super::pin::OWNER);
     context.with_node(|node| async move {
         let node = &node;

@@ -1,9 +1,12 @@
 //! What is published and what was provisioned, on the disk: one file of JSON each, replaced at once, without secrets.
+//!
+//! A record ends with the digest of what it is without it. Earlier versions wrote none, and read over it.
 
 use std::{
-    collections::BTreeMap,
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
-    io::{self, Read as _},
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -26,9 +29,12 @@ pub const FORMAT: u32 = 1;
 const MAX_RECORD: u64 = 64 << 10;
 const PUBLISHED: &str = "published";
 const CREATED: &str = "created";
+/// What is before the digest of a record; `"}` is behind it.
+const SEAL: &str = ",\"digest\":\"";
 
 /// What is asked for at one target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Claim {
     pub(super) volume: String,
     pub(super) target: PathBuf,
@@ -45,6 +51,7 @@ pub(super) struct Claim {
 
 /// A claim and what serves it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Published {
     pub(super) claim: Claim,
     /// Whether it came with keys, which are not kept.
@@ -57,6 +64,7 @@ pub(super) struct Published {
 
 /// A volume that was made of a class.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Created {
     pub(crate) name: String,
     /// Bytes; 0 where nobody asked.
@@ -172,7 +180,14 @@ pub(super) struct Records {
     _lock: File,
 }
 
-type Found = (Records, Vec<Published>, Vec<Created>);
+/// What was found at start.
+pub(super) struct Found {
+    pub(super) records: Records,
+    pub(super) published: Vec<Published>,
+    /// By [`Claim::id`]: what is published and nobody knows how. What it may stand for is left alone.
+    pub(super) unreadable: BTreeSet<String>,
+    pub(super) created: Vec<Created>,
+}
 
 impl Records {
     pub(super) fn open(disk: Arc<dyn Disk>, dir: &Path) -> Result<Found, CsiError> {
@@ -195,43 +210,59 @@ impl Records {
             dir: dir.to_owned(),
             _lock: lock,
         };
-        let mut published: Vec<Published> = this.load(PUBLISHED)?;
-        published.retain(|record| {
-            let known = record.want().is_ok();
-            if !known {
-                tracing::warn!(volume = record.claim.volume, "its record is not understood");
-            }
-            known
-        });
-        let created = this.load(CREATED)?;
-        Ok((this, published, created))
+        let name = |record: &Published| record.want().map(|_| record.claim.id());
+        let (published, unreadable) = this.load(PUBLISHED, name)?;
+        let (created, _) = this.load(CREATED, |record: &Created| Ok(record.volume()))?;
+        Ok(Found {
+            records: this,
+            published,
+            unreadable,
+            created,
+        })
     }
 
-    fn load<T: DeserializeOwned>(&self, kind: &str) -> Result<Vec<T>, CsiError> {
+    /// The records of a kind, and the names of those that cannot be read. `name`: of the file that a record is in.
+    fn load<T: DeserializeOwned>(
+        &self,
+        kind: &str,
+        name: impl Fn(&T) -> Result<String, CsiError>,
+    ) -> Result<(Vec<T>, BTreeSet<String>), CsiError> {
         let dir = self.dir.join(kind);
-        let mut found = Vec::new();
-        for name in self.disk.list(&dir)? {
-            let path = dir.join(&name);
+        let (mut found, mut unreadable) = (Vec::new(), BTreeSet::new());
+        for file in self.disk.list(&dir)? {
+            let path = dir.join(&file);
             if path.extension().is_none_or(|e| e != "json") {
                 // Of a process that was killed while it wrote.
                 let _ = self.disk.unlink(&path);
                 continue;
             }
-            match self.read(&path) {
+            let of = path.file_stem().unwrap_or_default().to_string_lossy();
+            let read = self.read(&path).map_err(|e| e.to_string());
+            let read = read.and_then(|record| match name(&record) {
+                Ok(name) if name == of => Ok(record),
+                Ok(_) => Err("it is of another volume".to_owned()),
+                Err(error) => Err(error.to_string()),
+            });
+            match read {
                 Ok(record) => found.push(record),
                 Err(error) => {
-                    tracing::error!(path = %path.display(), %error, "a record cannot be read, and is left alone");
+                    tracing::error!(path = %path.display(), error, "a record cannot be read, and is left alone");
+                    unreadable.insert(of.into_owned());
                 }
             }
         }
-        Ok(found)
+        Ok((found, unreadable))
     }
 
     fn read<T: DeserializeOwned>(&self, path: &Path) -> io::Result<T> {
         let file = self.disk.open(path, Open::Read).map_err(io::Error::other)?;
-        let mut bytes = Vec::new();
-        file.file().take(MAX_RECORD).read_to_end(&mut bytes)?;
-        Ok(serde_json::from_slice(&bytes)?)
+        let size = file.stat().map_err(io::Error::other)?.len;
+        if size > MAX_RECORD {
+            return Err(io::Error::other("it is too long"));
+        }
+        let mut bytes = vec![0; size as usize];
+        file.read_at(&mut bytes, 0).map_err(io::Error::other)?;
+        Ok(serde_json::from_slice(&unsealed(&bytes)?)?)
     }
 
     /// Writes a record; durable when it returns.
@@ -241,7 +272,8 @@ impl Records {
             dir.join(format!("{name}.json")),
             dir.join(format!("{name}.new")),
         );
-        let text = serde_json::to_vec(record).map_err(|e| DiskError::new("write", &path, e))?;
+        let json = serde_json::to_vec(record).map_err(|e| DiskError::new("write", &path, e))?;
+        let text = sealed(json);
         self.disk.unlink(&new)?;
         let file = self.disk.open(&new, Open::Create)?;
         file.write_at(&text, 0)?;
@@ -275,6 +307,28 @@ impl Records {
     }
 }
 
+/// `json`, an object that is not empty, with its digest.
+fn sealed(mut json: Vec<u8>) -> Vec<u8> {
+    let digest = Digest::of(&json);
+    json.pop();
+    json.extend_from_slice(format!("{SEAL}{digest}\"}}").as_bytes());
+    json
+}
+
+/// A record without its digest, which must be its own, where it has one.
+fn unsealed(text: &[u8]) -> io::Result<Cow<'_, [u8]>> {
+    let length = SEAL.len() + Digest::of(b"").to_string().len() + "\"}".len();
+    let at = text.len().saturating_sub(length);
+    let Some(seal) = text[at..].strip_prefix(SEAL.as_bytes()) else {
+        return Ok(text.into());
+    };
+    let json = [&text[..at], b"}"].concat();
+    match *seal == *format!("{}\"}}", Digest::of(&json)).as_bytes() {
+        true => Ok(json.into()),
+        false => Err(io::Error::other("its digest does not match")),
+    }
+}
+
 /// A digest as text.
 mod text {
     use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
@@ -289,5 +343,58 @@ mod text {
         let text = String::deserialize(d)?;
         text.parse()
             .map_err(|_| D::Error::custom("expected sha256:…"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Published {
+        let claim = Claim {
+            volume: "v".into(),
+            target: "/t".into(),
+            reference: "hf://o/m".into(),
+            layout: Layout::Tree,
+            mode: Mode::Lazy,
+            strict: false,
+            flags: Flags::default(),
+            namespace: "ns".into(),
+        };
+        Published {
+            claim,
+            keys: true,
+            model: "m-tree".into(),
+            generation: Digest::of(b"g"),
+        }
+    }
+
+    fn read(text: &[u8]) -> io::Result<Published> {
+        Ok(serde_json::from_slice(&unsealed(text)?)?)
+    }
+
+    #[test]
+    fn what_an_earlier_version_wrote_is_read_and_it_reads_ours() {
+        let plain = serde_json::to_vec(&record()).unwrap();
+        assert_eq!(read(&plain).unwrap(), record());
+        let text = sealed(plain.clone());
+        assert_eq!(read(&text).unwrap(), record());
+        let mut theirs: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        theirs.as_object_mut().unwrap().remove("digest").unwrap();
+        assert_eq!(theirs, serde_json::to_value(record()).unwrap());
+    }
+
+    /// Whichever bit of a record is flipped, and wherever it is cut, it is refused.
+    #[test]
+    fn damage_is_noticed() {
+        let text = sealed(serde_json::to_vec(&record()).unwrap());
+        for at in 0..text.len() {
+            assert!(read(&text[..at]).is_err(), "cut at {at}");
+            for bit in 0..8 {
+                let mut damaged = text.clone();
+                damaged[at] ^= 1 << bit;
+                assert!(read(&damaged).is_err(), "bit {bit} of byte {at}");
+            }
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! What is asked: fields, attributes and secrets, checked before anything is done.
 //!
 //! Limits are those of the CSI spec ("Size Limits"): 128 bytes for a string and 4 KiB for a map, where it says nothing
-//! else. What the kubelet and its sidecars add under names of their own is left out of both.
+//! else. What the kubelet and its sidecars add under names of their own is left out of both; secrets may be larger.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -31,6 +31,8 @@ const MAX_PATH: usize = 4095;
 const MAX_MAP: usize = 4096;
 /// As [`MAX_MAP`], with what Kubernetes adds: tokens of service accounts.
 const MAX_WHOLE_MAP: usize = 256 << 10;
+/// As [`MAX_MAP`], of secrets: those of registries name many of them, with tokens of some KiB each.
+const MAX_SECRETS: usize = 64 << 10;
 
 /// What the kubelet calls the namespace of the pod, whatever the attributes of the volume say.
 pub(super) const NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";
@@ -420,7 +422,14 @@ fn globs(text: &str) -> Vec<String> {
 
 /// What the secrets of a request open.
 fn keys(reference: &Reference, secrets: Map) -> Result<Option<Keys>> {
-    check_map("secrets", &secrets)?;
+    let size: usize = secrets
+        .iter()
+        .map(|(key, value)| key.len() + value.len())
+        .sum();
+    if size > MAX_SECRETS {
+        let message = format!("secrets are longer than {MAX_SECRETS} bytes");
+        return Err(CsiError::invalid(message));
+    }
     let kind = reference.locator.kind();
     let mut given: BTreeMap<_, _> = secrets.into_iter().collect();
     let taken = Keys::take(reference, &mut given);

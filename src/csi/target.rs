@@ -9,7 +9,7 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 use super::{CsiError, CsiErrorKind, Model};
-use crate::mount::mounted;
+use crate::mount::{shows, stack};
 
 /// What a mount may be told beyond that it is read-only, `nosuid` and `nodev`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,12 +76,11 @@ impl Targets for Binds {
     }
 
     fn attach(&self, model: &Model, target: &Path, flags: Flags) -> Result<(), CsiError> {
-        let mounts = here(target)?;
-        if mounts.last() == Some(&model.connection) {
+        if shows(target, model.connection) {
             return protect(target, flags);
         }
         // What a process before this one served, and is dead.
-        clear(target, &mounts, false)?;
+        clear(target, &here(target)?, false)?;
         match fs::DirBuilder::new().mode(0o750).create(target) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(failed("make", target, &error));
@@ -97,7 +96,7 @@ impl Targets for Binds {
         mount(Some(&model.dir), target, none, MsFlags::MS_BIND, none)
             .map_err(|e| failed("mount on", target, &e.into()))?;
         // What the model was mounted on may have lost it just now, and is a directory like any other.
-        let bound = match here(target)?.last() == Some(&model.connection) {
+        let bound = match shows(target, model.connection) {
             true => protect(target, flags),
             false => Err(CsiError::new(
                 CsiErrorKind::Unavailable,
@@ -113,7 +112,7 @@ impl Targets for Binds {
     }
 
     fn is_attached(&self, model: &Model, target: &Path) -> bool {
-        here(target).is_ok_and(|mounts| mounts.last() == Some(&model.connection))
+        shows(target, model.connection)
     }
 
     fn is_mounted(&self, target: &Path) -> bool {
@@ -160,15 +159,7 @@ fn clear(target: &Path, mounts: &[u32], ours: bool) -> Result<(), CsiError> {
 
 /// The FUSE connections that hearth has mounted on exactly `target`, the topmost last.
 fn here(target: &Path) -> Result<Vec<u32>, CsiError> {
-    let list = mounted().map_err(|e| failed("look for", target, &e))?;
-    let real = target
-        .parent()
-        .and_then(|parent| parent.canonicalize().ok())
-        .zip(target.file_name())
-        .map(|(parent, name)| parent.join(name));
-    let real = real.as_deref().unwrap_or(target);
-    let on_it = list.iter().filter(|info| info.mountpoint == real);
-    Ok(on_it.map(|info| info.connection).collect())
+    stack(target).map_err(|e| failed("look for", target, &e))
 }
 
 /// Has nobody write through this mount, whoever that is.

@@ -389,6 +389,11 @@ pub async fn run(
                     if let Some(at) = parts.door.as_deref().filter(|_| door.is_none()) {
                         door = match Door::open(at, &store, kept) {
                             Ok(door) => Some(door),
+                            // Where nobody has handed over to it, nobody may ever ask this one to.
+                            Err(error) if predecessor.is_none() => {
+                                tracing::warn!(%error, "cannot listen on {}: no other agent can take over from this one", at.display());
+                                None
+                            }
                             Err(error) => {
                                 let what = format!("cannot listen on {}", at.display());
                                 break Err(anyhow::Error::new(error).context(what));

@@ -91,8 +91,39 @@ async fn mirror(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How often it is looked whether there is a kubeconfig by now.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// A client of the API server; `None` where the face is to end before there can be one. A kubeconfig may come later, and
+/// what it names later still: the kubelet writes its own when it has joined the cluster.
+async fn connect(parts: &Parts, life: &Life) -> anyhow::Result<Option<::kube::Client>> {
+    let config = &parts.config.kube.api;
+    let mut told = String::new();
+    loop {
+        match kube::connect(config).await {
+            Err(
+                error @ (kube::ConnectError::Kubeconfig { .. } | kube::ConnectError::Client(_)),
+            ) if config.kubeconfig.is_some() => {
+                let why = super::describe(&error);
+                if why != told {
+                    tracing::warn!(face = life.face(), "{why}: waiting for it");
+                    told.clone_from(&why);
+                }
+                life.waiting(why);
+            }
+            connected => return Ok(Some(connected?)),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            () = life.stopped() => return Ok(None),
+        }
+    }
+}
+
 async fn kube(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
-    let client = kube::connect(&parts.config.kube.api).await?;
+    let Some(client) = connect(&parts, &life).await? else {
+        return Ok(());
+    };
     let content = PodContent::new(parts.node.clone());
     let pods = Pods::new(
         client,
@@ -166,8 +197,12 @@ async fn snapshotter(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
     let roots = tokio::task::spawn_blocking(move || ImageRoots::new(node, mounts, keeper));
     let roots = roots.await?;
     // Before anything else: containers may be waiting.
-    roots.adopt().await;
+    let all = roots.adopt().await;
     let mut aside = JoinSet::new();
+    if !all {
+        let roots = Arc::clone(&roots);
+        aside.spawn(async move { roots.adopt_the_rest().await });
+    }
     if let Some(containerd) = config.containerd.clone() {
         let pinned = async move || {
             let store = Arc::clone(&store);
@@ -207,7 +242,9 @@ async fn snapshotter(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
 
 async fn warmups(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
     let config = &parts.config.kube;
-    let client = kube::connect(&config.api).await?;
+    let Some(client) = connect(&parts, &life).await? else {
+        return Ok(());
+    };
     let settings = kube::warmups::Settings {
         node: parts.config.agent.node_name(),
         report: Duration::from_secs(config.warmups.report_seconds),
@@ -225,7 +262,9 @@ async fn warmups(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
 
 async fn controller(parts: Arc<Parts>, life: Life) -> anyhow::Result<()> {
     let config = &parts.config.kube;
-    let client = kube::connect(&config.api).await?;
+    let Some(client) = connect(&parts, &life).await? else {
+        return Ok(());
+    };
     let name = std::env::var("POD_NAME").unwrap_or_else(|_| parts.config.agent.node_name());
     (parts.note)("controller of the cluster's Warmups");
     // Whether it leads or waits.

@@ -10,7 +10,7 @@ use crate::{
         Content, ContentError, ContentErrorKind, PINS, Wish,
         coldstart::{ColdStart, Fetched},
     },
-    node::{Node, NodeError, Progress},
+    node::{Node, NodeError, OverQuota, Progress},
     source::{Credentials, SourceErrorKind},
     store::StoreErrorKind,
 };
@@ -49,15 +49,21 @@ impl Content for PodContent {
         let failed = |error: NodeError| of_node(&error);
         let guarded = node.guard(&wish.reference, keys.as_ref()).await;
         guarded.map_err(failed)?;
-        let held = node.resolve_held(&wish.reference).await;
+        let held = node.resolve_held_whole(&wish.reference).await;
         let (resolved, _hold) = held.map_err(failed)?;
+        // Before it is pinned or told how large it is: the content may be another namespace's.
+        let proved = node.prove(&wish.reference, keys.as_ref(), &resolved).await;
+        proved.map_err(failed)?;
         let artifact = &resolved.artifact;
         let reference = &artifact.reference;
-        if wish.pin {
-            let what = (reference.as_str(), artifact.digest(), artifact.size());
-            let charged = tenancy.charge(&wish.namespace, &wish.owner, what, false);
-            charged.map_err(|e| ContentError::new(ContentErrorKind::NoSpace, e.to_string()))?;
-        }
+        let what = (reference.as_str(), artifact.digest(), artifact.size());
+        let (namespace, owner) = (&*wish.namespace, &*wish.owner);
+        let charged = match wish.pin {
+            true => tenancy.charge(namespace, owner, what, false).map(|_| None),
+            false => tenancy.charge_passing(namespace, owner, what).map(Some),
+        };
+        let too_much = |e: OverQuota| ContentError::new(ContentErrorKind::NoSpace, e.to_string());
+        let _passing = charged.map_err(too_much)?;
         let pin = wish.pin.then_some(wish.owner.as_str());
         let progress = Progress::default();
         let warmed = node.warm_known(&resolved, pin, &progress).await;

@@ -5,6 +5,7 @@
 //! and are made anew. Many volumes at once share what they ask of an origin and of the disk: no lock is held while either
 //! is waited for, but for a model that nobody has mounted yet.
 
+mod error;
 mod fill;
 mod renew;
 mod together;
@@ -18,6 +19,7 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -25,7 +27,9 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+pub(super) use self::error::of_node;
 use self::{
+    error::failed,
     fill::{Fill, Filling},
     together::Together,
 };
@@ -33,12 +37,12 @@ use super::describe;
 use crate::{
     csi::{Layout, Model, ModelError, ModelErrorKind, Models, Status, User, Want},
     digest::Digest,
-    fetch::{FetchErrorKind, VerifyPolicy},
+    fetch::VerifyPolicy,
     fs::{Fetched, View, hub},
     mount::{self, Mount, keeper::Link},
     node::{Node, NodeError, Resolved},
     reference::Locator,
-    source::{Credentials, Keys, SourceErrorKind},
+    source::{Credentials, Keys},
     store::{Hold, StoreErrorKind},
 };
 
@@ -76,6 +80,8 @@ struct Question {
     strict: bool,
     /// Of the keys.
     keys: Option<Digest>,
+    /// There were others.
+    is_lost: bool,
 }
 
 /// What came of it. Whoever asked the same has the same credentials.
@@ -245,6 +251,9 @@ impl SharedModels {
             connection: mount.connection(),
         };
         let mount = Arc::new(mount);
+        if let Some(credentials) = &credentials {
+            remember(&mount, credentials);
+        }
         Ok(Served {
             model,
             fill: Fill::start(node.clone(), resolved.clone(), Arc::downgrade(&mount)),
@@ -257,8 +266,18 @@ impl SharedModels {
     }
 
     /// What `want` means, at the origin or as that generation.
-    async fn find(&self, want: &Want, generation: Option<Digest>) -> Result<Found, ModelError> {
-        let credentials = want.keys.clone().map(Credentials::new);
+    async fn find(
+        &self,
+        want: &Want,
+        generation: Option<Digest>,
+        is_lost: bool,
+    ) -> Result<Found, ModelError> {
+        let credentials = match (&want.keys, generation) {
+            (Some(keys), Some(digest)) if is_lost => {
+                Some(self.keys_before(&model_id(&digest, want), keys).await)
+            }
+            (keys, _) => keys.clone().map(Credentials::new),
+        };
         let node = self.node(want, credentials.as_ref());
         let guarded = node.guard(&want.reference, want.keys.as_ref());
         self.unless_ending(guarded)
@@ -280,7 +299,8 @@ impl SharedModels {
             (NodeError::Unknown(_), Some(_)) => ModelError::new(ModelErrorKind::Gone, describe(&e)),
             _ => of_node(&e),
         })?;
-        let digest = resolved.artifact.digest();
+        // As it is called where it is mounted.
+        let digest = generation.unwrap_or_else(|| resolved.artifact.digest());
         Ok(Found {
             node,
             resolved,
@@ -288,6 +308,29 @@ impl SharedModels {
             credentials,
             _hold: hold.map(Arc::new),
         })
+    }
+
+    /// The keys that an earlier process served a model with, which may be in the memory of its mount; else those of the next
+    /// publication. For them who reads is kept waiting as for a server. `keys`: what there is without.
+    async fn keys_before(&self, id: &str, keys: &Keys) -> Credentials {
+        let (keeper, dir) = (self.keeper.clone(), self.dir.join(id));
+        let kept = tokio::task::spawn_blocking(move || {
+            let orphan = keeper?.find(&dir).ok().flatten()?;
+            Keys::decode(&orphan.secret()?)
+        });
+        match kept.await.ok().flatten() {
+            Some(kept) if keys.alone => Credentials::new(kept.alone()),
+            Some(kept) => Credentials::new(kept),
+            None => {
+                tracing::info!(
+                    model = id,
+                    "its keys are not known until it is published again"
+                );
+                let (now, patience) = (Instant::now(), self.config.orphan_timeout);
+                let until = now.checked_add(Duration::from_secs(patience));
+                Credentials::awaited(keys.clone(), until.unwrap_or(now))
+            }
+        }
     }
 
     async fn pin(&self, reference: &str, owner: &str) -> Result<(), ModelError> {
@@ -314,10 +357,21 @@ impl Models for SharedModels {
         generation: Option<Digest>,
         user: &User,
     ) -> Result<Model, ModelError> {
+        let tenancy = self.node.tenancy();
+        let keys = match user.namespace.as_str() {
+            "" => want.keys.clone(),
+            namespace => tenancy.keys(namespace, want.keys.clone()),
+        };
+        // An earlier process had some, and nobody has told them to this one.
+        let is_lost = generation.is_some() && want.keys.as_ref().is_some_and(|k| !k.has_own());
+        let want = &Want {
+            keys,
+            ..want.clone()
+        };
         if let Some(digest) = generation {
             let id = model_id(&digest, want);
             if let Some(renewal) = self.renewal(&id, Some(&user.id)).await {
-                self.renew(renewal, want, digest).await?;
+                self.renew(renewal, want, digest, is_lost).await?;
                 let slot = self.slot(&id);
                 let mut slot = slot.lock().await;
                 let is_user = slot.users.contains(&user.id);
@@ -330,37 +384,29 @@ impl Models for SharedModels {
                 }
             }
         }
-        let tenancy = self.node.tenancy();
-        let keys = match user.namespace.as_str() {
-            "" => want.keys.clone(),
-            namespace => tenancy.keys(namespace, want.keys.clone()),
-        };
-        let want = &Want {
-            keys,
-            ..want.clone()
-        };
         let question = Question {
             reference: want.reference.to_string(),
             generation,
             strict: want.strict,
             keys: want.keys.as_ref().map(Keys::fingerprint),
+            is_lost,
         };
         let found = self
             .finds
-            .run(question, self.find(want, generation))
+            .run(question, self.find(want, generation, is_lost))
             .await?;
         let artifact = Arc::clone(&found.resolved.artifact);
         let (reference, digest) = (artifact.reference.clone(), found.digest);
         // What was published once was proved then.
-        if !user.namespace.is_empty() && generation.is_none() {
+        if generation.is_none() {
             let keys = want.keys.as_ref();
             let proved = found.node.prove(&want.reference, keys, &found.resolved);
-            proved.await.map_err(|e| of_node(&e))?;
+            self.unless_ending(proved).await?.map_err(|e| of_node(&e))?;
         }
         let size = artifact.size();
         let id = model_id(&digest, want);
         if let Some(renewal) = self.renewal(&id, None).await {
-            self.renew(renewal, want, digest).await?;
+            self.renew(renewal, want, digest, is_lost).await?;
         }
         let slot = self.slot(&id);
         let mut slot = slot.lock_owned().await;
@@ -573,6 +619,15 @@ impl Served {
     }
 }
 
+/// Has the next server know what opens the origin, too.
+fn remember(mount: &Mount, credentials: &Credentials) {
+    if let Some(keys) = credentials.encode()
+        && let Err(error) = mount.remember(&keys)
+    {
+        tracing::warn!(%error, "the next process will not know its keys");
+    }
+}
+
 /// The name of a model: the same in every process.
 fn model_id(digest: &Digest, want: &Want) -> String {
     let strict = if want.strict { "-strict" } else { "" };
@@ -630,46 +685,4 @@ async fn blocking<T: Send + 'static>(
         Ok(done) => done,
         Err(error) => Err(failed(error.to_string())),
     }
-}
-
-fn failed(why: String) -> ModelError {
-    ModelError::new(ModelErrorKind::Failed, why)
-}
-
-impl From<mount::MountError> for ModelError {
-    fn from(error: mount::MountError) -> Self {
-        failed(error.to_string())
-    }
-}
-
-impl From<crate::store::StoreError> for ModelError {
-    fn from(error: crate::store::StoreError) -> Self {
-        of_node(&error.into())
-    }
-}
-
-pub(super) fn of_node(error: &NodeError) -> ModelError {
-    let kind = match error {
-        NodeError::Resolve { source, .. } => match source.kind() {
-            SourceErrorKind::NotFound => ModelErrorKind::NotFound,
-            SourceErrorKind::Denied => ModelErrorKind::Denied,
-            SourceErrorKind::Invalid => ModelErrorKind::Invalid,
-            SourceErrorKind::Throttled
-            | SourceErrorKind::Unavailable
-            | SourceErrorKind::Changed
-            | SourceErrorKind::Corrupt => ModelErrorKind::Unavailable,
-        },
-        NodeError::Fetch { source, .. } => match source.kind() {
-            FetchErrorKind::NoSpace => ModelErrorKind::NoSpace,
-            FetchErrorKind::Denied => ModelErrorKind::Denied,
-            FetchErrorKind::NotFound => ModelErrorKind::NotFound,
-            FetchErrorKind::Unavailable | FetchErrorKind::Changed => ModelErrorKind::Unavailable,
-            _ => ModelErrorKind::Failed,
-        },
-        NodeError::Store(error) if error.kind() == StoreErrorKind::NoSpace => {
-            ModelErrorKind::NoSpace
-        }
-        _ => ModelErrorKind::Failed,
-    };
-    ModelError::new(kind, describe(error))
 }

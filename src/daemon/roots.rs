@@ -1,19 +1,24 @@
 //! The root trees of images, mounted for the snapshotter.
 //!
-//! A complete image is mounted natively where the machine can do that: then no process is behind it. What
-//! is mounted is only metadata, if a container's overlay can take that and the store's objects itself.
-//! Any other is a FUSE mount, readable at once, while the rest arrives in the background; a container
-//! that starts after that gets the native root. One chain id may so have several mounts at a time, in
-//! `<store>/run/roots/<chain>/{lazy…,native}`; all go when nobody needs the chain. That of an image which is
-//! not unpacked yet is for none but itself: nobody knows whether it has the layers that it says.
+//! A complete image is mounted natively where the machine can do that: then no process is behind it. What is
+//! mounted is only metadata, if a container's overlay can take that and the store's objects itself. Any other is a
+//! FUSE mount, readable at once, while the rest arrives in the background, also once nobody has it mounted any
+//! more; a container that starts after that gets the native root. One chain id may so have several mounts at a
+//! time, in `<store>/run/roots/<chain>/{lazy…,native}`; all go when nobody needs the chain. That of an image which
+//! is not unpacked yet is for none but itself: nobody knows whether it has the layers that it says. A native root stays
+//! for a while when its last container is gone (`parked`): the next start finds it.
 //!
 //! Native roots outlive this process and are taken over by the next one. So are FUSE mounts where a keeper
 //! has them; else they die with it, and are made anew when the snapshotter asks for them again.
 //!
 //! A claimed image is pinned until containerd has removed its snapshots: the claim was for good.
 
+mod fill;
+mod find;
 mod left;
+mod parked;
 mod pinned;
+mod whole;
 
 pub use pinned::pinned_images;
 
@@ -22,7 +27,8 @@ use std::{
     fs,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -30,22 +36,29 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use self::left::{CLAIMED, owner};
+use self::{
+    fill::Fills,
+    find::{Refused, named},
+    left::{CLAIMED, owner},
+};
 use crate::{
     digest::Digest,
     fs::{Fetched, View},
-    image::erofs,
     mount::{
-        self, Mount, MountError, MountErrorKind,
+        self, Mount, MountError,
         keeper::{Link, Orphan},
         native::{self, Support},
     },
-    node::{Node, NodeError, Progress, Resolved, Start},
+    node::{Node, NodeError, Resolved, Start},
     reference::Reference,
     snapshotter::{Hints, Root, Roots, RootsError, RootsErrorKind, Usage},
     store::{self, Hold, Placement, StoreError, StoreErrorKind},
     tree::{Inode, Kind},
 };
+
+/// Until what could not be taken over is tried once more; it doubles.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Serves the images that a node knows.
 pub struct ImageRoots {
@@ -55,8 +68,16 @@ pub struct ImageRoots {
     keeper: Option<Arc<Link>>,
     /// How complete images are mounted natively, or why they are not.
     native: Result<Support, String>,
-    chains: Mutex<HashMap<Digest, Arc<tokio::sync::Mutex<Chain>>>>,
+    /// Dropped before the mounts that it serves.
+    fills: Fills,
+    chains: Mutex<HashMap<Digest, Slot>>,
+    refused: Mutex<Refused>,
+    me: Weak<Self>,
+    /// One after the other.
+    checks: Arc<tokio::sync::Mutex<()>>,
 }
+
+type Slot = Arc<tokio::sync::Mutex<Chain>>;
 
 /// What the keeper remembers of a mount.
 #[derive(PartialEq, Serialize, Deserialize)]
@@ -73,10 +94,19 @@ struct About {
 struct Chain {
     lazy: Vec<Lazy>,
     native: Option<Native>,
+    /// Since when nobody has the native root.
+    parked: Option<Instant>,
+}
+
+impl Chain {
+    const fn is_empty(&self) -> bool {
+        self.lazy.is_empty() && self.native.is_none()
+    }
 }
 
 /// A native root, and where its objects were when it was looked.
 struct Native {
+    reference: String,
     root: Root,
     placement: Placement,
 }
@@ -94,9 +124,8 @@ struct Lazy {
     /// Whether the image is known to have the layers that it says.
     is_verified: bool,
     mount: Arc<Mount>,
-    fill: tokio::task::JoinHandle<()>,
     _start: Option<Start>,
-    _hold: Hold,
+    _hold: Arc<Hold>,
 }
 
 impl Lazy {
@@ -111,12 +140,6 @@ impl Lazy {
     }
 }
 
-impl Drop for Lazy {
-    fn drop(&mut self) {
-        self.fill.abort();
-    }
-}
-
 impl ImageRoots {
     /// Roots of what `node` knows; the FUSE mounts among them are had by `keeper`, where there is one. Must
     /// be called within a runtime.
@@ -127,13 +150,17 @@ impl ImageRoots {
         if let Err(why) = &native {
             tracing::warn!(error = %why, "complete images are served by FUSE, too");
         }
-        let this = Arc::new(Self {
+        let this = Arc::new_cyclic(|me| Self {
             node,
             config,
             dir,
             keeper,
             native: native.map_err(|why| why.to_string()),
+            fills: Fills::default(),
             chains: Mutex::default(),
+            refused: Mutex::default(),
+            me: Weak::clone(me),
+            checks: Arc::default(),
         });
         if let Some(mut leaves) = leaves {
             // A successor asks for them, one by one.
@@ -148,51 +175,82 @@ impl ImageRoots {
         this
     }
 
-    /// Takes over what the keeper has of a process before this one. What cannot be served yet waits there;
-    /// it is logged, and no error of this process.
-    pub async fn adopt(&self) {
+    /// Takes over what the keeper has of a process before this one; whether that is all of it. What cannot be served yet
+    /// waits there: it is logged, and no error of this process.
+    pub async fn adopt(&self) -> bool {
         let Some(keeper) = self.keeper.clone() else {
-            return;
+            return true;
         };
+        let mut served = BTreeSet::new();
+        let chains: Vec<_> = self.chains.lock().values().cloned().collect();
+        for chain in chains {
+            let chain = chain.lock().await;
+            served.extend(chain.lazy.iter().map(|lazy| lazy.mount.dir().to_owned()));
+        }
         let dir = self.dir.clone();
         let found = tokio::task::spawn_blocking(move || -> Result<_, MountError> {
-            let mut found = Vec::new();
+            let (mut found, mut all) = (Vec::new(), true);
             let mut sessions = keeper.sessions()?;
             // Others have mounts there, too.
-            sessions.retain(|kept| kept.dir().starts_with(&dir));
+            sessions.retain(|kept| kept.dir().starts_with(&dir) && !served.contains(kept.dir()));
             for kept in sessions {
                 match keeper.find(kept.dir()) {
                     Ok(Some(orphan)) => match serde_json::from_slice::<About>(orphan.about()) {
-                        Ok(about) => found.push((orphan, about)),
+                        Ok(about) => found.push((kept.dir().to_owned(), orphan, about)),
+                        // Nor will this process understand it later.
                         Err(error) => {
                             tracing::error!(dir = %kept.dir().display(), %error, "waits for a server");
                         }
                     },
                     // Ended meanwhile, or nothing that could be found by its name.
                     Ok(None) => {}
-                    Err(error) => tracing::error!(%error, "waits for a server"),
+                    Err(error) => {
+                        tracing::error!(%error, "waits for a server");
+                        all = false;
+                    }
                 }
             }
-            Ok(found)
+            Ok((found, all))
         });
-        let found = match found.await {
+        let (found, mut all) = match found.await {
             Ok(Ok(found)) => found,
             Ok(Err(error)) => {
                 tracing::error!(%error, "what the keeper has is not taken over");
+                return false;
+            }
+            Err(_) => return true,
+        };
+        for (dir, orphan, about) in found {
+            let (chain, image) = (about.chain.clone(), about.reference.clone());
+            match self.adopt_one(&dir, orphan, about).await {
+                Ok(()) => tracing::info!(chain, image, "goes on being served"),
+                Err(error) => {
+                    tracing::error!(
+                        chain,
+                        image,
+                        error = format!("{error:#}"),
+                        "waits for a server"
+                    );
+                    all = false;
+                }
+            }
+        }
+        all
+    }
+
+    /// Tries to take over what waits for a server, until nothing does.
+    pub async fn adopt_the_rest(&self) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            tokio::time::sleep(pause).await;
+            if self.adopt().await {
                 return;
             }
-            Err(_) => return,
-        };
-        for (orphan, about) in found {
-            let (chain, image) = (about.chain.clone(), about.reference.clone());
-            match self.adopt_one(orphan, about).await {
-                Ok(()) => tracing::info!(chain, image, "goes on being served"),
-                Err(error) => tracing::error!(chain, image, %error, "waits for a server"),
-            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
-    async fn adopt_one(&self, orphan: Orphan, about: About) -> anyhow::Result<()> {
+    async fn adopt_one(&self, dir: &Path, orphan: Orphan, about: About) -> anyhow::Result<()> {
         let (id, digest) = (about.chain.parse()?, about.digest.parse()?);
         let reference: Reference = about.reference.parse()?;
         // It may be of the lowest layers only: then no record is of its digest.
@@ -202,8 +260,12 @@ impl ImageRoots {
         };
         let chain = self.chain(&id);
         let mut chain = chain.lock().await;
-        let lazy = self.serve_lazy(&id, self.dir(&id, "lazy"), resolved, Some(orphan));
-        chain.lazy.push(lazy.await.map_err(anyhow::Error::new)?);
+        // Somebody may have asked for it meanwhile.
+        if chain.lazy.iter().all(|lazy| lazy.mount.dir() != dir) {
+            let before = Some((orphan, digest));
+            let lazy = self.serve_lazy(&id, dir.to_owned(), resolved, before);
+            chain.lazy.push(lazy.await.map_err(anyhow::Error::new)?);
+        }
         Ok(())
     }
 
@@ -221,119 +283,65 @@ impl ImageRoots {
             }
         });
         join_all(leaving).await;
+        self.unpark_all().await;
+        self.fills.stop_all();
         self.node.engine().settle().await;
     }
 
     async fn leave_one(&self, dir: &Path) {
-        let chains: Vec<_> = self.chains.lock().values().cloned().collect();
-        for chain in chains {
+        let chains: Vec<_> = {
+            let chains = self.chains.lock();
+            chains
+                .iter()
+                .map(|(id, slot)| (*id, slot.clone()))
+                .collect()
+        };
+        for (id, chain) in chains {
             let mut chain = chain.lock().await;
             if let Some(at) = (chain.lazy.iter()).position(|lazy| lazy.mount.dir() == dir) {
-                return chain.lazy.swap_remove(at).leave().await;
+                chain.lazy.swap_remove(at).leave().await;
+                // The next process brings it.
+                return self.fills.stop(&id);
             }
         }
     }
 
-    fn chain(&self, id: &Digest) -> Arc<tokio::sync::Mutex<Chain>> {
+    fn chain(&self, id: &Digest) -> Slot {
         Arc::clone(self.chains.lock().entry(*id).or_default())
+    }
+
+    /// Drops the entry of a chain that has no mounts and that nobody is about to use.
+    fn forget_chain(&self, id: &Digest, slot: Slot) {
+        let mut chains = self.chains.lock();
+        // The map's own and this one: whoever wants another needs the lock of the map.
+        let last = Arc::strong_count(&slot) == 2;
+        if last && slot.try_lock().is_ok_and(|chain| chain.is_empty()) {
+            chains.remove(id);
+        }
     }
 
     fn dir(&self, chain: &Digest, what: &str) -> PathBuf {
         self.dir.join(&chain.hex()[..32]).join(what)
     }
 
-    /// The image of a chain id, from the store, else by the name that the CRI gave.
-    async fn find(&self, chain: &Digest, hints: &Hints) -> Result<Option<Resolved>, NodeError> {
-        let named = named(hints);
-        match self.node.image_by_chain(chain, named.as_ref()).await? {
-            None if self.learn(named.as_ref()).await? => {
-                self.node.image_by_chain(chain, named.as_ref()).await
-            }
-            found => Ok(found),
-        }
-    }
-
-    /// Looks whether the image that the CRI named can be read before it is pulled.
-    async fn learn(&self, named: Option<&Reference>) -> Result<bool, NodeError> {
-        let Some(named) = named else { return Ok(false) };
-        Ok(self.node.resolve_lazily(named).await?.is_some())
-    }
-
-    /// Mounts a complete image so that it needs nobody; where, and where the contents of its files
-    /// are if not there.
-    async fn mount_native(
-        &self,
-        id: &Digest,
-        resolved: &Resolved,
-        support: Support,
-        placement: &Placement,
-    ) -> Result<(PathBuf, Vec<PathBuf>), RootsError> {
-        let dir = self.dir(id, "native");
-        let store = Arc::clone(self.node.store());
-        let artifact = Arc::clone(&resolved.artifact);
-        let (objects, in_store) = (placement.dirs().to_vec(), placement.is_in_store());
-        let mounted = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
-            let contents = |is_metadata| match is_metadata {
-                true => objects.clone(),
-                false => Vec::new(),
-            };
-            // Made by an earlier process, perhaps otherwise than this one would.
-            let found = match dir.exists() {
-                true => native::find(&dir)?,
-                false => None,
-            };
-            if let Some(found) = found {
-                let is_metadata = native::is_metadata(&found)?;
-                if is_metadata || (in_store && !native::is_of_several(&found)?) {
-                    return Ok((found, contents(is_metadata)));
-                }
-                // Its objects may lie elsewhere by now. Who runs on it keeps it.
-                native::unmount(&found, true)?;
-            }
-            store::run_dir(store.root())?;
-            fs::create_dir_all(&dir)?;
-            let digest = artifact.digest();
-            let record = store.artifact(&artifact.reference)?;
-            anyhow::ensure!(
-                record.is_some_and(|(record, _)| record.digest == digest),
-                "only whole images have native roots"
-            );
-            let image = store.write_root_image(&digest, |out| {
-                erofs::write(&artifact.tree, &artifact.objects, out)
-                    .map(drop)
-                    .map_err(std::io::Error::other)
-            })?;
-            let root = match support {
-                Support::Direct => native::mount_metadata(&image, &dir)?,
-                Support::Stacked => native::mount(&image, &objects, &dir)?,
-            };
-            Ok((root.keep(), contents(support == Support::Direct)))
-        });
-        let failed = |why: String| RootsError::new(RootsErrorKind::Failed, why);
-        match mounted.await {
-            Ok(Ok(mounted)) => Ok(mounted),
-            Ok(Err(error)) => Err(failed(format!("{error:#}"))),
-            Err(error) => Err(failed(error.to_string())),
-        }
-    }
-
     /// Mounts an image that is still to come, or goes on serving what a process before this one has
-    /// mounted of it, where that was.
+    /// mounted of it, where that was, and as that generation.
     async fn serve_lazy(
         &self,
         id: &Digest,
         dir: PathBuf,
         resolved: Resolved,
-        orphan: Option<Orphan>,
+        before: Option<(Orphan, Digest)>,
     ) -> Result<Lazy, RootsError> {
         let name = resolved.artifact.reference.clone();
         let (reference, is_verified) = (name.clone(), resolved.is_verified());
         let digest = resolved.artifact.digest();
-        let hold = match orphan.is_some() {
-            true => self.node.hold_generation(&digest).await,
-            false => self.node.hold(&name).await,
+        let hold = match &before {
+            Some((_, served)) => self.node.hold_generation(served).await,
+            None => self.node.hold(&name).await,
         };
-        let hold = hold.map_err(|e| of_node(&e))?;
+        let hold = Arc::new(hold.map_err(|e| of_node(&e))?);
+        self.node.keep_indexes(&resolved, &digest).await;
         let failed = |why: String| RootsError::new(RootsErrorKind::Failed, why);
         let start = self.node.start(&resolved).await.map_err(|e| of_node(&e))?;
         let contents = Fetched::new(
@@ -354,9 +362,11 @@ impl ImageRoots {
         };
         let mounting = tokio::task::spawn_blocking(move || -> anyhow::Result<Mount> {
             let view = Arc::new(view);
-            let orphan = match (orphan, &keeper) {
-                (None, Some(keeper)) => left::before(keeper, &dir, &about)?,
-                (orphan, _) => orphan,
+            let orphan = match (before, &keeper) {
+                (None, Some(keeper)) => {
+                    left::before(keeper, &dir, &about, &store, view.artifact())?
+                }
+                (before, _) => before.map(|(orphan, _)| orphan),
             };
             if let (Some(orphan), Some(keeper)) = (orphan, &keeper) {
                 return Ok(Mount::adopt(view, orphan, &config, runtime, keeper)?);
@@ -378,75 +388,22 @@ impl ImageRoots {
             Err(error) => return Err(failed(error.to_string())),
         };
         let mount = Arc::new(mount);
-        let served = Arc::downgrade(&mount);
         if let Some(keeper) = &self.keeper {
             // While no server is there, it must not be collected either.
             let files: Vec<_> = hold.files().map(|file| file.as_fd()).collect();
             let held = keeper.hold(mount.dir(), &files);
             held.map_err(|e| failed(e.to_string()))?;
         }
-        let node = self.node.clone();
-        let fill = tokio::spawn(async move {
-            if let Err(error) = node.fill(&resolved, &Progress::default(), |_| ()).await
-                && !error.is_cancelled()
-            {
-                let refuted = error.is_refuted();
-                let text = format!("{:#}", anyhow::Error::from(error));
-                tracing::warn!(image = name, error = text, "only what is read is fetched");
-                if let Some(mount) = served.upgrade().filter(|_| refuted) {
-                    mount.refuse(text);
-                }
-            }
-        });
+        let (held, of) = (Arc::clone(&hold), (*id, resolved));
+        self.fills.begin(&self.me, &self.node, of, held, &mount);
         Ok(Lazy {
             reference,
             is_verified,
             mount,
-            fill,
             _start: start,
             _hold: hold,
         })
     }
-
-    /// Where every file of the image lies, so that its root needs nobody; none where some are missing, or
-    /// lie where the options of a mount cannot say.
-    async fn placement(&self, resolved: &Resolved) -> Option<Placement> {
-        if !resolved.is_verified() {
-            return None;
-        }
-        let (store, artifact) = (
-            Arc::clone(self.node.store()),
-            Arc::clone(&resolved.artifact),
-        );
-        let placed = tokio::task::spawn_blocking(move || store.placement(&artifact));
-        let placement = match placed.await {
-            Ok(Ok(placement)) => placement?,
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "it cannot be seen whether an image is complete");
-                return None;
-            }
-            Err(_) => return None,
-        };
-        let fits = |dir: &PathBuf| {
-            let text = dir.to_str();
-            text.is_some_and(|text| !text.contains([':', ',', '\\', '"']))
-        };
-        match placement.dirs().iter().all(fits) {
-            true => Some(placement),
-            false => {
-                tracing::warn!(
-                    "the path of a tier has a colon, comma, quote or backslash: images on it are served by FUSE"
-                );
-                None
-            }
-        }
-    }
-}
-
-/// The image that the CRI named.
-fn named(hints: &Hints) -> Option<Reference> {
-    // As containerd writes it: without scheme.
-    format!("oci://{}", hints.image.as_ref()?).parse().ok()
 }
 
 #[async_trait]
@@ -454,7 +411,11 @@ impl Roots for ImageRoots {
     async fn knows(&self, chain_id: &Digest, hints: &Hints) -> Result<bool, RootsError> {
         let named = named(hints);
         let mut known = self.node.knows_chain(chain_id, named.as_ref()).await;
-        if matches!(known, Ok(None)) && self.learn(named.as_ref()).await.map_err(|e| of_node(&e))? {
+        if matches!(known, Ok(None)) {
+            let learned = self.learn_once(named.as_ref(), hints).await;
+            if !learned.map_err(|e| of_node(&e))? {
+                return Ok(false);
+            }
             known = self.node.knows_chain(chain_id, named.as_ref()).await;
         }
         let Some(reference) = known.map_err(|e| of_node(&e))? else {
@@ -488,7 +449,9 @@ impl Roots for ImageRoots {
         if let Some(native) = &chain.native
             && self.node.store().still_holds(&native.placement)
         {
-            return Ok(native.root.clone());
+            let root = native.root.clone();
+            chain.parked = None;
+            return Ok(root);
         }
         let resolved = self
             .find(chain_id, hints)
@@ -506,28 +469,10 @@ impl Roots for ImageRoots {
             uid,
             gid,
         };
-        if let Ok(support) = self.native
-            && let Some(placement) = self.placement(&resolved).await
-        {
-            let _hold = self
-                .node
-                .hold(&resolved.artifact.reference)
-                .await
-                .map_err(|e| of_node(&e))?;
-            let mounted = self.mount_native(chain_id, &resolved, support, &placement);
-            match mounted.await {
-                Ok((dir, contents)) => {
-                    let root = Root {
-                        contents,
-                        ..found(&dir)
-                    };
-                    let native = root.clone();
-                    chain.native = Some(Native {
-                        root: native,
-                        placement,
-                    });
-                    return Ok(root);
-                }
+        if let Ok(support) = self.native {
+            match (self.make_native(chain_id, &mut chain, &resolved, support)).await {
+                Ok(Some(root)) => return Ok(root),
+                Ok(None) => {}
                 Err(error) => tracing::warn!(chain = %chain_id, %error, "served by FUSE"),
             }
         }
@@ -557,10 +502,10 @@ impl Roots for ImageRoots {
     }
 
     async fn release(&self, chain_id: &Digest) {
-        let chain = self.chain(chain_id);
-        let mut chain = chain.lock().await;
+        let slot = self.chain(chain_id);
+        let mut chain = slot.lock().await;
         let lazy = std::mem::take(&mut chain.lazy);
-        chain.native = None;
+        let stays = self.park(chain_id, &mut chain).await;
         let dir = self.dir(chain_id, "");
         let released = tokio::task::spawn_blocking(move || {
             for lazy in lazy {
@@ -572,22 +517,19 @@ impl Roots for ImageRoots {
                 drop(lazy);
                 let _ = fs::remove_dir(dir);
             }
+            let _ = fs::remove_dir(dir.join("lazy"));
             // Also what a process before this one had mounted.
-            match native::unmount(&dir.join("native"), true) {
-                Err(error) if error.kind() != MountErrorKind::NotMounted => {
-                    tracing::warn!(%error, "a root stays mounted");
-                }
-                _ => {}
+            if !stays {
+                parked::unmount(&dir);
             }
-            for what in ["lazy", "native"] {
-                let _ = fs::remove_dir(dir.join(what));
-            }
-            let _ = fs::remove_dir(&dir);
         });
         let _ = released.await;
+        drop(chain);
+        self.forget_chain(chain_id, slot);
     }
 
     async fn forget(&self, chain_id: &Digest) {
+        self.fills.stop(chain_id);
         let (store, owner) = (Arc::clone(self.node.store()), owner(chain_id));
         let unpinned = tokio::task::spawn_blocking(move || {
             for record in store.records()? {
@@ -600,6 +542,8 @@ impl Roots for ImageRoots {
         if let Ok(Err(error)) = unpinned.await {
             tracing::warn!(chain = %chain_id, %error, "an image stays pinned");
         }
+        // Nothing more is parked from here on.
+        self.unpark(chain_id, |_| true).await;
     }
 
     async fn sweep(&self, claimed: &BTreeSet<Digest>, used: &BTreeSet<Digest>) {
@@ -607,6 +551,9 @@ impl Roots for ImageRoots {
         let adopted: Vec<_> = self.chains.lock().keys().copied().collect();
         for chain in adopted.iter().filter(|chain| !used.contains(chain)) {
             self.release(chain).await;
+            if !claimed.contains(chain) {
+                self.fills.stop(chain);
+            }
         }
         let owners = claimed.iter().map(owner).collect();
         let used = used.iter().map(|chain| self.dir(chain, "")).collect();

@@ -18,7 +18,7 @@ use crate::{
         crd::CachedArtifact,
         warmups::{OWNER, Order, WarmError, Warmer},
     },
-    node::{ArtifactStatus, Node, NodeError, Progress, Tenancy},
+    node::{ArtifactStatus, Node, NodeError, OverQuota, Progress, Tenancy},
     reference::Reference,
     source::Credentials,
     store::{Record, StoreErrorKind},
@@ -88,9 +88,17 @@ impl NodeWarmer {
         };
         let resolved = warmed.await.map_err(|error| failed(&error))?;
         let pin = order.owner.as_deref();
-        if let Some(owner) = pin {
-            charge(tenancy, &order.namespace, owner, &resolved.artifact, false)?;
-        }
+        let (namespace, artifact) = (&*order.namespace, &*resolved.artifact);
+        let _passing = match pin {
+            Some(owner) => {
+                charge(tenancy, namespace, owner, artifact, false)?;
+                None
+            }
+            None => {
+                let charged = tenancy.charge_passing(namespace, &order.warmup, what(artifact));
+                Some(charged.map_err(|error| over_quota(&error))?)
+            }
+        };
         let warmed = node.warm_known(&resolved, pin, progress).await;
         warmed.map(drop).map_err(|error| failed(&error))
     }
@@ -264,16 +272,20 @@ fn charge(
     artifact: &Artifact,
     known: bool,
 ) -> Result<(), WarmError> {
-    let what = (
-        artifact.reference.as_str(),
-        artifact.digest(),
-        artifact.size(),
-    );
-    let charged = tenancy.charge(namespace, owner, what, known);
-    charged.map(drop).map_err(|error| WarmError {
+    let charged = tenancy.charge(namespace, owner, what(artifact), known);
+    charged.map(drop).map_err(|error| over_quota(&error))
+}
+
+/// What is counted of it.
+fn what(artifact: &Artifact) -> (&str, Digest, u64) {
+    (&artifact.reference, artifact.digest(), artifact.size())
+}
+
+fn over_quota(error: &OverQuota) -> WarmError {
+    WarmError {
         reason: "OverQuota",
         message: error.to_string(),
-    })
+    }
 }
 
 fn failed(error: &NodeError) -> WarmError {

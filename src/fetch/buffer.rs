@@ -13,7 +13,7 @@ use memmap2::MmapMut;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::{chunk::CHUNK_SIZE, metrics};
+use crate::{chunk::CHUNK_SIZE, limits, metrics};
 
 /// Buffers kept for reuse when idle; the rest goes back to the system.
 const IDLE_BUFFERS: usize = 2;
@@ -30,10 +30,13 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// `bytes` of buffers in all, at least eight chunks; a quarter is set aside for demand, an eighth
-    /// for what is made from other objects.
+    /// Bytes of the smallest budget.
+    pub(super) const LEAST: u64 = 8 * CHUNK_SIZE;
+
+    /// A budget of `bytes`, or the smallest; a quarter is set aside for demand, an eighth for what is
+    /// made from other objects.
     pub(super) fn new(bytes: u64) -> Arc<Self> {
-        let chunks = (bytes / CHUNK_SIZE).max(8) as usize;
+        let chunks = (bytes.max(Self::LEAST) / CHUNK_SIZE) as usize;
         let (demand, made) = (chunks / 4, (chunks / 16).max(1));
         Arc::new(Self {
             background: Arc::new(Semaphore::new(chunks - demand - 2 * made)),
@@ -93,12 +96,8 @@ impl Pool {
             idle.split_off(at)
         };
         drop(surplus);
-        // What was freed elsewhere (bodies of the network) stays with the allocator otherwise.
-        #[cfg(target_env = "gnu")]
-        // SAFETY: malloc_trim(3) has no preconditions and is thread-safe.
-        unsafe {
-            libc::malloc_trim(0);
-        }
+        // And what was freed elsewhere: bodies of the network.
+        limits::give_memory_back();
     }
 }
 

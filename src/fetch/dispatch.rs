@@ -1,7 +1,8 @@
 //! Background work: which segment of which object is fetched next, and over how many connections.
 //!
 //! Read-ahead goes before warm work. Objects come in the order in which they were asked for;
-//! several are under way at once so that each arrives (and is hashed) in order. The number of
+//! several are under way at once so that each arrives (and is hashed) in order. Where nothing is left to ask
+//! for, or all wait for one flight, a connection that is idle takes a part of the slowest. The number of
 //! connections grows while that makes the whole faster, and shrinks when the origin says it is
 //! asked too much.
 
@@ -209,6 +210,10 @@ impl Queue {
         self.wake();
         loop {
             let look_again = handle.changed_within(LOOK_AGAIN * 5);
+            // A reader who may only see what is verified waits for all of it, whoever brings it.
+            if class == Class::Demand {
+                handle.hurry();
+            }
             if handle.all_present(partial) || partial.generation() != generation {
                 return Ok(());
             }
@@ -382,8 +387,9 @@ impl Queue {
         } else {
             LONG_SEGMENT
         };
+        let usual = engine.usual_pace();
         for job in &jobs {
-            match job.gap() {
+            match job.gap(usual) {
                 Ok(Some(lease)) => {
                     self.start(engine, &job.handle, Some(Arc::clone(job)), lease, job.class);
                     return Started::Segment;
@@ -411,6 +417,13 @@ impl Queue {
                     Ok(None) => passed_over |= job.pass_over(),
                     Err(error) => job.fail(error),
                 }
+            }
+        }
+        // Nothing is left to claim, and a connection has nothing to do.
+        for job in jobs.iter().filter(|job| !job.handle.verifier().is_behind()) {
+            if let Some(lease) = usual.and_then(|usual| job.handle.relieve(usual)) {
+                self.start(engine, &job.handle, Some(Arc::clone(job)), lease, job.class);
+                return Started::Segment;
             }
         }
         match passed_over {
@@ -489,8 +502,8 @@ impl Job {
     }
 
     /// Claims what the hasher waits for while too much has come after it, where nobody brings it any
-    /// more: a reader whose fetch failed, another process that was killed.
-    fn gap(&self) -> Result<Option<Lease>, FetchError> {
+    /// more: a reader whose fetch failed, another process that was killed. Or takes over a part of what is slow.
+    fn gap(&self, usual: Option<Duration>) -> Result<Option<Lease>, FetchError> {
         let Some(waiting) = self.handle.verifier().behind() else {
             return Ok(None);
         };
@@ -498,7 +511,8 @@ impl Job {
             Some(missing) if missing < waiting => {
                 let end = waiting.min(missing + SHORT_SEGMENT);
                 let lease = self.partial.claim(missing..end);
-                lease.map_err(|e| FetchError::store(&self.handle, &e))
+                let lease = lease.map_err(|e| FetchError::store(&self.handle, &e))?;
+                Ok(lease.or_else(|| self.handle.relieve(usual?)))
             }
             _ => Ok(None),
         }

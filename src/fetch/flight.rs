@@ -10,6 +10,7 @@ use std::{
 
 use futures_util::StreamExt as _;
 use parking_lot::RwLock;
+use tokio::sync::Notify;
 
 use super::{
     Class, FetchError, Inner,
@@ -28,8 +29,14 @@ const WRITES_AHEAD: usize = 4;
 /// A demand fetch without an answer for this long gets a second request, at the least.
 const SHORTEST_HEDGE: Duration = Duration::from_millis(500);
 
-/// Bytes per second, at the least, of what a reader waits for.
-const LEAST_RATE: u64 = 4 << 10;
+/// Bytes per second, at the least, of a body.
+pub(super) const LEAST_RATE: u64 = 4 << 10;
+/// For how many times the time of a stall a body may be slower, where nobody waits for it.
+const SLOW_WINDOWS: u32 = 2;
+/// A background flight is slow that takes so many times as long as others do for a chunk,
+const SLOW: u32 = 4;
+/// and has been, and will be, under way for so long.
+const SLOW_FOR: Duration = Duration::from_secs(1);
 
 /// What others see of a flight.
 pub(super) struct Flight {
@@ -41,6 +48,11 @@ pub(super) struct Flight {
     pub(super) class: Class,
     /// A reader waits for it, whatever its class: it stands back for nobody.
     urgent: AtomicBool,
+    hurried: Notify,
+    began: Instant,
+    /// Asks for the rest once more: what comes is slow, and cannot be shared with another connection.
+    again: Notify,
+    asked_again: AtomicBool,
     failed: OnceLock<FetchError>,
     done: AtomicBool,
 }
@@ -55,6 +67,10 @@ impl Flight {
             lease: RwLock::new(lease),
             class,
             urgent: AtomicBool::new(class == Class::Demand),
+            hurried: Notify::new(),
+            began: Instant::now(),
+            again: Notify::new(),
+            asked_again: AtomicBool::new(false),
             failed: OnceLock::new(),
             done: AtomicBool::new(false),
         })
@@ -69,7 +85,9 @@ impl Flight {
 
     /// A reader waits for it now.
     pub(super) fn hurry(&self) {
-        self.urgent.store(true, Ordering::Relaxed);
+        if !self.urgent.swap(true, Ordering::Relaxed) {
+            self.hurried.notify_one();
+        }
     }
 
     fn is_urgent(&self) -> bool {
@@ -116,6 +134,40 @@ impl Flight {
         self.end.store(chunk, Ordering::Release);
         Some(lease.split_off(chunk))
     }
+
+    /// How long a chunk takes, on average.
+    fn pace(&self) -> Duration {
+        let brought = self.next.load(Ordering::Acquire).saturating_sub(self.first);
+        self.began.elapsed().div_f64((brought as f64).max(0.5))
+    }
+
+    /// How long it still takes, where that is long beside what is `usual` for a chunk, and can be helped.
+    pub(super) fn is_slow(&self, usual: Duration) -> Option<Duration> {
+        let left = self.end().saturating_sub(self.next.load(Ordering::Acquire));
+        let can_help = left > 1 || (left == 1 && !self.asked_again.load(Ordering::Relaxed));
+        if self.class == Class::Demand || self.is_done() || !can_help {
+            return None;
+        }
+        let (pace, age) = (self.pace(), self.began.elapsed());
+        let takes = pace.mul_f64(left as f64);
+        (pace >= usual * SLOW && age.min(takes) >= SLOW_FOR).then_some(takes)
+    }
+
+    /// Gives up half of what is still to come, for another connection to bring. Where that is but the chunk that is
+    /// arriving, asks for the rest of it again.
+    pub(super) fn relieve(&self) -> Option<Lease> {
+        let mut lease = self.lease.try_write()?;
+        let arriving = self.next.load(Ordering::Acquire);
+        let left = self.end().saturating_sub(arriving + 1);
+        if left == 0 {
+            self.again.notify_waiters();
+            return None;
+        }
+        let at = arriving + 1 + left / 2;
+        self.end.store(at, Ordering::Release);
+        metrics::global().fetch_hedges.add(1);
+        Some(lease.split_off(at))
+    }
 }
 
 /// Marks a flight as over, however it ends.
@@ -131,8 +183,17 @@ impl Drop for Landing {
 /// Runs the flight to its end. An error is kept in the flight for whoever waits for its chunks.
 pub(super) async fn run(engine: Arc<Inner>, handle: Arc<Handle>, flight: Arc<Flight>) {
     let landing = Landing(Arc::clone(&flight), Arc::clone(&handle));
-    if let Err(error) = Run::new(&engine, &handle, &flight).bring().await {
-        if !matches!(error.kind(), super::FetchErrorKind::NoSpace) {
+    let brought = Run::new(&engine, &handle, &flight).bring().await;
+    if brought.is_ok() && flight.class != Class::Demand {
+        engine.brought_at(flight.pace());
+    }
+    if let Err(error) = brought {
+        if matches!(error.kind(), super::FetchErrorKind::NoSpace) {
+            // Who reads got it from memory as it arrived; what he reads next need not be fetched in vain.
+            if handle.is_read() {
+                handle.avoid_disk(&error);
+            }
+        } else {
             tracing::debug!(object = %handle.id(), %error, "fetch failed");
         }
         let _ = flight.failed.set(error);
@@ -185,6 +246,7 @@ impl<'a> Run<'a> {
             let error = match self.request(&route, &mut partly, &mut retry).await {
                 Ok(()) => return Ok(()),
                 Err(Stop::Final(error)) => return Err(error),
+                Err(Stop::Slow) => continue,
                 Err(Stop::Source(error)) => error,
             };
             self.engine.throttled(&error);
@@ -243,13 +305,25 @@ impl<'a> Run<'a> {
             }
             let asked = Instant::now();
             let next = tokio::time::timeout(self.engine.config.stall_timeout, body.next());
-            let mut frame = match next.await {
+            let next = tokio::select! {
+                next = next => next,
+                () = self.flight.again.notified() => {
+                    self.flight.asked_again.store(true, Ordering::Relaxed);
+                    metrics::global().fetch_hedges.add(1);
+                    return Err(Stop::Slow);
+                }
+            };
+            let mut frame = match next {
                 Ok(Some(frame)) => frame?,
                 Ok(None) => return Err(self.broken("the body ended early").into()),
                 Err(_) => return Err(self.broken("no bytes arrived for too long").into()),
             };
             // Only the time that the origin takes counts, not that of the disk.
-            if !flow.goes_on(frame.len(), asked.elapsed()) && self.flight.is_urgent() {
+            let windows = match self.flight.is_urgent() {
+                true => 1,
+                false => SLOW_WINDOWS,
+            };
+            if !flow.goes_on(frame.len(), asked.elapsed(), windows) {
                 return Err(self.broken("bytes arrive too slowly").into());
             }
             if frame.is_empty() {
@@ -261,7 +335,10 @@ impl<'a> Run<'a> {
             expected -= frame.len() as u64;
             self.handle.count(self.flight.class, frame.len() as u64);
             if self.flight.class == Class::Warm && !self.flight.is_urgent() {
-                self.engine.bandwidth.spend(frame.len()).await;
+                tokio::select! {
+                    () = self.engine.bandwidth.spend(frame.len()) => {}
+                    () = self.flight.hurried.notified() => {}
+                }
             }
             if flow.is_worth_it() {
                 retry.progress();
@@ -459,6 +536,8 @@ struct Flow {
     /// In this window.
     bytes: u64,
     waited: Duration,
+    /// Windows before this one in which too little came, one after the other.
+    slow: u32,
 }
 
 impl Flow {
@@ -470,20 +549,24 @@ impl Flow {
             came: 0,
             bytes: 0,
             waited: Duration::ZERO,
+            slow: 0,
         }
     }
 
-    /// Takes note of bytes that were waited for; false where too few have come for too long.
-    fn goes_on(&mut self, bytes: usize, waited: Duration) -> bool {
+    /// Takes note of bytes that were waited for; false where too few have come for so many windows.
+    fn goes_on(&mut self, bytes: usize, waited: Duration, windows: u32) -> bool {
         self.came += bytes as u64;
         self.bytes += bytes as u64;
         self.waited += waited;
         if self.waited < self.window {
             return true;
         }
-        let enough = self.bytes >= self.least;
+        self.slow = match self.bytes >= self.least {
+            true => 0,
+            false => self.slow + 1,
+        };
         (self.bytes, self.waited) = (0, Duration::ZERO);
-        enough
+        self.slow < windows
     }
 
     /// Whether so much has come that the origin is worth its patience again.
@@ -495,6 +578,8 @@ impl Flow {
 enum Stop {
     Source(SourceError),
     Final(FetchError),
+    /// Another request may be faster.
+    Slow,
 }
 
 impl From<SourceError> for Stop {

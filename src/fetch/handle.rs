@@ -83,8 +83,8 @@ pub struct Handle {
     torn: AtomicBool,
     /// Readers were served bytes that never were in the store.
     streamed: AtomicBool,
-    /// Since when the disk is avoided: it is full, or fails.
-    no_disk_since: Mutex<Option<Instant>>,
+    /// Since when the disk is avoided, and what it said: it is full, or fails.
+    no_disk: Mutex<Option<(Instant, FetchError)>>,
     since_checkpoint: AtomicU64,
     /// When another process that has claimed chunks was found to be slow.
     slow_holder: Mutex<Option<Instant>>,
@@ -157,10 +157,12 @@ impl Handle {
             let found = engine.store.complete_sized(&object.id, object.size);
             found.map_err(failed)
         };
-        let streamed = |error: &dyn std::fmt::Display| {
+        let mut no_disk = None;
+        let mut streamed = |error: FetchError| {
             if engine.store.writable() {
                 tracing::warn!(object = %object.id, path = name, %error, "no place in the store: reads go to the origin");
             }
+            no_disk = Some((Instant::now(), error));
             State::Streamed
         };
         let state = match complete() {
@@ -174,16 +176,15 @@ impl Handle {
                         State::Complete(complete)
                     }
                     Ok(None) => State::Partial(partial),
-                    Err(e) if e.kind() == FetchErrorKind::Disk => streamed(&e),
+                    Err(e) if e.kind() == FetchErrorKind::Disk => streamed(e),
                     Err(e) => return Err(e),
                 },
-                Err(e) if cannot_keep(e.kind()) => streamed(&e),
+                Err(e) if cannot_keep(e.kind()) => streamed(failed(e)),
                 Err(e) => return Err(failed(e)),
             },
-            Err(e) if e.kind() == FetchErrorKind::Disk => streamed(&e),
+            Err(e) if e.kind() == FetchErrorKind::Disk => streamed(e),
             Err(e) => return Err(e),
         };
-        let no_disk_since = matches!(state, State::Streamed).then(Instant::now);
         let gave = match &state {
             State::Partial(partial) => (0..partial.chunks()).any(|chunk| partial.present(chunk)),
             _ => false,
@@ -222,7 +223,7 @@ impl Handle {
             poisoned: AtomicBool::new(false),
             torn: AtomicBool::new(false),
             streamed: AtomicBool::new(false),
-            no_disk_since: Mutex::new(no_disk_since),
+            no_disk: Mutex::new(no_disk),
             since_checkpoint: AtomicU64::new(0),
             slow_holder: Mutex::default(),
             lost: Mutex::default(),
@@ -561,6 +562,18 @@ impl Handle {
         if self.waiting.load(Ordering::Acquire) > 0 {
             self.changed.notify_waiters();
         }
+    }
+
+    /// Somebody waits for all that is on its way.
+    pub(super) fn hurry(&self) {
+        self.flights.lock().iter().for_each(|flight| flight.hurry());
+    }
+
+    /// A part of the flight that takes longest, where one is slow.
+    pub(super) fn relieve(&self, usual: Duration) -> Option<Lease> {
+        let flights = self.flights.lock();
+        let slow = flights.iter().filter_map(|f| Some((f.is_slow(usual)?, f)));
+        slow.max_by_key(|(takes, _)| *takes)?.1.relieve()
     }
 
     /// Makes a flight of a lease and lets readers see it.

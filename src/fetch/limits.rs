@@ -112,6 +112,10 @@ impl Bandwidth {
         }
     }
 
+    pub(super) const fn is_capped(&self) -> bool {
+        self.per_second.is_some()
+    }
+
     /// Waits until `bytes` may be spent.
     pub(super) async fn spend(&self, bytes: usize) {
         let Some(per_second) = self.per_second else {

@@ -20,6 +20,9 @@ pub trait Contents: Send + Sync {
     /// # Errors
     /// A store that cannot be read or written.
     fn open(&self, object: u32) -> Result<Arc<dyn Body>, FsError>;
+
+    /// Notes that they are used, where nothing is opened for it.
+    fn touch(&self) {}
 }
 
 /// The bytes of one object, here or still to come.
@@ -73,6 +76,16 @@ pub trait Body: Send + Sync {
 pub trait Whole: Send + Sync {
     /// The file, open for reading.
     fn file(&self) -> &File;
+
+    /// Whether it may be held when nobody has it open any more, to be used again while [`Whole::is_there`].
+    fn may_stay(&self) -> bool {
+        false
+    }
+
+    /// Whether opening it anew would lead to the same file.
+    fn is_there(&self) -> bool {
+        false
+    }
 }
 
 /// Content from the fetch engine.
@@ -104,6 +117,10 @@ impl Fetched {
 }
 
 impl Contents for Fetched {
+    fn touch(&self) {
+        self.engine.touch();
+    }
+
     fn open(&self, object: u32) -> Result<Arc<dyn Body>, FsError> {
         let damaged = FsError::Damaged("a file names no object");
         let (stored, offset) = self.artifact.place(object).ok_or(damaged)?;
@@ -263,6 +280,15 @@ impl Body for Handle {
 impl Whole for Complete {
     fn file(&self) -> &File {
         Complete::file(self)
+    }
+
+    /// A tier is a disk that somebody may want to detach.
+    fn may_stay(&self) -> bool {
+        self.tier.is_none()
+    }
+
+    fn is_there(&self) -> bool {
+        Complete::is_there(self)
     }
 }
 

@@ -7,17 +7,20 @@
 //! a plain tar. Where the cuts are depends on the layer only. Hashing is as much work as decoding,
 //! so it has a thread of its own.
 //!
-//! Bounded: decoded bytes by what the caller allows, memory by a few blocks. What was fed is
-//! trusted by nobody until [`Decoder::finish`]. Called by whoever pulls a layer.
+//! Bounded: decoded bytes by what the caller allows, memory by a few blocks and the window of zstd ([`Memory`] bounds those
+//! of all decoders). What was fed is trusted by nobody until [`Decoder::finish`]. Called by whoever pulls a layer.
 
-use std::collections::VecDeque;
+mod frames;
+
+use std::{collections::VecDeque, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
 use sha2::{Digest as _, Sha256};
-use zstd::stream::raw::{self as zstd_raw, Operation as _};
 
+use self::frames::Frames;
+pub(super) use self::frames::{run_zstd, zstd_decoder};
 use super::{
-    Compression, ImageError, LayerEntry, LayerIndex, Span, SpanDigest,
+    Compression, ImageError, LayerEntry, LayerIndex, Memory, Span, SpanDigest,
     hashing::Hasher,
     inflate::{Inflate, Stop, WINDOW},
 };
@@ -34,8 +37,6 @@ const LARGE: u64 = 2 << 20;
 const BLOCK: usize = 256 << 10;
 /// Most blocks that are kept to be used again.
 const BLOCKS: usize = 8;
-/// Most memory that a frame of zstd may ask for, as a power of two: what `zstd` itself grants.
-const ZSTD_WINDOW_LOG: u32 = 27;
 /// Compressed bytes in which the first [`WINDOW`] decoded ones are found, as a rule.
 const PROBE: usize = 64 << 10;
 
@@ -54,11 +55,7 @@ pub struct Decoder {
 enum Format {
     Plain,
     Gzip(Gzip),
-    Zstd {
-        decoder: zstd_raw::Decoder<'static>,
-        inside: bool,
-        frames: u64,
-    },
+    Zstd(Frames),
 }
 
 struct Gzip {
@@ -151,11 +148,7 @@ impl Decoder {
                 last: 0,
                 probe: None,
             }),
-            Compression::Zstd => Format::Zstd {
-                decoder: zstd_decoder()?,
-                inside: false,
-                frames: 0,
-            },
+            Compression::Zstd => Format::Zstd(Frames::new()?),
         };
         Ok(Self {
             format,
@@ -170,6 +163,16 @@ impl Decoder {
                 hasher: Hasher::new(),
             },
         })
+    }
+
+    /// Waits for room in `memory` where a frame asks for a large window: [`Decoder::feed`] blocks for that long, after it has
+    /// called `waits`.
+    #[must_use]
+    pub fn within(mut self, memory: &Arc<Memory>, waits: impl FnMut() + Send + 'static) -> Self {
+        if let Format::Zstd(frames) = &mut self.format {
+            frames.take_room_from(Arc::clone(memory), Box::new(waits));
+        }
+        self
     }
 
     /// Hashes the layer as it is fed, too: [`Decoded::blob`].
@@ -200,11 +203,7 @@ impl Decoder {
         match &mut self.format {
             Format::Plain => feed_plain(&mut self.track, compressed, out),
             Format::Gzip(gzip) => gzip.feed(&mut self.track, compressed, out),
-            Format::Zstd {
-                decoder,
-                inside,
-                frames,
-            } => feed_zstd(decoder, inside, frames, &mut self.track, compressed, out),
+            Format::Zstd(frames) => frames.feed(&mut self.track, compressed, out),
         }
     }
 
@@ -223,10 +222,8 @@ impl Decoder {
                 gzip.end_probe(&mut self.track)?;
                 Compression::Gzip
             }
-            Format::Zstd { inside: true, .. } | Format::Zstd { frames: 0, .. } => {
-                return cut_short();
-            }
-            Format::Zstd { .. } => Compression::Zstd,
+            Format::Zstd(frames) if frames.is_whole() => Compression::Zstd,
+            Format::Zstd(_) => return cut_short(),
         };
         let Track {
             size,
@@ -346,59 +343,6 @@ fn feed_plain<E: From<ImageError>>(
         rest = after;
     }
     Ok(())
-}
-
-fn feed_zstd<E: From<ImageError>>(
-    decoder: &mut zstd_raw::Decoder<'static>,
-    inside: &mut bool,
-    frames: &mut u64,
-    track: &mut Track,
-    compressed: &[u8],
-    out: &mut Out<'_, E>,
-) -> Result<(), E> {
-    let mut rest = compressed;
-    // Decoded bytes may wait inside after all input was taken, but only if the output was full.
-    let mut full = *inside;
-    while !rest.is_empty() || full {
-        if !*inside && track.decoded() >= STEP {
-            track.cut(0)?;
-        }
-        let step = run_zstd(decoder, rest, track.room())?;
-        if step.bytes_read == 0 && step.bytes_written == 0 {
-            if rest.is_empty() {
-                break;
-            }
-            return Err(ImageError::invalid("its zstd stream is broken").into());
-        }
-        rest = &rest[step.bytes_read..];
-        full = step.bytes_written == BLOCK && step.remaining > 0;
-        *inside = step.remaining > 0;
-        *frames += u64::from(!*inside);
-        track.blob_size += step.bytes_read as u64;
-        track.emit(step.bytes_written, out)?;
-    }
-    Ok(())
-}
-
-pub(super) fn zstd_decoder() -> Result<zstd_raw::Decoder<'static>, ImageError> {
-    let decoder = zstd_raw::Decoder::new().and_then(|mut decoder| {
-        let most = zstd_raw::DParameter::WindowLogMax(ZSTD_WINDOW_LOG);
-        decoder.set_parameter(most).map(|()| decoder)
-    });
-    decoder.map_err(|error| broken_zstd(&error))
-}
-
-pub(super) fn run_zstd(
-    decoder: &mut zstd_raw::Decoder<'static>,
-    input: &[u8],
-    output: &mut [u8],
-) -> Result<zstd_raw::Status, ImageError> {
-    let step = decoder.run_on_buffers(input, output);
-    step.map_err(|error| broken_zstd(&error))
-}
-
-fn broken_zstd(error: &std::io::Error) -> ImageError {
-    ImageError::invalid(format!("its zstd stream is broken: {error}"))
 }
 
 impl Gzip {

@@ -3,12 +3,12 @@
 //!
 //! A read is cut into spans. What is not decoded yet is fetched, adjacent spans in one request,
 //! decoded on the blocking pool, at most as many at once as there are processors, and kept for a
-//! while, since the small files of a layer lie many in one span. A span that is on its way is
-//! fetched once, whoever wants it; it is given up when nobody does any more.
+//! while in the [`Memory`] of the process, since the small files of a layer lie many in one span. A
+//! span that is on its way is fetched once, whoever wants it; it is given up when nobody does any more.
 //!
-//! Invariants: no byte is given of a span whose digest was not verified; memory is the cache and,
-//! per reader, a few spans. Nothing here survives a crash or needs to. Called by `fetch`, as any
-//! [`Source`].
+//! Invariants: no byte is given of a span whose digest was not verified; besides [`Memory`] a reader
+//! holds a few spans of usual size, or what it reads of a large one. Nothing here survives a crash or
+//! needs to. Called by `fetch`, as any [`Source`].
 
 mod cache;
 
@@ -19,13 +19,13 @@ use std::{
     sync::Arc,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures_util::{StreamExt as _, stream};
 use parking_lot::RwLock;
-use tokio::sync::Semaphore;
 
-use self::cache::{Cache, Flight, Landing};
-use super::{EntryKind, FileContent, ImageError, LayerIndex};
+pub(super) use self::cache::Cache;
+use self::cache::{Flight, Landing};
+use super::{EntryKind, FileContent, ImageError, LayerIndex, Memory};
 use crate::{
     digest::Digest,
     metrics,
@@ -36,6 +36,8 @@ use crate::{
 
 /// Decoded bytes that are asked for in one request.
 const BATCH: u64 = 8 << 20;
+/// Of a span that is larger, a reader keeps what it reads, and not all.
+const KEPT_WHOLE: usize = 4 << 20;
 /// What holes are read from.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -48,9 +50,7 @@ pub struct LayerSource {
 
 struct Shared {
     inner: Arc<dyn Source>,
-    cache: Cache,
-    /// Spans that may be decoded at the same time.
-    decoders: Arc<Semaphore>,
+    memory: Arc<Memory>,
 }
 
 struct Layer {
@@ -77,16 +77,10 @@ impl fmt::Debug for LayerSource {
 }
 
 impl LayerSource {
-    /// Reads the blobs of layers from `inner`, at locations whose path is their digest; keeps up
-    /// to `cache` decoded bytes.
-    pub fn new(inner: Arc<dyn Source>, cache: usize) -> Self {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    /// Reads the blobs of layers from `inner`, at locations whose path is their digest; decodes them in `memory`.
+    pub fn new(inner: Arc<dyn Source>, memory: Arc<Memory>) -> Self {
         Self {
-            shared: Arc::new(Shared {
-                inner,
-                cache: Cache::new(cache),
-                decoders: Arc::new(Semaphore::new(processors)),
-            }),
+            shared: Arc::new(Shared { inner, memory }),
             layers: RwLock::default(),
         }
     }
@@ -103,7 +97,7 @@ impl LayerSource {
             return Err(ImageError::unsupported(why).in_layer(index.blob));
         }
         let layer = Layer {
-            number: self.shared.cache.number(),
+            number: self.shared.memory.cache.number(),
             index,
         };
         let blob = layer.index.blob;
@@ -268,7 +262,17 @@ impl Reader {
                     self.parts.pop_front();
                 }
                 let within = (start - bytes.start) as usize..(end - bytes.start) as usize;
-                Ok(Some(span.slice(within)))
+                let goes_on = self.parts.iter().find_map(|part| match part {
+                    Part::Data(range) => Some(range.start < bytes.end),
+                    Part::Zeros(_) => None,
+                });
+                if goes_on != Some(true) {
+                    self.current = None;
+                }
+                Ok(Some(match span.len() > KEPT_WHOLE {
+                    true => Bytes::copy_from_slice(&span[within]),
+                    false => span.slice(within),
+                }))
             }
         }
     }
@@ -336,7 +340,7 @@ impl Layer {
 impl Shared {
     /// Sees to it that these spans come.
     fn start(self: &Arc<Self>, layer: &Arc<Layer>, spans: Range<usize>) -> VecDeque<Flight> {
-        let (flights, missing) = self.cache.start(layer.number, spans);
+        let (flights, missing) = self.memory.cache.start(layer.number, spans);
         let mut run: Vec<Landing> = Vec::new();
         for landing in missing {
             if run
@@ -390,34 +394,67 @@ impl Shared {
         while let Some(landing) = run.front() {
             let at = landing.span();
             let needed = index.span_blob_bytes(at);
+            let decoded = index.span_bytes(at);
+            // That of zstd, once more, is its window.
+            let takes = needed.end - needed.start + 2 * (decoded.end - decoded.start);
+            let Some(large) = while_awaited(run, self.memory.large_span(takes)).await else {
+                run.clear();
+                return Ok(());
+            };
             while base + (buffer.len() as u64) < needed.end {
-                if !run.iter().any(Landing::is_awaited) {
-                    run.clear();
-                    return Ok(());
-                }
-                match body.next().await {
-                    Some(bytes) => buffer.extend_from_slice(&bytes?),
-                    None => return Err(short(&index.blob)),
+                match while_awaited(run, body.next()).await {
+                    Some(Some(bytes)) => buffer.extend_from_slice(&bytes?),
+                    Some(None) => return Err(short(&index.blob)),
+                    None => {
+                        run.clear();
+                        return Ok(());
+                    }
                 }
             }
-            let within = (needed.start - base) as usize..(needed.end - base) as usize;
-            let compressed = Bytes::copy_from_slice(&buffer[within.clone()]);
+            let mut compressed = buffer.split_to((needed.end - base) as usize);
             // The next one may begin within the last byte of this one.
-            let keep = within.end - usize::from(within.end > 0);
-            let _ = buffer.split_to(keep);
-            base += keep as u64;
-            let permit = Arc::clone(&self.decoders).acquire_owned().await;
+            let last = compressed.last().copied();
+            compressed.advance((needed.start - base) as usize);
+            base = needed.end;
+            if let Some(last) = last {
+                let mut rest = BytesMut::with_capacity(buffer.len() + 1);
+                rest.put_u8(last);
+                rest.extend_from_slice(&buffer);
+                (buffer, base) = (rest, base - 1);
+            }
+            let permit = match large {
+                None => self.memory.span(takes).await,
+                large => large,
+            };
             let Some(landing) = run.pop_front() else {
                 break;
             };
             let layer = Arc::clone(layer);
             tokio::task::spawn_blocking(move || {
-                let _permit = permit;
                 landing.land(layer.decode(at, &compressed));
+                drop((compressed, permit));
             });
         }
         Ok(())
     }
+}
+
+/// What `work` gives; `None` once nobody waits for any of `run`: then it must not keep memory that others wait for.
+async fn while_awaited<T>(run: &VecDeque<Landing>, work: impl Future<Output = T>) -> Option<T> {
+    let mut work = std::pin::pin!(work);
+    while run.iter().any(Landing::is_awaited) {
+        let given_up = async {
+            for landing in run {
+                landing.given_up().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            done = &mut work => return Some(done),
+            () = given_up => {}
+        }
+    }
+    None
 }
 
 impl Layer {

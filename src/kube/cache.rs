@@ -8,7 +8,7 @@ use super::crd::{
 };
 
 /// Most bytes of the artifacts of a `NodeCache`, as JSON. Its warm-ups take one KiB each at most, so all of it stays
-/// below 100 KiB.
+/// below 160 KiB.
 pub const MAX_ARTIFACT_BYTES: usize = 32 << 10;
 /// Least time between two reports, whatever the controller says.
 const MIN_INTERVAL: Duration = Duration::from_secs(2);
@@ -166,7 +166,7 @@ mod tests {
                 artifacts: (0..artifacts).map(|n| artifact(n, length)).collect(),
                 ..Inventory::default()
             };
-            let status = NodeCacheStatus::new(inventory, vec![warmup.clone(); 100], |reference| {
+            let status = NodeCacheStatus::new(inventory, vec![warmup.clone(); 200], |reference| {
                 reference.contains("0007")
             });
             assert!(size(&status) <= MAX_ARTIFACT_BYTES + (MAX_WARMUPS << 10));

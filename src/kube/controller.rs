@@ -6,6 +6,8 @@
 //! about, where it could undo what somebody else wrote. Nothing is kept that a crash could lose.
 
 mod ahead;
+mod bucket;
+mod candidate;
 pub mod lease;
 pub mod plan;
 #[cfg(test)]
@@ -18,14 +20,10 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt as _, stream};
-use k8s_openapi::{
-    api::{coordination::v1::Lease, core::v1::Node},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
-    jiff::Timestamp,
-};
+use k8s_openapi::api::core::v1::Node;
 use kube::{
     Api, Client, Resource,
-    api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
+    api::{DeleteParams, Patch, PatchParams, Preconditions},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -36,12 +34,15 @@ use tokio::{
 
 use self::{
     ahead::{Ahead, Seen},
-    lease::{Elector, Step, Terms},
+    bucket::Bucket,
+    candidate::{Candidate, is_ahead, lost, nonce},
+    lease::Terms,
     plan::{Action, CacheView, Key, Memory, NodeChange, World, reconcile},
 };
 use super::{
     client::within,
     crd::{NodeCache, NodeView, Warmup},
+    events::{CONTROLLER, Recorder},
     watch::{Event, Selection, follow, follow_as},
 };
 use crate::metrics;
@@ -106,6 +107,7 @@ impl Config {
 /// Is a candidate, and does the work while it leads; until `stop`. Gives the lease back then.
 pub async fn run(client: Client, config: Config, identity: String, stop: impl Future<Output = ()>) {
     let (tell, mut leads) = watch::channel(None);
+    let name = identity.clone();
     let candidate = Candidate {
         leases: Api::namespaced(client.clone(), &config.namespace()),
         name: config.lease.clone(),
@@ -123,7 +125,7 @@ pub async fn run(client: Client, config: Config, identity: String, stop: impl Fu
         while leads.wait_for(|until| is_ahead(*until)).await.is_ok() {
             let _leading = Leading::new();
             tokio::select! {
-                () = lead(client.clone(), &config, leads.clone()) => {}
+                () = lead(client.clone(), &config, &name, leads.clone()) => {}
                 () = lost(leads.clone()) => tracing::info!("this process leads no more"),
             }
         }
@@ -156,91 +158,6 @@ impl Drop for Leading {
     }
 }
 
-fn is_ahead(until: Option<Instant>) -> bool {
-    until.is_some_and(|until| Instant::now() < until)
-}
-
-/// Returns when this process leads no more.
-async fn lost(mut leads: watch::Receiver<Option<Instant>>) {
-    loop {
-        let until = *leads.borrow_and_update();
-        let Some(until) = until.filter(|until| Instant::now() < *until) else {
-            return;
-        };
-        tokio::select! {
-            () = tokio::time::sleep_until(until.into()) => {}
-            changed = leads.changed() => if changed.is_err() { return },
-        }
-    }
-}
-
-/// Who wants to lead.
-struct Candidate {
-    leases: Api<Lease>,
-    name: String,
-    terms: Terms,
-    /// Until when this process leads.
-    tell: watch::Sender<Option<Instant>>,
-}
-
-impl Candidate {
-    /// Holds the lease, or waits for it; gives it back when `told` to end, or nobody is there to tell.
-    async fn run(self, told: oneshot::Receiver<()>) {
-        let mut elector = Elector::new(self.terms.clone());
-        tokio::select! {
-            () = self.hold(&mut elector) => {}
-            _ = told => {}
-        }
-        if let Some(lease) = elector.release(Timestamp::now()) {
-            let params = PostParams::default();
-            let given = within(self.leases.replace(&self.name, &params, &lease)).await;
-            if let Err(error) = given {
-                tracing::warn!(%error, "the lease was not given back: the next waits until it is over");
-            }
-        }
-    }
-
-    /// Does not end.
-    async fn hold(&self, elector: &mut Elector) {
-        loop {
-            let began = Instant::now();
-            if let Err(error) = turn(&self.leases, &self.name, elector).await {
-                tracing::warn!(%error, "the lease cannot be had");
-            }
-            let until = elector.until().filter(|_| elector.leads(Instant::now()));
-            self.tell.send_replace(until);
-            // Others do not knock at the same moment.
-            let pause = self.terms.period().mul_f64(0.75 + 0.5 * super::random());
-            tokio::time::sleep_until((began + pause).into()).await;
-        }
-    }
-}
-
-async fn turn(leases: &Api<Lease>, name: &str, elector: &mut Elector) -> kube::Result<()> {
-    let lease = within(leases.get_opt(name)).await?;
-    // Sent later than this.
-    let began = Instant::now();
-    let params = PostParams::default();
-    let written = match elector.see(lease, began, Timestamp::now()) {
-        Step::Wait => return Ok(()),
-        Step::Create(mut lease) => {
-            lease.metadata = ObjectMeta {
-                name: Some(name.to_owned()),
-                ..ObjectMeta::default()
-            };
-            within(leases.create(&params, &lease)).await
-        }
-        Step::Replace(lease) => within(leases.replace(name, &params, &lease)).await,
-    };
-    match written {
-        Ok(lease) => elector.wrote(lease, began),
-        // Another was faster.
-        Err(kube::Error::Api(answer)) if answer.code == 409 => {}
-        Err(error) => return Err(error),
-    }
-    Ok(())
-}
-
 /// Something that was seen to change.
 enum Change {
     Warmup(Box<Event<Warmup>>),
@@ -250,9 +167,14 @@ enum Change {
 }
 
 /// Does the work; does not end.
-async fn lead(client: Client, config: &Config, leads: watch::Receiver<Option<Instant>>) {
+async fn lead(
+    client: Client,
+    config: &Config,
+    name: &str,
+    leads: watch::Receiver<Option<Instant>>,
+) {
     let mut changes = changes(&client, config.templates);
-    let mut state = State::new(client, config, leads);
+    let mut state = State::new(client, config, name, leads);
     let mut look = Instant::now() + LOOK;
     // Nine tenths of the time are for others, however large the cluster.
     let mut earliest = Instant::now();
@@ -352,6 +274,8 @@ enum Subject {
 /// What became of an action.
 struct Done {
     subject: Subject,
+    /// What was to be made.
+    made: Option<Value>,
     result: kube::Result<Written>,
 }
 
@@ -359,6 +283,8 @@ struct Done {
 enum Written {
     Node(NodeView),
     Warmup(Box<Warmup>),
+    /// Nothing: a workload asks for something else than was known.
+    Not(Seen),
     Nothing,
 }
 
@@ -366,6 +292,7 @@ struct State {
     client: Client,
     namespace: String,
     leads: watch::Receiver<Option<Instant>>,
+    events: Recorder,
     world: World,
     ahead: Ahead,
     memory: Memory,
@@ -378,8 +305,14 @@ struct State {
 }
 
 impl State {
-    fn new(client: Client, config: &Config, leads: watch::Receiver<Option<Instant>>) -> Self {
+    fn new(
+        client: Client,
+        config: &Config,
+        name: &str,
+        leads: watch::Receiver<Option<Instant>>,
+    ) -> Self {
         Self {
+            events: Recorder::start(client.clone(), CONTROLLER, name.to_owned()),
             namespace: config.namespace(),
             nodes: Bucket::new(config.node_changes_per_second.max(1)),
             statuses: Bucket::new(STATUSES_PER_SECOND),
@@ -467,14 +400,7 @@ impl State {
             },
         };
         let mut has_more = false;
-        let ahead =
-            self.ahead
-                .changes(&self.world.warmups)
-                .into_iter()
-                .map(|change| match change {
-                    ahead::Change::Make(key, warmup) => Action::Make { key, warmup },
-                    ahead::Change::Delete(key, uid) => Action::Delete { key, uid },
-                });
+        let ahead = self.ahead.changes(&self.world.warmups);
         for action in actions.into_iter().chain(ahead) {
             let (subject, bucket) = match &action {
                 Action::Node(change) => (Subject::Node(change.name.clone()), &mut self.nodes),
@@ -500,9 +426,10 @@ impl State {
                     .resource_version
                     .clone()
             };
-            let version = match &action {
-                Action::Status { key, .. } => version(key),
-                _ => None,
+            let (version, made) = match &action {
+                Action::Status { key, .. } => (version(key), None),
+                Action::Make { warmup, .. } => (None, Some(warmup.clone())),
+                _ => (None, None),
             };
             self.running.spawn(async move {
                 let until = *leads.borrow();
@@ -510,14 +437,22 @@ impl State {
                     true => perform(&client, action, version).await,
                     false => Ok(Written::Nothing),
                 };
-                Done { subject, result }
+                Done {
+                    subject,
+                    made,
+                    result,
+                }
             });
         }
         has_more
     }
 
     fn done(&mut self, done: Done) {
-        let Done { subject, result } = done;
+        let Done {
+            subject,
+            made,
+            result,
+        } = done;
         match result {
             Ok(written) => {
                 self.busy.remove(&subject);
@@ -534,6 +469,7 @@ impl State {
                             *known = *warmup;
                         }
                     }
+                    Written::Not(seen) => self.ahead.see(seen),
                     Written::Nothing => {}
                 }
             }
@@ -541,12 +477,20 @@ impl State {
                 if let Subject::Warmup(key) = &subject {
                     self.memory.not_written(key);
                 }
-                match &error {
+                match (&error, &subject, made) {
+                    // Nor will it be the next time.
+                    (kube::Error::Api(answer), Subject::Warmup(key), Some(made))
+                        if matches!(answer.code, 400 | 422) =>
+                    {
+                        tracing::warn!(?subject, %error, "what a template asks for is refused");
+                        let notice = self.ahead.refused(key.clone(), made, &answer.message);
+                        self.events.tell(notice);
+                    }
                     // It has changed, or is gone: the news is on its way.
-                    kube::Error::Api(answer) if matches!(answer.code, 404 | 409) => {
+                    (kube::Error::Api(answer), ..) if matches!(answer.code, 404 | 409) => {
                         tracing::debug!(?subject, %error, "not written");
                     }
-                    error => tracing::warn!(?subject, %error, "not written"),
+                    (error, ..) => tracing::warn!(?subject, %error, "not written"),
                 }
                 self.busy.insert(subject, Some(Instant::now() + PAUSE));
             }
@@ -587,7 +531,12 @@ async fn perform(
             let warmup = within(warmups.patch(&key.1, &params, &Patch::Apply(warmup))).await?;
             Ok(Written::Warmup(Box::new(warmup)))
         }
-        Action::Delete { key, uid } => {
+        Action::Delete { key, uid, owner } => {
+            if let Some(owner) = owner
+                && let Some(seen) = ahead::ask(client, &key, &owner).await?
+            {
+                return Ok(Written::Not(seen));
+            }
             let params = DeleteParams {
                 preconditions: Some(Preconditions {
                     uid: Some(uid),
@@ -625,43 +574,6 @@ fn node_patch(change: &NodeChange) -> Value {
     patch
 }
 
-/// So many a second, and so many at once.
-#[derive(Debug)]
-struct Bucket {
-    per_second: f64,
-    tokens: f64,
-    filled: Option<Instant>,
-}
-
-impl Bucket {
-    fn new(per_second: u32) -> Self {
-        Self {
-            per_second: per_second.into(),
-            tokens: per_second.into(),
-            filled: None,
-        }
-    }
-
-    fn take(&mut self, now: Instant) -> bool {
-        let since = self
-            .filled
-            .map_or(Duration::ZERO, |filled| now.duration_since(filled));
-        self.tokens = (self.tokens + since.as_secs_f64() * self.per_second).min(self.per_second);
-        self.filled = Some(now);
-        let may = self.tokens >= 1.0;
-        if may {
-            self.tokens -= 1.0;
-        }
-        may
-    }
-}
-
-/// Something that no other process says.
-fn nonce() -> String {
-    use std::hash::{BuildHasher as _, RandomState};
-    format!("{:016x}", RandomState::new().hash_one(std::process::id()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -671,7 +583,7 @@ mod tests {
         let server = "http://127.0.0.1:9".parse().unwrap();
         let client = Client::try_from(kube::Config::new(server)).unwrap();
         let (_tell, leads) = watch::channel(None);
-        let mut state = State::new(client, &Config::default(), leads);
+        let mut state = State::new(client, &Config::default(), "c", leads);
         for known in [
             &mut state.listings.nodes.is_known,
             &mut state.listings.caches.is_known,
@@ -689,16 +601,6 @@ mod tests {
         state.act().await;
         assert!(other.is_finished());
         assert_eq!((state.world.warmups.len(), state.running.len()), (1, 1));
-    }
-
-    #[test]
-    fn a_bucket_keeps_its_rate() {
-        let mut bucket = Bucket::new(20);
-        let start = Instant::now();
-        let taken = (0..1000)
-            .filter(|ms| bucket.take(start + Duration::from_millis(*ms)))
-            .count();
-        assert!((38..=41).contains(&taken), "{taken}");
     }
 
     #[test]

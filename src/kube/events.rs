@@ -1,8 +1,8 @@
-//! Events on pods: told once, and then counted.
+//! Events on pods, and on workloads: told once, and then counted.
 //!
 //! The name of an Event is made of what it says, so one that is told again, also by the next process, is the same one: it
-//! gets a series (events.k8s.io/v1). Telling never waits: what does not fit into a short queue, or goes beyond the rate,
-//! is dropped and counted.
+//! gets a series (events.k8s.io/v1). Telling never waits: what goes beyond the rate waits in a short queue, and what does
+//! not fit into that is dropped and counted.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -25,7 +25,8 @@ use super::client::within;
 use crate::{digest::Digest, metrics};
 
 /// Who tells.
-const CONTROLLER: &str = "hearth.dev/agent";
+pub const AGENT: &str = "hearth.dev/agent";
+pub const CONTROLLER: &str = "hearth.dev/controller";
 /// Longest note, in bytes (events.k8s.io/v1).
 const MAX_NOTE: usize = 1024;
 /// Longest name of an object.
@@ -48,10 +49,32 @@ pub struct PodRef {
     pub uid: String,
 }
 
-/// What is told of a pod.
+/// What something is told of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Subject {
+    pub api_version: String,
+    pub kind: String,
+    pub namespace: String,
+    pub name: String,
+    pub uid: String,
+}
+
+impl From<&PodRef> for Subject {
+    fn from(pod: &PodRef) -> Self {
+        Self {
+            api_version: "v1".to_owned(),
+            kind: "Pod".to_owned(),
+            namespace: pod.namespace.clone(),
+            name: pod.name.clone(),
+            uid: pod.uid.clone(),
+        }
+    }
+}
+
+/// What is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Notice {
-    pub pod: PodRef,
+    pub about: Subject,
     /// Whether it is about something wrong.
     pub warning: bool,
     /// CamelCase, one of a few.
@@ -67,13 +90,15 @@ pub struct Notice {
 pub struct Recorder(mpsc::Sender<Notice>);
 
 impl Recorder {
-    /// Tells by `client`, as the agent of `node`, until all clones are gone. Must be called within a runtime.
-    pub fn start(client: Client, node: String) -> Self {
+    /// Tells by `client`, as `controller` ([`AGENT`], [`CONTROLLER`]) of this name, until all clones are gone. Must be
+    /// called within a runtime.
+    pub fn start(client: Client, controller: &'static str, instance: String) -> Self {
         let (tell, mut told) = mpsc::channel(QUEUE);
         tokio::spawn(async move {
             let mut teller = Teller {
                 client,
-                node,
+                controller,
+                instance,
                 known: HashMap::new(),
                 order: VecDeque::new(),
                 allowance: Allowance::new(Instant::now()),
@@ -95,7 +120,8 @@ impl Recorder {
 
 struct Teller {
     client: Client,
-    node: String,
+    controller: &'static str,
+    instance: String,
     /// By name.
     known: HashMap<String, Told>,
     order: VecDeque<String>,
@@ -123,31 +149,42 @@ impl Teller {
             }
             None => None,
         };
-        if !self.allowance.take(now) {
-            metrics::global().kube_events_dropped.add(1);
-            return;
+        while !self.allowance.take(Instant::now()) {
+            tokio::time::sleep(EVERY / 4).await;
         }
-        let api = Api::<Event>::namespaced(self.client.clone(), &notice.pod.namespace);
-        let done = match again {
-            Some(count) => self.count(&api, &name, count).await,
-            None => {
-                match within(api.create(&PostParams::default(), &self.event(&name, notice))).await {
-                    // Of the process before this one.
-                    Err(kube::Error::Api(status)) if status.is_already_exists() => {
-                        self.count(&api, &name, 2).await
-                    }
-                    done => done.map(drop),
-                }
-            }
+        let api = Api::<Event>::namespaced(self.client.clone(), &notice.about.namespace);
+        let is = |code, done: &kube::Result<()>| matches!(done, Err(kube::Error::Api(status)) if status.code == code);
+        let (mut is_new, mut done) = match again {
+            Some(count) => (false, self.count(&api, &name, count).await),
+            None => (true, self.create(&api, &name, notice).await),
         };
+        if is_new && is(409, &done) {
+            // Of the process before this one.
+            (is_new, done) = (false, self.count(&api, &name, 2).await);
+        } else if !is_new && is(404, &done) {
+            // The server keeps them for an hour.
+            (is_new, done) = (true, self.create(&api, &name, notice).await);
+        }
         match done {
-            Ok(()) => self.remember(name, now),
+            Ok(()) => self.remember(name, is_new),
             Err(error) => {
                 metrics::global().kube_events_dropped.add(1);
-                let (pod, namespace) = (&notice.pod.name, &notice.pod.namespace);
-                tracing::debug!(namespace, pod, %error, note = notice.note, "an event was not told");
+                let Subject {
+                    kind,
+                    namespace,
+                    name,
+                    ..
+                } = &notice.about;
+                tracing::debug!(kind, namespace, name, %error, note = notice.note, "an event was not told");
             }
         }
+    }
+
+    async fn create(&self, api: &Api<Event>, name: &str, notice: &Notice) -> kube::Result<()> {
+        let event = self.event(name, notice);
+        within(api.create(&PostParams::default(), &event))
+            .await
+            .map(drop)
     }
 
     async fn count(&self, api: &Api<Event>, name: &str, count: i32) -> kube::Result<()> {
@@ -161,36 +198,42 @@ impl Teller {
     }
 
     fn event(&self, name: &str, notice: &Notice) -> Event {
-        let pod = &notice.pod;
+        let about = &notice.about;
         let kind = if notice.warning { "Warning" } else { "Normal" };
         Event {
             metadata: ObjectMeta {
                 name: Some(name.to_owned()),
-                namespace: Some(pod.namespace.clone()),
+                namespace: Some(about.namespace.clone()),
                 ..ObjectMeta::default()
             },
             event_time: Some(MicroTime(Timestamp::now())),
-            reporting_controller: Some(CONTROLLER.to_owned()),
-            reporting_instance: Some(cut(&self.node, 128)),
+            reporting_controller: Some(self.controller.to_owned()),
+            reporting_instance: Some(cut(&self.instance, 128)),
             action: Some(notice.action.to_owned()),
             reason: Some(notice.reason.to_owned()),
             note: Some(cut(&notice.note, MAX_NOTE)),
             type_: Some(kind.to_owned()),
             regarding: Some(ObjectReference {
-                api_version: Some("v1".to_owned()),
-                kind: Some("Pod".to_owned()),
-                namespace: Some(pod.namespace.clone()),
-                name: Some(pod.name.clone()),
-                uid: Some(pod.uid.clone()),
+                api_version: Some(about.api_version.clone()),
+                kind: Some(about.kind.clone()),
+                namespace: Some(about.namespace.clone()),
+                name: Some(about.name.clone()),
+                uid: Some(about.uid.clone()),
                 ..ObjectReference::default()
             }),
             ..Event::default()
         }
     }
 
-    fn remember(&mut self, name: String, now: Instant) {
+    fn remember(&mut self, name: String, is_new: bool) {
+        let now = Instant::now();
         match self.known.get_mut(&name) {
-            Some(told) => told.written = now,
+            Some(told) => {
+                told.written = now;
+                if is_new {
+                    told.count = 1;
+                }
+            }
             None => {
                 if self.order.len() >= REMEMBERED
                     && let Some(oldest) = self.order.pop_front()
@@ -237,9 +280,12 @@ impl Allowance {
 
 /// The same for what is the same.
 fn name_of(notice: &Notice) -> String {
-    let text = format!("{}\0{}\0{}", notice.pod.uid, notice.reason, notice.note);
+    let about = &notice.about;
+    let text = format!("{}\0{}\0{}", about.uid, notice.reason, notice.note);
     let hash = &Digest::of(text.as_bytes()).hex()[..16];
-    format!("{}.{hash}", cut(&notice.pod.name, MAX_NAME - 17))
+    // Names of objects are ASCII, and no part of one ends in a dash.
+    let own: String = about.name.chars().take(MAX_NAME - 17).collect();
+    format!("{}.{hash}", own.trim_end_matches(['-', '.']))
 }
 
 /// At most `limit` bytes of it.
@@ -270,18 +316,29 @@ mod tests {
 
     #[test]
     fn names_and_notes_fit() {
-        let notice = Notice {
-            pod: PodRef {
+        let notice = |name: &str| Notice {
+            about: (&PodRef {
                 namespace: "n".into(),
-                name: "p".repeat(253),
+                name: name.into(),
                 uid: "u".into(),
-            },
+            })
+                .into(),
             warning: true,
             reason: "R",
             action: "A",
             note: "ä".repeat(2000),
         };
-        assert!(name_of(&notice).len() <= MAX_NAME);
-        assert!(cut(&notice.note, MAX_NOTE).len() <= MAX_NOTE);
+        let cut_at = |end: &str| format!("{}{end}{}", "p".repeat(236 - end.len()), "q".repeat(17));
+        for name in ["p", &"p".repeat(253), &cut_at("-"), &cut_at(".--")] {
+            let name = name_of(&notice(name));
+            assert!(name.len() <= MAX_NAME, "{name}");
+            // RFC 1123, as the API server has it.
+            let is_part = |part: &str| {
+                let known = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+                !part.is_empty() && part.chars().all(known) && part.trim_matches('-') == part
+            };
+            assert!(name.split('.').all(is_part), "{name}");
+        }
+        assert!(cut(&notice("p").note, MAX_NOTE).len() <= MAX_NOTE);
     }
 }

@@ -5,6 +5,7 @@
 //! that nobody knows after a restart. Of one namespace at most [`AT_ONCE_EACH`] references are brought at a time, so that
 //! one with many does not keep others waiting; what readers wait for goes before all of it (`fetch`).
 
+mod leaving;
 mod start;
 
 use std::{
@@ -18,7 +19,11 @@ use futures_util::{StreamExt as _, future::join_all};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
 use parking_lot::Mutex;
-use tokio::{sync::Semaphore, task::JoinHandle, time::Instant};
+use tokio::{
+    sync::{Notify, Semaphore},
+    task::JoinHandle,
+    time::Instant,
+};
 use tracing::Span;
 
 use self::start::Start;
@@ -26,7 +31,7 @@ use super::{
     Config,
     annotations::{self, Asked, Mistake},
     coldstart::{self, ColdStart, Fetched},
-    events::{Notice, PodRef, Recorder},
+    events::{AGENT, Notice, PodRef, Recorder},
     secrets::{self, Names},
     watch::{Event, Selection, follow},
 };
@@ -154,6 +159,8 @@ pub struct Pods {
     grace: Duration,
     /// Told whenever the pods are listed.
     listed: tokio::sync::watch::Sender<bool>,
+    /// Told whenever something was let go.
+    left: Notify,
 }
 
 #[derive(Default)]
@@ -164,6 +171,8 @@ struct State {
     listing: Option<BTreeSet<String>>,
     /// Owners of pins whose pod is not known, and since when.
     orphans: BTreeMap<String, Instant>,
+    /// By uid: how often its pins are being taken away.
+    leaving: HashMap<String, usize>,
     each: HashMap<String, Arc<Semaphore>>,
     starts: Vec<ColdStart>,
 }
@@ -205,7 +214,7 @@ impl Pods {
         content: Arc<dyn Content>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            events: Recorder::start(client.clone(), node.clone()),
+            events: Recorder::start(client.clone(), AGENT, node.clone()),
             client,
             node,
             content,
@@ -213,6 +222,7 @@ impl Pods {
             slots: Arc::new(Semaphore::new(AT_ONCE)),
             grace: Duration::from_secs(config.grace_seconds),
             listed: tokio::sync::watch::Sender::new(false),
+            left: Notify::new(),
         })
     }
 
@@ -253,7 +263,7 @@ impl Pods {
             Event::Changed(pod) => self.see(&pod, false).await,
             Event::Gone(pod) => {
                 if let Some(uid) = pod.metadata.uid {
-                    self.release(&uid).await;
+                    self.release(&uid);
                 }
             }
             Event::Listed => self.compare().await,
@@ -284,7 +294,7 @@ impl Pods {
     }
 
     /// Lets go of what was missing for long enough, and tells of starts that are over.
-    async fn look(&self) {
+    async fn look(self: &Arc<Self>) {
         let now = Instant::now();
         let is_over = |since: Instant| now.saturating_duration_since(since) >= self.grace;
         let (gone, orphans, due) = {
@@ -314,11 +324,11 @@ impl Pods {
             (gone, orphans, starts.collect::<Vec<_>>())
         };
         for uid in gone {
-            self.release(&uid).await;
+            self.release(&uid);
         }
         for orphan in orphans {
             tracing::info!(owner = orphan, "its pod is gone: unpinned");
-            self.content.unpin(&orphan, &BTreeSet::new()).await;
+            self.let_go(orphan.strip_prefix(PINS).unwrap_or_default());
         }
         for (pod, start) in due {
             self.tell_start(&pod, &start).await;
@@ -342,11 +352,11 @@ impl Pods {
         let here = pod.spec.as_ref().and_then(|s| s.node_name.as_deref()) == Some(&*self.node);
         let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
         if !here || matches!(phase, Some("Succeeded" | "Failed")) {
-            return self.release(&uid).await;
+            return self.release(&uid);
         }
         let wants = wants(pod);
         if wants.asked.is_empty() && wants.mistakes.is_empty() {
-            return self.release(&uid).await;
+            return self.release(&uid);
         }
         let pod_ref = PodRef {
             namespace,
@@ -395,11 +405,11 @@ impl Pods {
     }
 
     /// A pod is gone, or asks for nothing any more.
-    async fn release(&self, uid: &str) {
+    fn release(self: &Arc<Self>, uid: &str) {
         let tracked = self.state.lock().pods.remove(uid);
         if tracked.is_some() {
             drop(tracked);
-            self.content.unpin(&owner(uid), &BTreeSet::new()).await;
+            self.let_go(uid);
         }
     }
 
@@ -409,7 +419,7 @@ impl Pods {
             tracing::warn!(namespace = pod.namespace, pod = pod.name, %mistake, "a wrong annotation");
             metrics::global().kube_wrong_annotations.add(1);
             self.events.tell(Notice {
-                pod: pod.clone(),
+                about: (&pod).into(),
                 warning: true,
                 reason: "WrongAnnotation",
                 action: "Prefetch",
@@ -418,7 +428,7 @@ impl Pods {
         }
         if let Some(image) = &wants.never {
             self.events.tell(Notice {
-                pod: pod.clone(),
+                about: (&pod).into(),
                 warning: false,
                 reason: "ImageNeverPulled",
                 action: "Prefetch",
@@ -440,7 +450,8 @@ impl Pods {
             true => BTreeSet::new(),
             false => wishes.iter().map(ToString::to_string).collect(),
         };
-        self.content.unpin(&owner(&pod.uid), &keep).await;
+        self.has_left(&pod.uid).await;
+        let owner = owner(&pod.uid);
         let each = {
             let mut state = self.state.lock();
             state.each.retain(|_, each| Arc::strong_count(each) > 1);
@@ -449,7 +460,8 @@ impl Pods {
         };
         let all = wishes.iter();
         let all = all.map(|reference| self.bring(&pod, &wants, reference, &each, &start));
-        join_all(all).await;
+        // What it does not wait for to begin.
+        tokio::join!(self.content.unpin(&owner, &keep), join_all(all));
         {
             let mut start = start.lock();
             let since = start.since.elapsed();
@@ -507,7 +519,7 @@ impl Pods {
             metrics::global().kube_prefetch_failures.add(1);
             tracing::warn!(namespace = pod.namespace, pod = pod.name, %reference, %error, ?pause, "a prefetch failed");
             self.events.tell(Notice {
-                pod: pod.clone(),
+                about: pod.into(),
                 warning: true,
                 reason: error.reason(),
                 action: "Prefetch",
@@ -587,7 +599,7 @@ impl Pods {
         // What was started before this process is not told again.
         if !record.late {
             self.events.tell(Notice {
-                pod: pod.clone(),
+                about: pod.into(),
                 warning: false,
                 reason: "ColdStart",
                 action: "Prefetch",

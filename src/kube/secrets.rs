@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::Secret as ApiSecret;
 use kube::{Api, Client};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::client::within;
 use crate::{
@@ -77,7 +77,7 @@ async fn pull_keys(
     if !matches!(reference.locator, Locator::Oci(_)) {
         return Ok(None);
     }
-    let mut auths = Map::new();
+    let mut registries = Vec::new();
     for name in &names.pull {
         let mut data = match read(api, namespace, name).await {
             Ok(data) => data,
@@ -99,18 +99,13 @@ async fn pull_keys(
             );
             continue;
         };
-        if let Some(Value::Object(found)) = config.remove("auths") {
-            for (registry, entry) in found {
-                auths.entry(registry).or_insert(entry);
-            }
+        if let Some(auths @ Value::Object(_)) = config.remove("auths") {
+            let config = serde_json::json!({ "auths": auths }).to_string();
+            registries.push(Secret::new(config));
         }
     }
-    if auths.is_empty() {
-        return Ok(None);
-    }
-    let config = serde_json::json!({ "auths": auths }).to_string();
-    Ok(Some(Keys {
-        registries: Some(Secret::new(config)),
+    Ok((!registries.is_empty()).then(|| Keys {
+        registries,
         ..Keys::default()
     }))
 }

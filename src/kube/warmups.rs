@@ -41,7 +41,7 @@ const REFERENCES_AT_ONCE: usize = 2;
 const LOOK: Duration = Duration::from_secs(60);
 /// How often everything is listed anew.
 const RELIST: Duration = Duration::from_secs(3600);
-/// Pause before a report that failed is tried again, at least.
+/// Pause before a report, or a release, that failed is tried again, at least.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a node can do for warm-ups.
@@ -127,6 +127,8 @@ pub async fn run(client: Client, settings: Settings, warmer: Arc<dyn Warmer>) {
         tasks: HashMap::new(),
         is_listed: false,
         is_swept: false,
+        unreleased: BTreeSet::new(),
+        again: None,
         done,
         client,
         settings,
@@ -151,6 +153,7 @@ pub async fn run(client: Client, settings: Settings, warmer: Arc<dyn Warmer>) {
     loop {
         let due = sleep_until(this.pace.due());
         let retry = sleep_until(this.board.next_try());
+        let again = sleep_until(this.again);
         tokio::select! {
             Some(event) = nodes.next() => match event {
                 Event::Found(node) | Event::Changed(node) => this.node = Some(node.into()),
@@ -176,6 +179,7 @@ pub async fn run(client: Client, settings: Settings, warmer: Arc<dyn Warmer>) {
             Some(finished) = finished.recv() => this.finished(finished),
             () = due => this.report().await,
             () = retry => {}
+            () = again => this.let_go_again().await,
             _ = look.tick() => this.look().await,
         }
         this.sync().await;
@@ -244,6 +248,10 @@ struct Side {
     is_listed: bool,
     /// What is pinned was looked at since the last list.
     is_swept: bool,
+    /// Uids of `Warmup`s for which something stayed pinned that was to be let go.
+    unreleased: BTreeSet<String>,
+    /// When what stayed pinned is looked at again.
+    again: Option<Instant>,
     done: mpsc::Sender<Finished>,
 }
 
@@ -309,7 +317,7 @@ impl Side {
 
     /// Lets go of what was pinned for `Warmup`s that went, or do not select this node any more, since when no process was
     /// here.
-    async fn sweep(&self) {
+    async fn sweep(&mut self) {
         let swept = async {
             let owners = self.warmer.owners().await?;
             let is_of = |warmup: &Warmup, uid: &str| {
@@ -329,8 +337,14 @@ impl Side {
                 return Ok::<(), WarmError>(());
             }
             // This time the newest list: pins are not taken away because of an old one.
-            let listed =
-                within(Api::<Warmup>::all(self.client.clone()).list(&ListParams::default())).await;
+            let warmups = Api::<Warmup>::all(self.client.clone());
+            let listed = match within(warmups.list(&ListParams::default())).await {
+                // One that cannot tell how new its own state is: nor does anybody else know better.
+                Err(kube::Error::Api(answer)) if matches!(answer.code, 500 | 504) => {
+                    within(warmups.list(&ListParams::default().at("0"))).await
+                }
+                listed => listed,
+            };
             let listed = listed.map_err(|error| WarmError {
                 reason: "Unavailable",
                 message: error.to_string(),
@@ -345,6 +359,7 @@ impl Side {
         };
         if let Err(error) = swept.await {
             tracing::warn!(%error, "what was pinned for Warmups that are gone stays pinned for now");
+            self.again = Some(Instant::now() + PATIENCE);
         }
     }
 
@@ -395,13 +410,32 @@ impl Side {
         for step in steps {
             match step {
                 Step::Cancel(uid) => drop(self.tasks.remove(&uid)),
-                Step::Release { uid, keep } => {
-                    if let Err(error) = self.warmer.release(&format!("{OWNER}{uid}"), &keep).await {
-                        tracing::warn!(%error, "something stays pinned until the next start");
-                    }
-                }
+                Step::Release { uid, keep } => self.release(uid, &keep).await,
                 Step::Check(work) => self.spawn(work, check),
                 Step::Start(work) => self.spawn(work, warm),
+            }
+        }
+    }
+
+    /// Lets go of what could not be let go.
+    async fn let_go_again(&mut self) {
+        self.again = None;
+        self.is_swept = false;
+        for uid in self.unreleased.clone() {
+            // As it is now.
+            let keep = self.board.kept(&uid);
+            self.release(uid, &keep).await;
+        }
+    }
+
+    /// Lets go of what was pinned for a `Warmup`, but for these; where that fails, again soon.
+    async fn release(&mut self, uid: String, keep: &[Reference]) {
+        match self.warmer.release(&format!("{OWNER}{uid}"), keep).await {
+            Ok(()) => drop(self.unreleased.remove(&uid)),
+            Err(error) => {
+                tracing::warn!(uid, %error, "something stays pinned for a Warmup for now");
+                self.unreleased.insert(uid);
+                self.again = Some(Instant::now() + PATIENCE);
             }
         }
     }

@@ -324,7 +324,9 @@ impl<K: Send + 'static> Follower<K> {
             None => {
                 if begun.elapsed() < SHORTEST {
                     let error = kube::Error::Service("a watch ended as soon as it began".into());
-                    self.failed(&error).await;
+                    if self.failed(&error).await == Verdict::Relist {
+                        return None;
+                    }
                 }
                 self.state = State::Known { version };
                 return None;

@@ -11,9 +11,9 @@ use std::{
 
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
+    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::{errno::errno, server::Server, session::RESENT};
@@ -115,6 +115,13 @@ impl Filesystem for Adapter {
         let ino = ino.0;
         let handle = request.unique().0 & !RESENT;
         let write = flags.0 & libc::O_ACCMODE != libc::O_RDONLY;
+        let reply = match write {
+            true => reply,
+            false => match server.reopen(ino, handle, reply) {
+                Ok(()) => return,
+                Err(reply) => reply,
+            },
+        };
         match server.view.open(ino, write) {
             Ok(Opened::Upper) => reply.opened(UPPER_HANDLE, FopenFlags::FOPEN_KEEP_CACHE),
             Ok(Opened::Body(body)) => {
@@ -200,7 +207,7 @@ impl Filesystem for Adapter {
         if ino.0 >= UPPER {
             server.view.release(ino.0);
         } else {
-            server.opens.release(ino.0, handle.0);
+            server.release(ino.0, handle.0);
         }
         reply.ok();
     }
@@ -299,6 +306,22 @@ impl Filesystem for Adapter {
             Ok(names) => answer_xattr(&names, size, reply),
             Err(error) => reply.error(self.0.errno("listxattr", ino.0, &error)),
         }
+    }
+
+    fn ioctl(
+        &self,
+        request: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: IoctlFlags,
+        _: u32,
+        _: &[u8],
+        _: u32,
+        reply: ReplyIoctl,
+    ) {
+        let _working = self.0.working(request);
+        // Python asks of each file that it opens whether it is a terminal, and the kernel remembers no answer.
+        reply.error(Errno::ENOTTY);
     }
 
     // From here on: what the upper of the hub layout takes.

@@ -49,7 +49,7 @@ use self::{
     droppers::Droppers,
     held::{Answered, Held, is_alive, take_away, unknown},
     refuse::Refuser,
-    wire::{Answer, Dir, Request},
+    wire::{Answer, Dir, Request, Which},
 };
 pub use self::{
     child::SUCCESSOR,
@@ -59,7 +59,7 @@ pub use self::{
 };
 use super::{
     MountError, MountErrorKind, device,
-    session::{Device, Session},
+    session::{Device, Id, Session},
     state::State,
     table,
 };
@@ -111,9 +111,8 @@ enum Source {
     Signals,
     Listener,
     Peer(u64),
-    /// A connection, by its number.
-    Orphan(u32),
-    Refused(u32),
+    Orphan(Id),
+    Refused(Id),
 }
 
 impl Keeper {
@@ -140,7 +139,7 @@ impl Keeper {
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
             ending.add(signal);
         }
-        // Not an end of its own, but of a child that drops pages.
+        // Not an end of its own, but of a child: one that drops pages, or its server.
         ending.add(Signal::SIGCHLD);
         ending.thread_block().map_err(|e| failed(e.into()))?;
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
@@ -171,7 +170,7 @@ impl Keeper {
         }
         for held in self.sessions.drain(..) {
             // It would end with this process, but for a child that drops pages.
-            let lasts = held.server.is_none() && self.droppers.count(held.session.connection) > 0;
+            let lasts = held.server.is_none() && self.droppers.count(held.session.id()) > 0;
             // Where the server was run by this process, nobody will serve what is left.
             if self.child.is_some() || lasts {
                 take_away(held);
@@ -241,7 +240,10 @@ impl Keeper {
                 Ok(refuser) => held.refuser = Some(refuser),
                 Err(error) => {
                     tracing::error!(%dir, %error, "requests cannot be refused: the mount is given up");
-                    if let Err(error) = device::end(&held.session.dir, held.session.connection) {
+                    // Else its number may be of another mount by now.
+                    if is_alive(&held.session)
+                        && let Err(error) = device::end(&held.session.dir, held.session.connection)
+                    {
                         tracing::warn!(%error, "it could not be ended");
                     }
                     // Looked at again when that has no effect.
@@ -269,15 +271,15 @@ impl Keeper {
             watched.push((Source::Peer(id), peer.socket.as_fd(), PollFlags::POLLIN));
         }
         for held in &self.sessions {
-            let connection = held.session.connection;
+            let id = held.session.id();
             match (&held.refuser, held.server) {
                 (Some(refuser), _) => {
-                    watched.push((Source::Refused(connection), refuser.fd(), PollFlags::POLLIN));
+                    watched.push((Source::Refused(id), refuser.fd(), PollFlags::POLLIN));
                 }
                 // Only for its end: to look at it while it is served would be woken by each request.
                 (None, None) => {
                     let fd = held.session.device.as_fd();
-                    watched.push((Source::Orphan(connection), fd, PollFlags::empty()));
+                    watched.push((Source::Orphan(id), fd, PollFlags::empty()));
                 }
                 (None, Some(_)) => {}
             }
@@ -314,6 +316,7 @@ impl Keeper {
                 while let Ok(Some(signal)) = self.signals.read_signal() {
                     if signal.ssi_signo == Signal::SIGCHLD as u32 {
                         self.droppers.reap();
+                        self.child.iter_mut().for_each(Child::bury);
                         continue;
                     }
                     self.stopping = true;
@@ -324,8 +327,8 @@ impl Keeper {
             }
             Source::Listener => self.accept(),
             Source::Peer(id) => self.hear(id, hung_up),
-            Source::Orphan(connection) | Source::Refused(connection) => {
-                let found = |held: &Held| held.session.connection == connection;
+            Source::Orphan(id) | Source::Refused(id) => {
+                let found = |held: &Held| held.session.id() == id;
                 let Some(at) = self.sessions.iter().position(found) else {
                     return;
                 };
@@ -450,15 +453,15 @@ impl Keeper {
                 held._holds = fds;
                 (Answer::Done, Vec::new())
             }),
-            Request::Left { dir, connection } => self.find_this(&dir.0, connection).map(|held| {
+            Request::Left { dir, which } => self.find_this(&dir.0, which).map(|held| {
                 if held.server == Some(id) {
                     held.server = None;
                     held.orphan = Instant::now();
                 }
                 (Answer::Done, Vec::new())
             }),
-            Request::End { dir, connection } => {
-                let ended = |held: &Held| held.server == Some(id) && held.is(&dir.0, connection);
+            Request::End { dir, which } => {
+                let ended = |held: &Held| held.server == Some(id) && held.is(&dir.0, which);
                 if let Some(at) = self.sessions.iter().position(ended) {
                     self.remove(at);
                 }
@@ -468,10 +471,10 @@ impl Keeper {
             Request::Give { dir, connection } => self.accept_session(id, &dir.0, connection, fds),
             Request::Drop {
                 dir,
-                connection,
+                which,
                 first,
                 last,
-            } => self.drop_pages(id, (&dir.0, connection), first..=last, fds),
+            } => self.drop_pages(id, (&dir.0, which), first..=last, fds),
         };
         match answered {
             Ok((answer, fds)) => {
@@ -534,7 +537,10 @@ impl Keeper {
                 let message = "the keeper has mounted here already";
                 return Err(MountError::new(MountErrorKind::Mounted, dir, message));
             }
-            tracing::warn!(dir = %dir.display(), connection = held.session.connection, "what was mounted here was detached");
+            // Else its server is about to say that it ended.
+            if is_alive(&held.session) {
+                tracing::warn!(dir = %dir.display(), connection = held.session.connection, "what was mounted here was detached");
+            }
             held.detached = true;
         }
         Ok(())
@@ -616,12 +622,12 @@ impl Keeper {
     fn drop_pages(
         &mut self,
         id: u64,
-        (dir, connection): (&Path, u32),
+        (dir, which): (&Path, Which),
         inodes: RangeInclusive<u64>,
         fds: Vec<OwnedFd>,
     ) -> Answered {
         let mut sessions = self.sessions.iter();
-        let held = sessions.find(|held| held.is(dir, Some(connection)));
+        let held = sessions.find(|held| held.is(dir, which));
         let held = held.ok_or_else(|| unknown(dir))?;
         let refused = |kind, why: &str| Err(MountError::new(kind, dir, why));
         if held.server != Some(id) {
@@ -638,7 +644,7 @@ impl Keeper {
     }
 
     fn abort(&mut self, dir: &Path) -> Answered {
-        let found = |held: &Held| held.is(dir, None);
+        let found = |held: &Held| held.is(dir, Which::default());
         let at = self.sessions.iter().position(found);
         let held = self.remove(at.ok_or_else(|| unknown(dir))?);
         take_away(held);
@@ -650,13 +656,13 @@ impl Keeper {
     }
 
     fn find(&mut self, dir: &Path) -> Result<&mut Held, MountError> {
-        self.find_this(dir, None)
+        self.find_this(dir, Which::default())
     }
 
-    fn find_this(&mut self, dir: &Path, connection: Option<u32>) -> Result<&mut Held, MountError> {
+    fn find_this(&mut self, dir: &Path, which: Which) -> Result<&mut Held, MountError> {
         let mut sessions = self.sessions.iter_mut();
         sessions
-            .find(|held| held.is(dir, connection))
+            .find(|held| held.is(dir, which))
             .ok_or_else(|| unknown(dir))
     }
 

@@ -9,19 +9,29 @@
 //! came from: one that was complete, or one that says if it turns out wrong. Anything else is dropped
 //! at the next open.
 //!
+//! What the kernel reads by itself stays registered for a moment after the last release ([`idle`]): the next open
+//! costs one look at whether it is still there.
+//!
 //! What is open is noted in the session's [`State`] before the kernel is told, so that a successor of
 //! this process answers the same.
+
+mod idle;
 
 use std::{
     collections::{HashMap, hash_map},
     fs::File,
     sync::{Arc, Weak},
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
 
+use self::idle::Idle;
 use super::state::{Entry, Kind, Slot, State};
 use crate::fs::{Body, Whole};
+
+/// How long a file stays registered that nobody has open.
+pub(super) const STAY: Duration = idle::STAY;
 
 /// What is registered with the kernel as a backing file.
 pub(super) trait Registered {
@@ -38,6 +48,7 @@ struct Files<B> {
     open: HashMap<u64, Open<B>>,
     /// At most one for each inode of the tree.
     cached: HashMap<u64, Cached>,
+    idle: Idle<B>,
 }
 
 struct Open<B> {
@@ -51,7 +62,9 @@ enum Mode<B> {
     Passthrough {
         backing: Arc<B>,
         /// Keeps the file from eviction while the kernel reads it.
-        _whole: Option<Arc<dyn Whole>>,
+        whole: Option<Arc<dyn Whole>>,
+        /// This process registered `whole`; what a predecessor did may be another file.
+        own: bool,
     },
 }
 
@@ -77,9 +90,44 @@ impl<B: Registered> Opens<B> {
             files: Mutex::new(Files {
                 open: HashMap::new(),
                 cached: HashMap::new(),
+                idle: Idle::default(),
             }),
             state,
         }
+    }
+
+    /// Notes one more handle of `ino`, unless it is known, where the kernel reads it by itself or did so a moment ago,
+    /// and opening it would lead to the same file; else it is to be opened.
+    pub(super) fn reopen(&self, ino: u64, handle: u64) -> Option<Arc<B>> {
+        let mut files = self.files.lock();
+        if let Some(Open { handles, mode }) = files.open.get_mut(&ino) {
+            let Mode::Passthrough { backing, whole, .. } = mode else {
+                return None;
+            };
+            whole.as_ref().filter(|whole| whole.is_there())?;
+            if let hash_map::Entry::Vacant(place) = handles.entry(handle) {
+                let kind = Kind::Passthrough(backing.id());
+                place.insert(self.state.add(Entry { kind, ino, handle })?);
+            }
+            return Some(backing.clone());
+        }
+        let file = files.idle.take(ino)?;
+        if !file.whole.is_there() || !self.state.reopen(&file.slot, handle) {
+            drop(files);
+            file.close(&self.state);
+            return None;
+        }
+        let backing = file.backing.clone();
+        let open = Open {
+            handles: HashMap::from([(handle, file.slot)]),
+            mode: Mode::Passthrough {
+                backing: file.backing,
+                whole: Some(file.whole),
+                own: true,
+            },
+        };
+        files.open.insert(ino, open);
+        Some(backing)
     }
 
     /// Notes one more handle of `ino`, unless it is known. `register` is asked for a backing id where the
@@ -92,14 +140,17 @@ impl<B: Registered> Opens<B> {
         register: impl FnOnce(&File) -> Option<B>,
         watch: impl FnOnce(&dyn Body),
     ) -> Option<Answer<B>> {
-        let Files { open, cached } = &mut *self.files.lock();
+        let Files { open, cached, .. } = &mut *self.files.lock();
         let mut open = match open.entry(ino) {
             hash_map::Entry::Occupied(open) => open,
             hash_map::Entry::Vacant(place) => {
                 let passthrough = body.complete().and_then(|whole| {
                     let backing = Arc::new(register(whole.file())?);
-                    let _whole = Some(whole);
-                    Some(Mode::Passthrough { backing, _whole })
+                    Some(Mode::Passthrough {
+                        backing,
+                        whole: Some(whole),
+                        own: true,
+                    })
                 });
                 place.insert_entry(Open {
                     handles: HashMap::new(),
@@ -145,13 +196,14 @@ impl<B: Registered> Opens<B> {
         wrap: impl FnOnce(u32) -> B,
         watch: impl FnOnce(&dyn Body),
     ) {
-        let Files { open, cached } = &mut *self.files.lock();
+        let Files { open, cached, .. } = &mut *self.files.lock();
         let open = open.entry(entry.ino).or_insert_with(|| {
             let body = body();
             let mode = match entry.kind {
                 Kind::Passthrough(id) => Mode::Passthrough {
                     backing: Arc::new(wrap(id)),
-                    _whole: body.and_then(|body| body.complete()),
+                    whole: body.and_then(|body| body.complete()),
+                    own: false,
                 },
                 _ => {
                     if let Some(body) = &body {
@@ -181,18 +233,20 @@ impl<B: Registered> Opens<B> {
         self.files.lock().cached.remove(&ino);
     }
 
-    /// A handle of `ino` is gone; one that is not known was let go before.
-    pub(super) fn release(&self, ino: u64, handle: u64) {
+    /// A handle of `ino` is gone; one that is not known was let go before. Whether somebody is to [`Opens::sweep`] from
+    /// now on.
+    pub(super) fn release(&self, ino: u64, handle: u64) -> bool {
         let mut files = self.files.lock();
-        let Files { open, cached } = &mut *files;
+        let Files { open, cached, idle } = &mut *files;
         let hash_map::Entry::Occupied(mut found) = open.entry(ino) else {
-            return;
+            return false;
         };
         let Some(slot) = found.get_mut().handles.remove(&handle) else {
-            return;
+            return false;
         };
         if !found.get().handles.is_empty() {
-            return self.state.remove(slot);
+            self.state.remove(slot);
+            return false;
         }
         match found.remove().mode {
             Mode::Cached(body) => {
@@ -200,14 +254,54 @@ impl<B: Registered> Opens<B> {
                     cached.insert(ino, Cached::Verified);
                 }
                 self.state.remove(slot);
+                false
+            }
+            Mode::Passthrough {
+                backing,
+                whole: Some(whole),
+                own: true,
+            } if whole.may_stay() => {
+                self.state.closing(&slot);
+                let file = idle::File {
+                    backing,
+                    whole,
+                    slot,
+                };
+                let gone = idle.put(ino, file);
+                let first = !idle.is_empty() && !std::mem::replace(&mut idle.swept, true);
+                drop(files);
+                for file in gone.into_iter().flatten() {
+                    file.close(&self.state);
+                }
+                first
             }
             mode @ Mode::Passthrough { .. } => {
                 self.state.closing(&slot);
                 drop(files);
                 // Closes the backing id, outside the lock.
                 drop(mode);
-                self.state.remove(slot);
+                self.state.done(slot);
+                false
             }
+        }
+    }
+
+    /// Closes what nobody has open: nothing more will be opened.
+    pub(super) fn end(&self) {
+        self.sweep(Instant::now() + STAY);
+    }
+
+    /// Closes what nobody has opened again for [`STAY`] before `now`; whether there is more, for later.
+    pub(super) fn sweep(&self, now: Instant) -> bool {
+        loop {
+            let mut files = self.files.lock();
+            let time = now.checked_sub(STAY);
+            let Some(file) = time.and_then(|time| files.idle.expired(time)) else {
+                files.idle.swept = !files.idle.is_empty();
+                return files.idle.swept;
+            };
+            drop(files);
+            file.close(&self.state);
         }
     }
 }
@@ -242,6 +336,8 @@ fn note(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
     use bytes::Bytes;
 
     use super::*;
@@ -350,7 +446,8 @@ mod tests {
         assert!(next.body(2).is_some());
         assert_eq!(open(&next, 3, 22, 33), Some(31));
         for (ino, handles) in [(1, [10, 20].as_slice()), (2, &[11, 21]), (3, &[12, 13, 22])] {
-            handles.iter().for_each(|&handle| next.release(ino, handle));
+            let stays = handles.iter().any(|&handle| next.release(ino, handle));
+            assert!(!stays);
         }
         assert!(state.entries().is_empty());
         assert_eq!(open(&next, 3, 23, 34), Some(34));
@@ -401,5 +498,117 @@ mod tests {
         opens.release(7, 1);
         opens.distrust(7);
         assert_eq!(open(&opens, 1, &fourth), (false, false));
+    }
+
+    /// A file that stays, as long as it is there.
+    struct Stays(File, AtomicBool);
+
+    impl Whole for Stays {
+        fn file(&self) -> &File {
+            &self.0
+        }
+        fn may_stay(&self) -> bool {
+            true
+        }
+        fn is_there(&self) -> bool {
+            self.1.load(Relaxed)
+        }
+    }
+
+    /// Opens `ino` by a backing id of its own, and lets it go; whether it is to be swept.
+    fn open_once(opens: &Opens<u32>, ino: u64, whole: &Arc<Stays>) -> bool {
+        struct Of(Arc<Stays>);
+        #[async_trait::async_trait]
+        impl Body for Of {
+            fn size(&self) -> u64 {
+                0
+            }
+            fn complete(&self) -> Option<Arc<dyn Whole>> {
+                Some(self.0.clone())
+            }
+            fn try_read(&self, _: u64, _: &mut [u8]) -> Result<bool, FsError> {
+                Ok(false)
+            }
+            async fn read(self: Arc<Self>, _: u64, _: usize) -> Result<Bytes, FsError> {
+                Err(FsError::Invalid)
+            }
+            async fn whole(self: Arc<Self>) -> Result<(), FsError> {
+                Ok(())
+            }
+            fn on_wrong(&self, _: Box<dyn Fn() + Send + Sync>) {}
+        }
+        let register = |_: &File| Some(ino as u32);
+        let answer = opens.open((ino, 1), Arc::new(Of(whole.clone())), register, |_| {});
+        assert_eq!(mode(answer), Some(ino as u32));
+        opens.release(ino, 1)
+    }
+
+    fn stays() -> Arc<Stays> {
+        let file = tempfile::tempfile().unwrap();
+        Arc::new(Stays(file, AtomicBool::new(true)))
+    }
+
+    fn noted(opens: &Opens<u32>) -> Vec<Kind> {
+        let entries = opens.state.entries().into_iter();
+        entries.map(|(_, entry)| entry.kind).collect()
+    }
+
+    #[test]
+    fn what_was_let_go_is_opened_again_without_a_look_at_its_content() {
+        let (opens, whole) = (opens(), stays());
+        assert!(open_once(&opens, 7, &whole));
+        assert_eq!(noted(&opens), [Kind::Closing(7)], "for a successor");
+        for handle in [2, 3, 3] {
+            assert_eq!(opens.reopen(7, handle).as_deref(), Some(&7));
+        }
+        assert_eq!(noted(&opens), [Kind::Passthrough(7); 2]);
+        assert!(!opens.sweep(Instant::now() + STAY), "it is open");
+        assert!(!opens.release(7, 2));
+        assert!(opens.release(7, 3));
+        assert!(opens.sweep(Instant::now()));
+        assert!(!opens.sweep(Instant::now() + STAY));
+        assert!(noted(&opens).is_empty());
+        assert_eq!(Arc::strong_count(&whole), 1);
+        assert!(opens.reopen(7, 4).is_none());
+    }
+
+    #[test]
+    fn what_is_not_there_any_more_is_not_opened_again() {
+        let (opens, whole) = (opens(), stays());
+        assert!(open_once(&opens, 7, &whole));
+        assert!(opens.reopen(7, 2).is_some());
+        whole.1.store(false, Relaxed);
+        assert!(opens.reopen(7, 3).is_none());
+        opens.release(7, 2);
+        assert!(opens.reopen(7, 4).is_none());
+        assert!(noted(&opens).is_empty());
+        assert_eq!(Arc::strong_count(&whole), 1);
+        // What a predecessor registered may be another file than is there now.
+        whole.1.store(true, Relaxed);
+        let body = Arc::new(Fake(Mutex::new(None)));
+        *body.0.lock() = Some(Arc::new(tempfile::tempfile().unwrap()));
+        let kind = Kind::Passthrough(5);
+        let (ino, handle) = (8, 1);
+        let entry = Entry { kind, ino, handle };
+        let slot = opens.state.add(entry).unwrap();
+        opens.restore(slot, entry, || Some(body), |id| id, |_| {});
+        assert!(!opens.release(8, 1));
+        assert!(noted(&opens).is_empty());
+    }
+
+    #[test]
+    fn few_files_stay_and_a_successor_closes_them() {
+        let (opens, whole) = (opens(), stays());
+        let many = idle::MOST as u64 + 2;
+        for ino in 1..=many {
+            open_once(&opens, ino, &whole);
+        }
+        assert!(noted(&opens).len() <= idle::MOST);
+        assert!(opens.reopen(1, 2).is_some());
+        assert!(opens.reopen(many, 2).is_none());
+        opens.state.keep_working();
+        let left = noted(&opens).len();
+        assert!(!opens.sweep(Instant::now() + STAY));
+        assert_eq!(noted(&opens).len(), left, "the ids were not closed");
     }
 }

@@ -35,7 +35,7 @@ use nix::{
 use super::{
     MountErrorKind, device,
     keeper::Link,
-    session::{Device, OUT_HEADER, read_on},
+    session::{Device, Id, OUT_HEADER, read_on},
 };
 
 const NOTIFY_INVAL_INODE: i32 = 2;
@@ -47,7 +47,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
     pub(super) device: &'a Device,
-    pub(super) connection: u32,
+    pub(super) id: Id,
     pub(super) dir: &'a Path,
     pub(super) keeper: Option<&'a Link>,
 }
@@ -59,7 +59,7 @@ pub(super) fn drop_pages(place: Place<'_>, inodes: RangeInclusive<u64>) -> io::R
         return drop_here(place, inodes, life());
     };
     let (said, report) = pipe2(OFlag::O_CLOEXEC)?;
-    let at = (place.dir, place.connection);
+    let at = (place.dir, place.id);
     loop {
         match keeper.drop_pages(at, inodes.clone(), report.as_fd()) {
             Ok(true) => break,
@@ -144,7 +144,7 @@ fn watched(
     // Where that is not there, to unmount it by force does the same; for root.
     let control = OpenOptions::new()
         .write(true)
-        .open(device::control(place.connection))
+        .open(device::control(place.id.connection))
         .ok();
     let mut fds = vec![place.device.as_fd().as_raw_fd(), report.as_raw_fd()];
     fds.push(life.as_raw_fd());

@@ -19,9 +19,9 @@ use super::{
     Config,
     errno::errno,
     keeper::Link,
-    opens::{Answer, Opens, Registered as _},
+    opens::{Answer, Opens, Registered as _, STAY},
     pages::{Place, drop_pages},
-    session::{Agreed, Backing, Device, Session},
+    session::{Agreed, Backing, Device, Id, Session},
     stale::Stale,
     state::{Kind, State, Working},
     stats::{Counters, Stats},
@@ -40,7 +40,7 @@ pub(super) struct Server {
     pub(super) state: Arc<State>,
     /// While the session runs.
     pub(super) device: Weak<Device>,
-    connection: u32,
+    id: Id,
     dir: PathBuf,
     keeper: Option<Arc<Link>>,
     pub(super) counters: Counters,
@@ -75,7 +75,7 @@ impl Server {
         Self {
             view,
             runtime,
-            connection: session.connection,
+            id: session.id(),
             dir: session.dir.clone(),
             keeper,
             opens: Opens::new(session.state.clone()),
@@ -193,7 +193,7 @@ impl Server {
         };
         let place = Place {
             device: &device,
-            connection: self.connection,
+            id: self.id,
             dir: &self.dir,
             keeper: self.keeper.as_deref(),
         };
@@ -216,6 +216,49 @@ impl Server {
         if let Err(error) = started {
             tracing::error!(%error, "the kernel keeps what was refused: no thread");
         }
+    }
+
+    /// Answers an open by what is open already; gives the reply back where that cannot be.
+    pub(super) fn reopen(&self, ino: u64, handle: u64, reply: ReplyOpen) -> Result<(), ReplyOpen> {
+        let open = match self.view.check() {
+            Ok(()) => self.opens.reopen(ino, handle),
+            Err(_) => None,
+        };
+        let Some(backing) = open else {
+            return Err(reply);
+        };
+        self.view.touch();
+        self.answer_passthrough(handle, &backing, reply);
+        Ok(())
+    }
+
+    fn answer_passthrough(&self, handle: u64, backing: &Backing, reply: ReplyOpen) {
+        self.counters.passthrough_opens.add(1);
+        // SAFETY: the id is open as long as `backing`, and only that closes it: what wraps it here
+        // is taken apart again.
+        let wrapped = unsafe { reply.wrap_backing(backing.id()) };
+        reply.opened_passthrough(FileHandle(handle), FopenFlags::FOPEN_NOFLUSH, &wrapped);
+        wrapped.into_raw();
+    }
+
+    pub(super) fn release(self: &Arc<Self>, ino: u64, handle: u64) {
+        if !self.opens.release(ino, handle) {
+            return;
+        }
+        let server = Arc::downgrade(self);
+        self.runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(STAY / 2).await;
+                let Some(server) = server.upgrade() else {
+                    return;
+                };
+                let sweep = move || server.opens.sweep(Instant::now());
+                // The last close of a file that was removed may take its time.
+                if !matches!(tokio::task::spawn_blocking(sweep).await, Ok(true)) {
+                    return;
+                }
+            }
+        });
     }
 
     pub(super) fn answer_open(
@@ -241,23 +284,16 @@ impl Server {
         };
         let watch = |body: &dyn Body| self.watch(ino, body);
         let answer = self.opens.open((ino, handle), body, register, watch);
-        let handle = FileHandle(handle);
+        let file = FileHandle(handle);
         match answer {
-            Some(Answer::Passthrough(backing)) => {
-                self.counters.passthrough_opens.add(1);
-                // SAFETY: the id is open as long as `backing`, and only that closes it: what wraps it here
-                // is taken apart again.
-                let wrapped = unsafe { reply.wrap_backing(backing.id()) };
-                reply.opened_passthrough(handle, FopenFlags::FOPEN_NOFLUSH, &wrapped);
-                wrapped.into_raw();
-            }
+            Some(Answer::Passthrough(backing)) => self.answer_passthrough(handle, &backing, reply),
             // Contents never change: what the kernel holds of a file stays good between opens,
             // unless it was wrong.
             Some(Answer::Cached { keep }) if keep && !self.stale.has(ino) => reply.opened(
-                handle,
+                file,
                 FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
             ),
-            Some(Answer::Cached { .. }) => reply.opened(handle, FopenFlags::FOPEN_NOFLUSH),
+            Some(Answer::Cached { .. }) => reply.opened(file, FopenFlags::FOPEN_NOFLUSH),
             None => {
                 tracing::warn!(ino, "too many files are open in this mount");
                 reply.error(Errno::ENFILE);

@@ -65,6 +65,21 @@ pub(super) struct Backing {
     device: Weak<Device>,
 }
 
+/// Which session: numbers of connections are given again at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Id {
+    pub(super) connection: u32,
+    /// The number of the [`State`], the same in all processes.
+    pub(super) memory: u64,
+}
+
+impl Id {
+    pub(super) fn new(connection: u32, state: &State) -> Self {
+        let memory = state.number();
+        Self { connection, memory }
+    }
+}
+
 /// A mounted connection with its memory: all that a server needs.
 #[derive(Debug)]
 pub(super) struct Session {
@@ -164,6 +179,10 @@ impl Session {
                 tracing::warn!(%error, "could not unmount");
             }
         })
+    }
+
+    pub(super) fn id(&self) -> Id {
+        Id::new(self.connection, &self.state)
     }
 
     /// Whether a server has greeted the kernel before.

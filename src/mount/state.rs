@@ -6,8 +6,9 @@
 //!    24 length of the kernel's INIT u32   28 length of our answer u32 (0: none yet)
 //!    32 length of `about` u32   36 length of the mount point u32
 //!    40 found without a server, in seconds since the boot, u32 (0: not)   44 how long readers wait then, in seconds, u32
+//!    48 length of the secret u32 (0: none)
 //!  1024 INIT request   2048 INIT answer   4096 about: what is served, opaque here
-//! 61440 the mount point
+//! 32768 what is for servers alone, where `about` leaves the room   61440 the mount point
 //! 65536 slots of 32 bytes: kind u32, backing id u32, inode u64, handle u64, zero [8]
 //! ```
 //!
@@ -24,7 +25,7 @@ use std::{
         fd::{AsFd as _, OwnedFd},
         unix::{
             ffi::{OsStrExt as _, OsStringExt as _},
-            fs::FileExt as _,
+            fs::{FileExt as _, MetadataExt as _},
         },
     },
     path::{Path, PathBuf},
@@ -36,6 +37,7 @@ use nix::{
     sys::memfd::{MFdFlags, memfd_create},
 };
 use parking_lot::Mutex;
+use zeroize::Zeroizing;
 
 use crate::disk::SharedMap;
 
@@ -69,6 +71,12 @@ const DIR: Field = Field {
     at: PLACE,
     max: TABLE - PLACE,
 };
+/// Of earlier versions only `about` may reach so far.
+const SECRET: Field = Field {
+    length: 48,
+    at: 32768,
+    max: PLACE - 32768,
+};
 const PLACE: usize = 61440;
 const TABLE: usize = 65536;
 const SLOT: usize = 32;
@@ -88,6 +96,10 @@ struct Field {
 pub(super) struct State {
     file: File,
     map: SharedMap,
+    /// Of the inode.
+    number: u64,
+    /// Held while the secret is written.
+    secret: Mutex<()>,
     free: Mutex<Free>,
 }
 
@@ -147,9 +159,12 @@ impl State {
         head.extend_from_slice(&SLOTS.to_ne_bytes());
         file.write_all_at(&head, 0)?;
         let map = SharedMap::new(&file, LENGTH)?;
+        let number = file.metadata()?.ino();
         let state = Self {
             file,
             map,
+            number,
+            secret: Mutex::default(),
             free: Mutex::default(),
         };
         state.set(&INIT, init)?;
@@ -180,9 +195,12 @@ impl State {
             )));
         }
         let map = SharedMap::new(&file, LENGTH)?;
+        let number = file.metadata()?.ino();
         let state = Self {
             file,
             map,
+            number,
+            secret: Mutex::default(),
             free: Mutex::default(),
         };
         state.reload();
@@ -205,6 +223,11 @@ impl State {
         self.file.try_clone().map(OwnedFd::from)
     }
 
+    /// Tells it from every other that there is at the same time, in whatever process.
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
     /// The kernel's INIT request.
     pub(super) fn init(&self) -> io::Result<Vec<u8>> {
         self.get(&INIT)
@@ -222,6 +245,26 @@ impl State {
     /// What is served, for the next server.
     pub(super) fn about(&self) -> io::Result<Vec<u8>> {
         self.get(&ABOUT)
+    }
+
+    /// What servers alone are to know.
+    pub(super) fn secret(&self) -> io::Result<Option<Zeroizing<Vec<u8>>>> {
+        let secret = Zeroizing::new(self.get(&SECRET)?);
+        Ok(Some(secret).filter(|secret| !secret.is_empty()))
+    }
+
+    /// Has `secret` take the place of the one before, of which nothing stays.
+    pub(super) fn set_secret(&self, secret: &[u8]) -> io::Result<()> {
+        if self.word(ABOUT.length / 4) as usize > SECRET.at - ABOUT.at {
+            return Err(io::Error::other("there is no room for a secret"));
+        }
+        let _one = self.secret.lock();
+        let before = self.word(SECRET.length / 4) as usize;
+        // A process that is killed here leaves none.
+        self.set(&SECRET, b"")?;
+        let zeros = vec![0; before.min(SECRET.max)];
+        self.file.write_all_at(&zeros, SECRET.at as u64)?;
+        self.set(&SECRET, secret)
     }
 
     /// Where it is mounted; empty where that was not noted.
@@ -298,13 +341,28 @@ impl State {
         }
     }
 
+    /// An entry that was closing is a passthrough file once more, by this handle; false where another process
+    /// writes now.
+    pub(super) fn reopen(&self, slot: &Slot, handle: u64) -> bool {
+        let free = self.free.lock();
+        if free.frozen {
+            return false;
+        }
+        // Of what is closing nobody asks for the handle.
+        let words = self.slot(slot.0);
+        words[4].store(handle as u32, Ordering::Relaxed);
+        words[5].store((handle >> 32) as u32, Ordering::Relaxed);
+        words[0].store(2, Ordering::Release);
+        true
+    }
+
     /// Forgets an entry.
     pub(super) fn remove(&self, slot: Slot) {
         self.forget(slot, |free| !free.frozen);
     }
 
-    /// Forgets what was in hand.
-    fn answered(&self, slot: Slot) {
+    /// Forgets what was in hand, or closing. From [`State::keep_working`] on that is left to the next server.
+    pub(super) fn done(&self, slot: Slot) {
         self.forget(slot, |free| !free.frozen && !free.leaving);
     }
 
@@ -402,7 +460,7 @@ impl Working {
 impl Drop for Working {
     fn drop(&mut self) {
         if let Some((state, slot)) = self.0.take() {
-            state.answered(slot);
+            state.done(slot);
         }
     }
 }
@@ -443,6 +501,27 @@ mod tests {
     }
 
     #[test]
+    fn a_secret_is_the_last_one_and_nothing_of_those_before() {
+        let state = State::create(b"", b"about", Path::new("/mnt")).unwrap();
+        assert!(state.secret().unwrap().is_none());
+        state.set_secret(b"long secret").unwrap();
+        state.set_secret(b"short").unwrap();
+        let next = State::open(state.fd().unwrap()).unwrap();
+        assert_eq!(&**next.secret().unwrap().unwrap(), b"short");
+        let mut bytes = [0; 16];
+        let at = SECRET.at as u64;
+        state.file.read_exact_at(&mut bytes, at).unwrap();
+        assert_eq!(&bytes, b"short\0\0\0\0\0\0\0\0\0\0\0");
+        state.set_secret(&vec![1; SECRET.max + 1]).unwrap_err();
+        assert!(state.secret().unwrap().is_none());
+        assert_eq!(state.about().unwrap(), b"about");
+        assert_eq!(state.dir().unwrap(), Path::new("/mnt"));
+        let state = State::create(b"", &vec![7; MAX_ABOUT], Path::new("")).unwrap();
+        state.set_secret(b"x").unwrap_err();
+        assert_eq!(state.about().unwrap(), vec![7; MAX_ABOUT]);
+    }
+
+    #[test]
     fn without_a_server_patience_ends() {
         let state = State::create(b"", b"", Path::new("")).unwrap();
         assert!(!state.is_overdue(1) && !state.is_overdue(1000));
@@ -475,6 +554,13 @@ mod tests {
     #[test]
     fn what_is_open_is_bounded() {
         let state = Arc::new(State::create(b"", b"", Path::new("")).unwrap());
+        let slot = state.add(entry(Kind::Passthrough(9), 7)).unwrap();
+        state.closing(&slot);
+        assert!(state.reopen(&slot, 8 << 33 | 5));
+        let found = state.entries().remove(0).1;
+        assert_eq!((found.kind, found.ino), (Kind::Passthrough(9), 7));
+        assert_eq!(found.handle, 8 << 33 | 5);
+        state.remove(slot);
         for ino in 0..u64::from(SLOTS) {
             assert!(state.add(entry(Kind::Cached, ino)).is_some());
         }

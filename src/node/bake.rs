@@ -1,13 +1,17 @@
 //! What a bake needs of the node: what it will bring, room for all of it, and references as they
 //! were when a lock was written.
 
-use std::sync::Arc;
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
-use super::{Node, NodeError, Progress, Resolved, blocking};
+use super::{Meaning, Node, NodeError, Purpose, Resolved, blocking, meaning::meaning};
 use crate::{
+    digest::Digest,
     reference::{Locator, Platform, Reference},
-    source::{Layered, SourceError, SourceErrorKind},
-    store::{Reservation, Store},
+    source::{Layered, SourceError, SourceErrorKind, patiently},
+    store::{ImageRecord, Reservation, Store},
     tree::Artifact,
 };
 
@@ -27,24 +31,57 @@ pub struct Planned {
     artifact: Option<Arc<Artifact>>,
     /// Layers: digest and size.
     #[serde(skip)]
-    layers: Vec<(crate::digest::Digest, u64)>,
+    layers: Vec<(Digest, u64)>,
 }
 
 impl Planned {
-    /// Bytes that it will take at most, usually.
-    pub fn space(&self) -> u64 {
-        match self.artifact {
-            Some(_) => self.bytes,
-            None => self.bytes.saturating_mul(UNPACKED),
-        }
+    /// Objects and layers of several references, each once: what is in layers, and what is not, in bytes.
+    fn distinct(all: &[Self]) -> (u64, u64) {
+        let artifacts = all.iter().filter_map(|planned| planned.artifact.as_ref());
+        let objects: HashMap<_, u64> = artifacts
+            .flat_map(|artifact| artifact.stored().map(|object| (object.id, object.size)))
+            .collect();
+        let layers: HashMap<_, u64> = (all.iter())
+            .flat_map(|planned| planned.layers.iter().copied())
+            .collect();
+        let sum = |bytes: &mut dyn Iterator<Item = u64>| bytes.fold(0, u64::saturating_add);
+        (
+            sum(&mut layers.into_values()),
+            sum(&mut objects.into_values()),
+        )
     }
 
-    /// Bytes that it will take at least: of layers none, since nothing says what they unpack to.
-    pub fn at_least(&self) -> u64 {
-        match self.artifact {
-            Some(_) => self.bytes,
-            None => 0,
+    /// Bytes that these will take at most, usually.
+    pub fn space(all: &[Self]) -> u64 {
+        let (layers, others) = Self::distinct(all);
+        layers.saturating_mul(UNPACKED).saturating_add(others)
+    }
+
+    /// Bytes that these will take at least, usually: layers get no smaller when they are unpacked.
+    pub fn at_least(all: &[Self]) -> u64 {
+        let (layers, others) = Self::distinct(all);
+        layers.saturating_add(others)
+    }
+
+    /// The places in `all` of those that have layers in common, and so on: what they share is not there yet for
+    /// any of them as long as they are brought at the same time.
+    pub fn related(all: &[Self]) -> Vec<Vec<usize>> {
+        let mut groups: Vec<usize> = (0..all.len()).collect();
+        let mut first = HashMap::new();
+        for (at, planned) in all.iter().enumerate() {
+            for (layer, _) in &planned.layers {
+                let (from, to) = (groups[at], groups[*first.entry(*layer).or_insert(at)]);
+                for group in groups.iter_mut().filter(|group| **group == from) {
+                    *group = to;
+                }
+            }
         }
+        let mut related = vec![Vec::new(); all.len()];
+        for (at, group) in groups.into_iter().enumerate() {
+            related[group].push(at);
+        }
+        related.retain(|group| !group.is_empty());
+        related
     }
 
     /// What it is, where that is known, perhaps from a record of the same generation in the store. Blocking.
@@ -60,14 +97,20 @@ impl Planned {
         Ok(same.map(|(_, artifact)| Arc::new(artifact)))
     }
 
-    /// Bytes, at most, usually, of the files in its layers whose indexes the store has. Blocking.
+    /// Bytes, at most, usually, of the files in its layers but those that were `seen`: those whose indexes the
+    /// store has, or has not. Blocking.
     ///
     /// # Errors
     /// What the store says.
-    pub fn known_layers(&self, store: &Store) -> Result<u64, NodeError> {
+    pub fn unpacked(
+        &self,
+        store: &Store,
+        is_known: bool,
+        seen: &mut HashSet<Digest>,
+    ) -> Result<u64, NodeError> {
         let mut bytes = 0u64;
         for (layer, size) in &self.layers {
-            if store.has_index(layer)? {
+            if seen.insert(*layer) && store.has_index(layer)? == is_known {
                 bytes = bytes.saturating_add(size.saturating_mul(UNPACKED));
             }
         }
@@ -89,21 +132,25 @@ impl Node {
         let at = revision.and_then(|revision| pinned(reference, revision));
         let at = at.as_ref().unwrap_or(reference);
         let name = reference.to_string();
-        if let Some(layered) = self.layers(at).await? {
-            for_this_machine(reference, &layered)?;
-            let sizes = layered.layers.iter().map(|layer| layer.size);
-            return Ok(Planned {
-                reference: name,
-                revision: layered.manifest.to_string(),
-                files: None,
-                bytes: sizes.fold(0, u64::saturating_add),
-                artifact: None,
-                layers: (layered.layers.iter())
-                    .map(|layer| (layer.blob, layer.size))
-                    .collect(),
-            });
-        }
-        let mut artifact = self.inspect(at).await?;
+        let mut artifact = match self.inspect(at).await? {
+            Meaning::Files(artifact) => artifact,
+            Meaning::Layers(layered) => {
+                if revision.is_none() {
+                    for_this_machine(reference, &layered)?;
+                }
+                let sizes = layered.layers.iter().map(|layer| layer.size);
+                return Ok(Planned {
+                    reference: name,
+                    revision: layered.manifest.to_string(),
+                    files: None,
+                    bytes: sizes.fold(0, u64::saturating_add),
+                    artifact: None,
+                    layers: (layered.layers.iter())
+                        .map(|layer| (layer.blob, layer.size))
+                        .collect(),
+                });
+            }
+        };
         artifact.reference.clone_from(&name);
         same(&name, revision, &artifact.revision)?;
         Ok(Planned {
@@ -116,34 +163,33 @@ impl Node {
         })
     }
 
-    /// Makes sure that what is planned fits beside what else is reserved. Layers take up to three
-    /// times their size: that is usual.
+    /// Makes sure that all that is planned fits beside what else is reserved. Layers take up to three
+    /// times their size: that is usual. Blocking.
     ///
     /// # Errors
     /// Does not fit: the arithmetic is in the error.
-    pub async fn reserve(&self, planned: &Planned) -> Result<Reservation, NodeError> {
-        if let Some(artifact) = &planned.artifact {
-            return self.admit(artifact).await;
-        }
-        let (store, planned) = (Arc::clone(self.store()), planned.clone());
-        let reserved = blocking(move || {
-            let mut bytes = 0u64;
-            for (layer, size) in &planned.layers {
-                if !store.has_index(layer)? {
-                    bytes = bytes.saturating_add(size.saturating_mul(UNPACKED));
+    pub fn reserve(&self, all: &[Planned]) -> Result<Vec<Reservation>, NodeError> {
+        let store = self.store();
+        let mut seen = HashSet::new();
+        let mut room = Vec::new();
+        for planned in all {
+            room.push(match &planned.artifact {
+                Some(artifact) => store.admit(artifact)?,
+                None => {
+                    let bytes = planned.unpacked(store, false, &mut seen)?;
+                    store.admit_bytes(&planned.reference, bytes)?
                 }
-            }
-            store.admit_bytes(&planned.reference, bytes)
-        });
-        Ok(reserved.await?)
+            });
+        }
+        Ok(room)
     }
 
-    /// As [`Node::resolve_showing`], of `reference` as it was at `revision`.
+    /// As [`Node::resolve`], of `reference` as it was at `revision`.
     pub(super) async fn resolve_at(
         &self,
         reference: &Reference,
         revision: &str,
-        progress: &Progress,
+        purpose: Purpose<'_>,
     ) -> Result<Resolved, NodeError> {
         let name = reference.to_string();
         let failed = |source| NodeError::Resolve {
@@ -151,7 +197,7 @@ impl Node {
             source,
         };
         let Some(at) = pinned(reference, revision) else {
-            let resolved = self.resolve_showing(reference, progress).await?;
+            let resolved = self.resolve_for(reference, purpose).await?;
             same(&name, Some(revision), &resolved.artifact.revision)?;
             return Ok(resolved);
         };
@@ -162,18 +208,47 @@ impl Node {
         {
             return Ok(resolved);
         }
-        if let Some(mut layered) = source.layered(&at).await.map_err(failed)? {
-            layered.reference.clone_from(&name);
-            let resolved = self
-                .resolve_layered(reference, layered, &source, Some(progress))
-                .await?;
-            return resolved.ok_or(NodeError::Unknown(name));
-        }
-        let mut artifact = source.resolve(&at).await.map_err(failed)?;
+        let meant = patiently(self.patience(), meaning(&source, &at, false)).await;
+        let mut artifact = match meant.map_err(failed)? {
+            Meaning::Files(artifact) => artifact,
+            Meaning::Layers(mut layered) => {
+                layered.reference.clone_from(&name);
+                let resolved = self
+                    .resolve_layered(reference, layered, &source, purpose)
+                    .await?;
+                return resolved.ok_or(NodeError::Unknown(name));
+            }
+        };
         artifact.reference.clone_from(&name);
         let artifact = Arc::new(artifact);
         self.record(&artifact).await?;
         Ok(Resolved::plain(artifact, source, true))
+    }
+}
+
+impl Node {
+    /// Notes of an image, which was brought by the digest of its manifest, that `index` named that, and keeps
+    /// the index: pods may name the image by it.
+    ///
+    /// # Errors
+    /// What the source or the store says.
+    pub async fn note_index(&self, reference: &Reference, index: Digest) -> Result<(), NodeError> {
+        let (store, name) = (Arc::clone(self.store()), reference.to_string());
+        let Some(image) = blocking(move || store.image(&name)).await? else {
+            return Ok(());
+        };
+        if image.index == Some(index) {
+            return Ok(());
+        }
+        let source = (self.sources.open(reference)).map_err(|source| NodeError::Resolve {
+            reference: reference.to_string(),
+            source,
+        })?;
+        let index = Some(index);
+        let image = ImageRecord { index, ..image };
+        self.keep_documents(&image, &source).await?;
+        let store = Arc::clone(self.store());
+        Ok(blocking(move || store.record_image(&image)).await?)
     }
 }
 
@@ -219,5 +294,37 @@ fn same(name: &str, wanted: Option<&str>, found: &str) -> Result<(), NodeError> 
             })
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shared_counts_once_and_is_brought_by_one() {
+        let planned = |layers: &[&str]| Planned {
+            reference: String::new(),
+            revision: String::new(),
+            files: None,
+            bytes: 10 * layers.len() as u64,
+            artifact: None,
+            layers: (layers.iter())
+                .map(|name| (Digest::of(name.as_bytes()), 10))
+                .collect(),
+        };
+        let all = [
+            planned(&["a", "b"]),
+            planned(&["x"]),
+            planned(&["c", "d"]),
+            planned(&["b", "c"]),
+            planned(&[]),
+            planned(&[]),
+        ];
+        assert_eq!(Planned::at_least(&all), 50);
+        assert_eq!(Planned::space(&all), 150);
+        let mut related = Planned::related(&all);
+        related.sort();
+        assert_eq!(related, [vec![0, 2, 3], vec![1], vec![4], vec![5]]);
     }
 }

@@ -4,36 +4,36 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Node, NodeError, blocking};
+use super::{Node, NodeError, blocking, tenancy::is_the_nodes};
 use crate::{
     digest::{Digest, ObjectId},
-    reference::Reference,
+    reference::{Locator, Platform, Reference},
     source::{ManifestBytes, Source},
-    store::StoreErrorKind,
+    store::{ImageRecord, Store, StoreError, StoreErrorKind},
+    tree::Artifact,
 };
 
 /// Largest document kept, in bytes (the limit that registries have for manifests, twice).
 const MAX_DOCUMENT: u64 = 8 << 20;
 
 impl Node {
-    /// Keeps an image's manifest and configuration, so that it can be run with its registry down.
+    /// Keeps the documents of an image, so that it can be run with its registry down.
     pub(super) async fn keep_documents(
         &self,
-        manifest: &Digest,
-        config: &Digest,
+        image: &ImageRecord,
         origin: &Arc<dyn Source>,
     ) -> Result<(), NodeError> {
-        for digest in [manifest, config] {
-            if self.stored_document(digest).await?.is_some() {
+        for digest in image.documents() {
+            if self.stored_document(&digest).await?.is_some() {
                 continue;
             }
-            let found = match digest == manifest {
-                true => origin.manifest(&digest.to_string()).await.map(|m| m.bytes),
-                false => origin.small_blob(digest, MAX_DOCUMENT).await,
+            let found = match digest == image.config {
+                true => origin.small_blob(&digest, MAX_DOCUMENT).await,
+                false => origin.manifest(&digest.to_string()).await.map(|m| m.bytes),
             };
             match found {
                 Ok(bytes) => {
-                    self.keep_document(*digest, Bytes::copy_from_slice(&bytes))
+                    self.keep_document(digest, Bytes::copy_from_slice(&bytes))
                         .await?
                 }
                 Err(error) => tracing::warn!(%error, "a document of an image could not be kept"),
@@ -47,12 +47,29 @@ impl Node {
         &self,
         reference: &Reference,
     ) -> Result<Option<ManifestBytes>, NodeError> {
-        let (store, name) = (Arc::clone(self.store()), reference.to_string());
-        let Some(image) = blocking(move || store.image(&name)).await? else {
+        let (store, reference) = (Arc::clone(self.store()), reference.clone());
+        let found = blocking(move || match store.image(&reference.to_string())? {
+            None => baked_for_here(&store, &reference),
+            image => Ok(image),
+        });
+        let Some(image) = found.await? else {
             return Ok(None);
         };
         let bytes = self.stored_document(&image.manifest).await?;
         Ok(bytes.map(|bytes| document(bytes, image.manifest)))
+    }
+
+    /// What an image is recorded as under the name of this machine's platform, or under a tag.
+    pub(super) async fn recorded_for_here(
+        &self,
+        reference: &Reference,
+    ) -> Result<Option<Arc<Artifact>>, NodeError> {
+        let (store, reference) = (Arc::clone(self.store()), reference.clone());
+        let image = blocking(move || baked_for_here(&store, &reference)).await?;
+        match image {
+            Some(image) => self.recorded(&image.reference).await,
+            None => Ok(None),
+        }
     }
 
     /// A document that is kept.
@@ -97,6 +114,64 @@ impl Node {
             other => Ok(other.map(drop)?),
         }
     }
+}
+
+/// What is recorded of an image of the node's under another name: that of this machine's platform, which had to be said
+/// where it was baked on a machine of another kind, or a tag that meant what is named by digest.
+fn baked_for_here(store: &Store, reference: &Reference) -> Result<Option<ImageRecord>, StoreError> {
+    let mut here = reference.clone();
+    let Locator::Oci(oci) = &mut here.locator else {
+        return Ok(None);
+    };
+    if oci.platform.is_none() {
+        oci.platform = Some(Platform::here());
+        let name = here.to_string();
+        if let Some(image) = store.image(&name)?
+            && is_the_nodes(store, &name)?
+        {
+            return Ok(Some(image));
+        }
+    }
+    baked_by_tag(store, &here)
+}
+
+/// What is recorded of an image of the node's by a tag, and is named by the digest of its manifest or of its index.
+fn baked_by_tag(store: &Store, reference: &Reference) -> Result<Option<ImageRecord>, StoreError> {
+    let Locator::Oci(oci) = &reference.locator else {
+        return Ok(None);
+    };
+    let wanted = oci.digest.as_ref().and_then(|digest| digest.parse().ok());
+    let Some(wanted) = wanted.filter(|_: &Digest| oci.path.is_empty()) else {
+        return Ok(None);
+    };
+    for image in store.images()? {
+        let Ok(known) = image.reference.parse::<Reference>() else {
+            continue;
+        };
+        let Locator::Oci(of) = &known.locator else {
+            continue;
+        };
+        let is_meant = image.manifest == wanted
+            || (image.index == Some(wanted) && is_for(&image, oci.platform.as_ref()));
+        if is_meant
+            && (&of.registry, &of.repository) == (&oci.registry, &oci.repository)
+            && known.filter == reference.filter
+            && is_the_nodes(store, &image.reference)?
+        {
+            return Ok(Some(image));
+        }
+    }
+    Ok(None)
+}
+
+fn is_for(image: &ImageRecord, platform: Option<&Platform>) -> bool {
+    let its = Platform::parse(&image.platform);
+    platform.is_some_and(|wanted| {
+        its.is_ok_and(|its| {
+            let variant = wanted.variant.is_none() || wanted.variant == its.variant;
+            variant && (&its.os, &its.arch) == (&wanted.os, &wanted.arch)
+        })
+    })
 }
 
 /// The document says itself what it is; where it does not, it is of the OCI kind that it looks like

@@ -85,7 +85,8 @@ impl NodeError {
                     "the origin served content that does not match its digest twice; nothing of it was kept".into(),
                 ),
                 FetchErrorKind::NoSpace => {
-                    Some("free space, or let `hearth gc` make some".into())
+                    let hint = source.hint();
+                    Some(hint.unwrap_or("free space, or let `hearth gc` make some").into())
                 }
                 FetchErrorKind::Unavailable => {
                     Some("run the command again: it goes on where it stopped".into())

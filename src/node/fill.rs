@@ -1,13 +1,17 @@
 //! Brings all of an artifact: to warm it, or behind those who read it.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, stream};
 
-use super::{Node, NodeError, Progress, Resolved, blocking, is_of_disk, layers::Pace, slices};
+use super::{
+    Node, NodeError, Progress, Resolved, blocking, is_of_disk,
+    layers::{Coming, Pace},
+    slices,
+};
 use crate::{
     fetch::{Class, FetchError, FetchErrorKind},
-    store::{Complete, StoreErrorKind},
+    store::{Complete, StoreErrorKind, Whereabouts},
     telemetry::{self, span},
     tree::{Artifact, Object},
 };
@@ -31,7 +35,8 @@ impl Node {
     /// Fetches every object of an artifact that is being read, in the background. The caller holds
     /// it. What may pass is tried again, at longer and longer intervals: an origin that cannot be
     /// reached, or refuses, and a disk that is full, fails, or only is read. `waits` is told of what somebody
-    /// has to do something about. Where it is an image, a container is starting from it: that goes first.
+    /// has to do something about, and of nothing once it is tried again. Where it is an image, a container is
+    /// starting from it: that goes first.
     ///
     /// # Errors
     /// The first error that waiting does not mend.
@@ -39,7 +44,7 @@ impl Node {
         &self,
         resolved: &Resolved,
         progress: &Progress,
-        waits: impl Fn(&NodeError) + Send,
+        waits: impl Fn(Option<&NodeError>) + Send,
     ) -> Result<(), NodeError> {
         let artifact = &resolved.artifact;
         let span = span!("fill", hearth.reference = artifact.reference);
@@ -52,7 +57,7 @@ impl Node {
         &self,
         resolved: &Resolved,
         progress: &Progress,
-        waits: impl Fn(&NodeError) + Send,
+        waits: impl Fn(Option<&NodeError>) + Send,
     ) -> Result<(), NodeError> {
         let mut pace = Pace::Full;
         if resolved.layers.is_some() {
@@ -70,10 +75,11 @@ impl Node {
             match self.passing(&error) {
                 None => return Err(error),
                 Some(Passing::Alone) => {}
-                Some(Passing::Mended) => waits(&error),
+                Some(Passing::Mended) => waits(Some(&error)),
             }
             warn(&resolved.artifact.reference, &error, pause);
             tokio::time::sleep(pause).await;
+            waits(None);
             pause = (pause * 2).min(LONGEST_FILL_PAUSE);
         }
     }
@@ -84,9 +90,9 @@ impl Node {
         progress: &Progress,
         pace: Pace,
     ) -> Result<(), NodeError> {
-        let _room = self.admit(&resolved.artifact).await?;
-        progress.begin(&resolved.artifact, self.store());
-        self.bring(resolved, progress, Some(pace)).await
+        let coming = self.make_room(resolved).await?;
+        progress.begin(&resolved.artifact);
+        self.bring(resolved, coming, progress, Some(pace)).await
     }
 
     /// How an error may pass, if it may.
@@ -113,6 +119,7 @@ impl Node {
     pub(super) async fn bring(
         &self,
         resolved: &Resolved,
+        coming: Coming<'_>,
         progress: &Progress,
         beside: Option<Pace>,
     ) -> Result<(), NodeError> {
@@ -121,14 +128,14 @@ impl Node {
             reference: artifact.reference.clone(),
             source,
         };
-        if let Some(layers) = &resolved.layers {
-            let pace = beside.unwrap_or(Pace::Full);
-            self.bring_layers(&artifact.reference, layers, progress, pace)
-                .await?;
-            progress.begin(artifact, self.store());
+        let pace = beside.unwrap_or(Pace::Full);
+        let _room = self.bring_layers(resolved, coming, progress, pace).await?;
+        if resolved.layers.is_some() {
+            progress.begin(artifact);
         }
         let mut cut = slices::by_container(artifact);
-        let mut under_way = stream::iter(order(artifact))
+        let missing = self.missing(artifact, &cut, progress).await?;
+        let mut under_way = stream::iter(missing)
             .map(|index| async move {
                 let object = &artifact.objects[index];
                 let handle = self.engine.open(object, &resolved.source)?;
@@ -148,6 +155,39 @@ impl Node {
             }
         }
         Ok(())
+    }
+
+    /// What has to be looked at: all objects but those that lie in the store itself, which show as complete. Of an image
+    /// that was unpacked just now these are tens of thousands, and a look costs a tenth of an open.
+    async fn missing(
+        &self,
+        artifact: &Arc<Artifact>,
+        cut: &HashMap<usize, Vec<slices::Slice>>,
+        progress: &Progress,
+    ) -> Result<Vec<usize>, NodeError> {
+        let (store, shared) = (Arc::clone(self.store()), Arc::clone(artifact));
+        let found = blocking(move || {
+            let finder = store.finder()?;
+            let is_here = |&index: &usize| match finder.look(&shared.objects[index]) {
+                Ok(Some((Whereabouts::Store, _))) => true,
+                // What the disk refuses to say is told by whoever reads it.
+                Ok(_) | Err(_) => false,
+            };
+            Ok(order(&shared).into_iter().partition(is_here))
+        });
+        let (here, mut missing): (Vec<usize>, Vec<usize>) = found.await?;
+        let mut objects = 0;
+        let mut bytes = 0;
+        for index in here {
+            if cut.contains_key(&index) {
+                missing.push(index);
+                continue;
+            }
+            objects += 1;
+            bytes += artifact.objects[index].size;
+        }
+        progress.here(objects, bytes);
+        Ok(missing)
     }
 
     /// Checks the files that were cut from an object before it could be verified.

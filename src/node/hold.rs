@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Node, NodeError, Resolved, blocking};
+use super::{Node, NodeError, Progress, Purpose, Resolved, blocking, is_of_disk};
 use crate::{
     digest::Digest,
     reference::Reference,
@@ -22,18 +22,57 @@ impl Node {
         Ok(blocking(move || store.hold(&reference)).await?)
     }
 
-    /// As [`Node::resolve`], and holds what it is; resolves again where another process removes it in between.
+    /// As [`Node::resolve`], and holds what it is, for a mount: also what it is of a tier, whose disk may be gone when
+    /// the next process serves it. Resolves again where another process removes it in between.
     ///
     /// # Errors
     /// As [`Node::resolve`] and [`Node::hold`].
     pub async fn resolve_held(&self, reference: &Reference) -> Result<(Resolved, Hold), NodeError> {
+        let progress = Progress::default();
+        self.held_for(reference, Purpose::Read(&progress)).await
+    }
+
+    /// As [`Node::resolve_held`], for who brings all of it, as [`Node::resolve_showing`].
+    ///
+    /// # Errors
+    /// As [`Node::resolve_held`].
+    pub async fn resolve_held_whole(
+        &self,
+        reference: &Reference,
+    ) -> Result<(Resolved, Hold), NodeError> {
+        let progress = Progress::default();
+        self.held_for(reference, Purpose::Bring(&progress)).await
+    }
+
+    async fn held_for(
+        &self,
+        reference: &Reference,
+        purpose: Purpose<'_>,
+    ) -> Result<(Resolved, Hold), NodeError> {
         let mut removals = 0;
         loop {
-            let resolved = self.resolve(reference).await?;
+            let resolved = self.resolve_for(reference, purpose).await?;
+            self.adopt_from_below(&resolved).await?;
             match self.hold_resolved(&resolved).await {
                 Err(error) if self.was_removed(&error) && removals < MAX_REMOVALS => removals += 1,
                 held => return held.map(|hold| (resolved, hold)),
             }
+        }
+    }
+
+    async fn adopt_from_below(&self, resolved: &Resolved) -> Result<(), NodeError> {
+        let (store, name) = (
+            Arc::clone(self.store()),
+            resolved.artifact.reference.clone(),
+        );
+        match blocking(move || store.adopt_from_below(&name)).await {
+            Err(error) if is_of_disk(error.kind()) => {
+                tracing::debug!(%error, "only a tier knows what is mounted");
+                Ok(())
+            }
+            // Detached just now.
+            Err(error) if error.kind() == StoreErrorKind::NotFound => Ok(()),
+            done => Ok(done?),
         }
     }
 
@@ -47,7 +86,7 @@ impl Node {
     /// removed it since. An image is more than its artifact, and is not: it has to be resolved again.
     pub(super) async fn hold_resolved(&self, resolved: &Resolved) -> Result<Hold, NodeError> {
         let name = &resolved.artifact.reference;
-        match self.hold(name).await {
+        let hold = match self.hold(name).await {
             Err(NodeError::Store(error))
                 if error.kind() == StoreErrorKind::NotFound && resolved.layers.is_none() =>
             {
@@ -55,7 +94,13 @@ impl Node {
                 self.hold(name).await
             }
             held => held,
+        }?;
+        // It may be the generation before, or another process may have recorded the next one by now.
+        let digest = resolved.artifact.digest();
+        if hold.generation().is_none_or(|held| *held == digest) {
+            return Ok(hold);
         }
+        Ok(hold.and(self.hold_generation(&digest).await?))
     }
 
     /// As [`Node::hold`], for the generation `digest` of `reference`.

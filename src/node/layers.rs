@@ -14,32 +14,39 @@
 //! [`Import`] keeps each from collection until the record that leads there is written.
 
 mod blobs;
+mod chains;
 mod indexes;
+mod kept;
 mod profile;
 mod pull;
 mod push;
+mod usage;
 
-use std::{collections::HashSet, sync::Arc};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use self::{
     blobs::Blobs,
-    indexes::{Known, Maker, were_unpacked},
+    indexes::{Known, Maker},
 };
-pub(super) use self::{blobs::blob_of, indexes::waits_for_a_check, pull::Pace};
+pub(super) use self::{
+    blobs::blob_of,
+    indexes::waits_for_a_check,
+    pull::{Pace, Slots},
+};
 pub use self::{profile::Start, push::PushedIndexes};
-use super::{Node, NodeError, Progress, Resolved, blocking, joined};
+use super::{Node, NodeError, Progress, Purpose, Resolved, blocking, joined};
 use crate::{
     digest::Digest,
     fetch::FetchError,
-    image::{EntryKind, ImageError, LayerIndex, LayerSource, merge},
+    image::{ImageError, LayerIndex, LayerSource, merge},
     reference::{Filter, Reference},
-    source::{Layer, Layered, Source, SourceError, SourceErrorKind},
+    source::{Layer, Layered, Source, SourceError, SourceErrorKind, model_of, patiently},
     store::{ImageLayer, ImageRecord, Import, Reservation, Store, StoreError},
-    tree::{Artifact, Recipe},
+    tree::{Artifact, Meta, Object, Tree},
 };
 
-/// Decoded bytes of layers that are kept in memory, for each image that is read.
-const DECODED_CACHE: usize = 32 << 20;
 /// A layer is unpacked once more if one part in so many of its files' bytes is missing; else they
 /// are fetched one by one.
 const FEW: u64 = 8;
@@ -52,6 +59,16 @@ pub(super) struct Layers {
     known: Vec<Known>,
     /// Where they are read.
     origin: Arc<dyn Source>,
+    /// What was made sure of before it was recorded, until [`Node::make_room`].
+    room: Mutex<Option<Reservation>>,
+}
+
+/// All of what is about to be brought.
+pub(super) struct Coming<'r> {
+    /// The layers to unpack before the rest is fetched file by file: of which much is missing, or that
+    /// can only be unpacked, or whose index nobody has checked.
+    first: Vec<(&'r Layer, Option<&'r Known>)>,
+    room: Reservation,
 }
 
 impl Layers {
@@ -62,22 +79,28 @@ impl Layers {
 }
 
 impl Node {
-    /// Resolves what lies in layers. Those of which no index is to be had are unpacked; without
-    /// `pull` the answer is `None` then.
+    /// Resolves what lies in layers. Those of which no index is to be had are unpacked, or the answer is
+    /// `None`, as `purpose` says.
     pub(super) async fn resolve_layered(
         &self,
         reference: &Reference,
         layered: Layered,
         origin: &Arc<dyn Source>,
-        pull: Option<&Progress>,
+        purpose: Purpose<'_>,
     ) -> Result<Option<Resolved>, NodeError> {
         let import = self.begin_import().await?;
         let mut known = self.known_indexes(&layered, &import).await?;
-        self.find_indexes(&layered, origin, &mut known).await?;
+        // Without them all of it has to be unpacked.
+        let looking = self.find_indexes(&layered, origin, &mut known);
+        patiently(self.patience(), looking).await?;
         let mut missing = Vec::new();
         for (at, layer) in layered.layers.iter().enumerate() {
-            if let Some(path) = &layer.as_file {
-                let index = LayerIndex::of_file(layer.blob, layer.size, path);
+            if let Some(file) = &layer.as_file {
+                let mut meta = Meta::file(file.mtime);
+                if file.executable {
+                    meta.mode = 0o555;
+                }
+                let index = LayerIndex::of_file(layer.blob, layer.size, &file.path, meta);
                 known[at] = Some(Known {
                     index: Arc::new(index.map_err(|source| NodeError::Image {
                         reference: layered.reference.clone(),
@@ -92,24 +115,14 @@ impl Node {
         let mut brought = 0;
         let mut pulled_by = None;
         if !missing.is_empty() {
-            let Some(progress) = pull else {
+            let (Purpose::Read(progress) | Purpose::Bring(progress)) = purpose else {
                 return Ok(None);
             };
             let layers: Vec<(&Layer, Option<&Known>)> = (missing.iter())
                 .map(|&at| (&layered.layers[at], known[at].as_ref()))
                 .collect();
-            let room = self.admit_layers(&layered.reference, &layers).await?;
-            let store = Arc::clone(self.store());
-            let within = blocking(move || Ok(Arc::new(store.import_within(&room)?))).await?;
-            let pulled = self
-                .pull(
-                    &layered.reference,
-                    &layers,
-                    origin,
-                    &within,
-                    progress,
-                    Pace::Full,
-                )
+            let (pulled, within) = self
+                .pull_within(&layered.reference, &layers, origin, progress, Pace::Full)
                 .await?;
             for (at, index) in missing.into_iter().zip(pulled) {
                 known[at] = Some(Known {
@@ -126,111 +139,46 @@ impl Node {
         let mut artifact = self
             .merged(&layered.reference, &layered.manifest, &known)
             .await?;
-        let matcher = reference
-            .filter
-            .matcher()
-            .map_err(|error| NodeError::Resolve {
-                reference: layered.reference.clone(),
-                source: SourceError::new(
-                    SourceErrorKind::Invalid,
-                    &layered.reference,
-                    error.to_string(),
-                ),
-            })?;
         let is_whole = is_whole_image(reference, &layered);
-        if !is_whole {
-            let wanted = |path: &str| matcher.matches(path);
-            let part = part_of(&artifact, &layered.root, &layered.layers, &wanted);
-            artifact = part.map_err(|source| NodeError::Image {
+        if layered.is_model {
+            let model = model_of(reference, &layered, &artifact);
+            artifact = Arc::new(model.map_err(|source| NodeError::Resolve {
                 reference: layered.reference.clone(),
                 source,
-            })?;
+            })?);
+        } else if !is_whole {
+            artifact = part_of(reference, &layered.root, &artifact)?;
         }
-        if self.store().writable() {
-            self.record(&artifact).await?;
-            if is_whole {
-                self.keep_documents(&layered.manifest, &layered.config, origin)
-                    .await?;
-                self.record_image(&layered, &known).await?;
-            }
-        }
-        drop((import, pulled_by));
+        let image = is_whole.then(|| image_of(&layered, &known));
         let mut resolved = self.lazy(artifact, layered.layers, known, origin);
         resolved.fresh = true;
         resolved.brought = brought;
+        if self.store().writable() {
+            if let (Some(_), Purpose::Bring(_)) = (&image, purpose) {
+                self.make_room_before(&resolved, &import).await?;
+            }
+            self.record(&resolved.artifact).await?;
+            if let Some(image) = image {
+                self.keep_documents(&image, origin).await?;
+                let store = Arc::clone(self.store());
+                blocking(move || store.record_image(&image)).await?;
+            }
+        }
+        drop((import, pulled_by));
         Ok(Some(resolved))
     }
 
-    /// The image whose first layers have the chain id `chain`, brought down to just these layers;
-    /// `None` where none is known, or its indexes are not here. As [`Node::knows_chain`] otherwise.
-    ///
-    /// # Errors
-    /// What the source or the store says.
-    pub async fn image_by_chain(
-        &self,
-        chain: &Digest,
-        named: Option<&Reference>,
-    ) -> Result<Option<Resolved>, NodeError> {
-        match self.image_of_chain(chain, named).await? {
-            Some((image, count)) => self.lowest_layers(image, count).await,
-            None => Ok(None),
-        }
-    }
-
-    /// As [`Node::image_by_chain`], of the image called `reference`, and no other.
-    ///
-    /// # Errors
-    /// What the source or the store says.
-    pub async fn image_up_to(
-        &self,
-        reference: &Reference,
-        chain: &Digest,
-    ) -> Result<Option<Resolved>, NodeError> {
-        let (store, name) = (Arc::clone(self.store()), reference.to_string());
-        let Some(image) = blocking(move || store.image(&name)).await? else {
-            return Ok(None);
-        };
-        match image.layers_of(chain) {
-            Some(count) => self.lowest_layers(image, count).await,
-            None => Ok(None),
-        }
-    }
-
-    /// The lowest `count` layers of an image; `None` where their indexes are not here.
-    async fn lowest_layers(
-        &self,
-        mut image: ImageRecord,
-        count: usize,
-    ) -> Result<Option<Resolved>, NodeError> {
-        let Ok(reference) = image.reference.parse::<Reference>() else {
-            return Ok(None);
-        };
-        let origin = self
-            .sources
-            .open(&reference)
-            .map_err(|source| NodeError::Resolve {
-                reference: image.reference.clone(),
-                source,
-            })?;
-        image.layers.truncate(count);
-        let Some((layers, known)) = self.recorded_indexes(&image).await? else {
-            return Ok(None);
-        };
-        let artifact = self
-            .merged(&image.reference, &image.manifest, &known)
-            .await?;
-        Ok(Some(self.lazy(artifact, layers, known, &origin)))
-    }
-
     /// The recorded artifact with what is needed to read it; `None` where that is not all here, or
-    /// where the artifact is not what the indexes say: an index that was believed has been replaced.
+    /// where the artifact is not what the indexes say: an index that was believed has been replaced. One that
+    /// says the same may give other places in its layer.
     pub(super) async fn recorded_layers(
         &self,
         artifact: &Arc<Artifact>,
         origin: &Arc<dyn Source>,
     ) -> Result<Option<Resolved>, NodeError> {
-        let (store, reference) = (Arc::clone(self.store()), artifact.reference.clone());
-        let Some(image) = blocking(move || store.image(&reference)).await? else {
+        let digest = artifact.digest();
+        let image = self.image_of(&artifact.reference, &digest, &artifact.revision);
+        let Some(image) = image.await? else {
             // A model, or a part of an image: nothing can be read but what is here. Where the reference
             // has no record, that was forgotten, perhaps since it is not true.
             let (store, this) = (Arc::clone(self.store()), Arc::clone(artifact));
@@ -242,61 +190,69 @@ impl Node {
             let plain = || Resolved::plain(Arc::clone(artifact), Arc::clone(origin), false);
             return Ok(whole.then(plain));
         };
-        let Some((layers, known)) = self.recorded_indexes(&image).await? else {
+        let mut found = None;
+        // What the store has of the layers by now, else what was kept when it was mounted.
+        for of in [None, Some(&digest)] {
+            let Some((layers, known)) = self.recorded_indexes(&image, of).await? else {
+                continue;
+            };
+            let merged = self.merged(&image.reference, &image.manifest, &known);
+            let merged = merged.await?;
+            if merged.shows_the_same(artifact) {
+                found = Some((layers, known, merged));
+                break;
+            }
+        }
+        let Some((layers, known, merged)) = found else {
             return Ok(None);
         };
-        let merged = self
-            .merged(&image.reference, &image.manifest, &known)
-            .await?;
-        if merged != *artifact {
-            return Ok(None);
+        let is_checked = known.iter().all(|known| known.maker.is_checked());
+        if merged != *artifact && is_checked && self.store().writable() {
+            let recording = self.record_instead(Arc::clone(artifact), Arc::clone(&merged));
+            if let Err(error) = recording.await {
+                tracing::warn!(reference = artifact.reference, %error, "its record stays as it was");
+            }
         }
         Ok(Some(self.lazy(merged, layers, known, origin)))
     }
 
-    /// The layers of a recorded image and their indexes; `None` where one is missing.
+    /// Records `merged` for what is recorded as `before`, unless it is something else by now.
+    async fn record_instead(
+        &self,
+        before: Arc<Artifact>,
+        merged: Arc<Artifact>,
+    ) -> Result<(), NodeError> {
+        let store = Arc::clone(self.store());
+        let recording = blocking(move || {
+            let recorded = store.artifact(&before.reference)?;
+            if recorded.is_some_and(|(_, recorded)| recorded == *before) {
+                store.record(&merged)?;
+            }
+            Ok(())
+        });
+        Ok(recording.await?)
+    }
+
+    /// The layers of a recorded image and their indexes, as generation `of` has them; `None` where one is missing.
     async fn recorded_indexes(
         &self,
         image: &ImageRecord,
+        of: Option<&Digest>,
     ) -> Result<Option<(Vec<Layer>, Vec<Known>)>, NodeError> {
         let layers: Vec<Layer> = image.layers.iter().map(recorded_layer).collect();
         let mut known = Vec::with_capacity(layers.len());
         for layer in &layers {
-            match self.index_of(&image.reference, layer).await {
+            let index = match of {
+                Some(of) => self.index_for(&image.reference, layer, of).await,
+                None => self.index_of(&image.reference, layer).await,
+            };
+            match index {
                 Ok(Some(index)) if !self.needs_unpacking(Some(&index)).await? => known.push(index),
                 Err(error) if !error.is_refuted() => return Err(error),
                 _ => return Ok(None),
             }
         }
         Ok(Some((layers, known)))
-    }
-
-    /// The record of an image whose first layers have the chain id `chain`, and how many: one whose
-    /// layers were unpacked here, which shows that they are those layers. Else the image called
-    /// `named`: what another says of its own layers must not stand in for it.
-    async fn image_of_chain(
-        &self,
-        chain: &Digest,
-        named: Option<&Reference>,
-    ) -> Result<Option<(ImageRecord, usize)>, NodeError> {
-        let (store, chain) = (Arc::clone(self.store()), *chain);
-        let named = named.map(ToString::to_string);
-        let found = blocking(move || {
-            for (image, count) in store.images_by_chain(&chain)? {
-                if were_unpacked(&store, &image.layers[..count])? {
-                    return Ok(Some((image, count)));
-                }
-            }
-            let image = match named {
-                Some(name) => store.image(&name)?,
-                None => None,
-            };
-            Ok(image.and_then(|image| {
-                let count = image.layers_of(&chain)?;
-                Some((image, count))
-            }))
-        });
-        Ok(found.await?)
     }
 
     /// Whether a layer cannot be read before it is unpacked.
@@ -306,7 +262,7 @@ impl Node {
             Some(known) if known.index.is_seekable() => Ok(false),
             Some(known) => {
                 let (store, index) = (Arc::clone(self.store()), Arc::clone(&known.index));
-                Ok(blocking(move || much_is_missing(&store, &index)).await?)
+                Ok(blocking(move || is_better_unpacked(&store, &index)).await?)
             }
         }
     }
@@ -319,7 +275,7 @@ impl Node {
         origin: &Arc<dyn Source>,
     ) -> Resolved {
         let blobs = Blobs::new(self.engine.clone(), Arc::clone(origin), &layers);
-        let source = LayerSource::new(Arc::new(blobs), DECODED_CACHE);
+        let source = LayerSource::new(Arc::new(blobs), Arc::clone(&self.memory));
         for (known, layer) in known.iter().zip(&layers) {
             if layer.as_file.is_some() {
                 continue;
@@ -333,6 +289,7 @@ impl Node {
             layers,
             known,
             origin: Arc::clone(origin),
+            room: Mutex::default(),
         };
         Resolved {
             artifact,
@@ -344,93 +301,138 @@ impl Node {
         }
     }
 
-    /// Unpacks the layers of which much is missing, or whose index nobody has checked; the rest is
-    /// for the caller to fetch file by file.
-    pub(super) async fn bring_layers(
+    /// Makes sure that all of it fits, evicting where that helps, with the layers that are fetched for it.
+    ///
+    /// # Errors
+    /// Does not fit: the arithmetic is in the error.
+    pub(super) async fn make_room<'r>(
         &self,
-        reference: &str,
-        layers: &Layers,
-        progress: &Progress,
-        pace: Pace,
+        resolved: &'r Resolved,
+    ) -> Result<Coming<'r>, NodeError> {
+        let coming = self.coming_for(resolved, false).await?;
+        if let Some(layers) = &resolved.layers {
+            drop(layers.room.lock().take());
+        }
+        Ok(coming)
+    }
+
+    /// Makes sure that all of an image fits before it is recorded in the place of another generation: of that nothing
+    /// can be had from then on.
+    async fn make_room_before(
+        &self,
+        resolved: &Resolved,
+        import: &Arc<Import>,
     ) -> Result<(), NodeError> {
-        let mut wanted: Vec<(&Layer, Option<&Known>)> = Vec::new();
-        for (layer, known) in layers.layers.iter().zip(&layers.known) {
-            if layer.as_file.is_some() {
-                continue;
-            }
-            let (store, index) = (Arc::clone(self.store()), Arc::clone(&known.index));
-            let missing = blocking(move || much_is_missing(&store, &index)).await?;
-            if missing || !self.is_trusted(reference, layer, known).await? {
-                wanted.push((layer, Some(known)));
-            }
-        }
-        if wanted.is_empty() {
+        let artifact = &resolved.artifact;
+        let recorded = self.recorded(&artifact.reference).await?;
+        let (Some(layers), true) = (
+            &resolved.layers,
+            recorded.is_some_and(|recorded| recorded != *artifact),
+        ) else {
             return Ok(());
-        }
-        let import = self.begin_import().await?;
-        self.pull(reference, &wanted, &layers.origin, &import, progress, pace)
-            .await?;
+        };
+        let (import, this) = (Arc::clone(import), Arc::clone(artifact));
+        // What both have in common must not go with that.
+        let keep = move || {
+            let files: Vec<Digest> = this.stored().filter_map(|o| o.id.sha256()).collect();
+            import.keep(&files)
+        };
+        blocking(keep).await?;
+        let coming = self.coming_for(resolved, true).await?;
+        *layers.room.lock() = Some(coming.room);
         Ok(())
     }
 
-    /// The reference of an image whose first layers have the chain id `chain` and can be read, now or
-    /// while they arrive: any whose layers were unpacked here, else the one called `named`. Looks at
-    /// few small files.
-    ///
-    /// # Errors
-    /// What the store says.
-    pub async fn knows_chain(
+    /// As [`Node::make_room`]; `instead` of what is recorded, as in [`Store::admit_instead`].
+    async fn coming_for<'r>(
         &self,
-        chain: &Digest,
-        named: Option<&Reference>,
-    ) -> Result<Option<String>, NodeError> {
-        let Some((image, count)) = self.image_of_chain(chain, named).await? else {
-            return Ok(None);
-        };
-        let store = Arc::clone(self.store());
-        let known = blocking(move || {
-            for layer in image.layers.iter().take(count) {
-                if !store.has_index(&layer.blob)? {
-                    return Ok(None);
+        resolved: &'r Resolved,
+        instead: bool,
+    ) -> Result<Coming<'r>, NodeError> {
+        let artifact = Arc::clone(&resolved.artifact);
+        let mut first = Vec::new();
+        if let Some(Layers { layers, known, .. }) = resolved.layers.as_deref() {
+            for (layer, known) in layers.iter().zip(known) {
+                if layer.as_file.is_some() {
+                    continue;
+                }
+                let (store, index) = (Arc::clone(self.store()), Arc::clone(&known.index));
+                let is_better = blocking(move || is_better_unpacked(&store, &index)).await?;
+                let reference = &artifact.reference;
+                if is_better || !self.is_trusted(reference, layer, known).await? {
+                    first.push((layer, Some(known)));
                 }
             }
-            Ok(Some(image.reference))
-        });
-        Ok(known.await?)
+        }
+        let blobs: Vec<Object> = first.iter().map(|(layer, _)| blob_of(layer)).collect();
+        let store = Arc::clone(self.store());
+        let admit = move || match instead {
+            true => store.admit_instead(&artifact, &blobs),
+            false => store.admit_with(&artifact, &blobs, 0),
+        };
+        let room = blocking(admit).await?;
+        Ok(Coming { first, room })
     }
 
-    /// What the topmost layer of a chain takes on the disk: bytes in blocks, and inodes. `None` where
-    /// the chain is not known.
-    ///
-    /// # Errors
-    /// What the store says.
-    pub async fn layer_usage(&self, chain: &Digest) -> Result<Option<(u64, u64)>, NodeError> {
-        let (store, chain) = (Arc::clone(self.store()), *chain);
-        let found = blocking(move || store.image_by_chain(&chain)).await?;
-        let Some((image, count)) = found else {
-            return Ok(None);
+    /// Unpacks the layers that go before the rest; the room for that.
+    pub(super) async fn bring_layers(
+        &self,
+        resolved: &Resolved,
+        coming: Coming<'_>,
+        progress: &Progress,
+        pace: Pace,
+    ) -> Result<Reservation, NodeError> {
+        let Coming { first, room } = coming;
+        let Some(layers) = resolved.layers.as_ref().filter(|_| !first.is_empty()) else {
+            return Ok(room);
         };
-        let Some(layer) = count.checked_sub(1).and_then(|at| image.layers.get(at)) else {
-            return Ok(None);
-        };
-        Ok(self
-            .index_of(&image.reference, &recorded_layer(layer))
-            .await?
-            .map(|known| usage(&known.index)))
+        // What is unpacked has room of its own.
+        drop(room);
+        let reference = &resolved.artifact.reference;
+        let pulled = self.pull_within(reference, &first, &layers.origin, progress, pace);
+        drop(pulled.await?);
+        self.admit(&resolved.artifact).await
     }
 
-    /// Room for layers and what they unpack to. That is not known before: three times as much is
-    /// usual. What does not fit in the end fails then.
+    /// Makes room for layers and what they unpack to, and pulls them; their files and indexes are kept
+    /// by what it gives.
+    async fn pull_within(
+        &self,
+        reference: &str,
+        layers: &[(&Layer, Option<&Known>)],
+        origin: &Arc<dyn Source>,
+        progress: &Progress,
+        pace: Pace,
+    ) -> Result<(Vec<Arc<LayerIndex>>, Arc<Import>), NodeError> {
+        let room = self.admit_layers(reference, layers).await?;
+        let store = Arc::clone(self.store());
+        let within = blocking(move || Ok(Arc::new(store.import_within(&room)?))).await?;
+        let pulled = self.pull(reference, layers, origin, &within, progress, pace);
+        Ok((pulled.await?, within))
+    }
+
+    /// Room for layers and what they unpack to. Where no index says how much that is, twice as much is
+    /// usual; where one lies, or it is more, what does not fit in the end fails then.
     async fn admit_layers(
         &self,
         reference: &str,
         layers: &[(&Layer, Option<&Known>)],
     ) -> Result<Reservation, NodeError> {
-        let bytes = layers
-            .iter()
-            .fold(0u64, |sum, (layer, _)| sum.saturating_add(layer.size));
-        let (store, reference) = (Arc::clone(self.store()), reference.to_owned());
-        let admitted = blocking(move || store.admit_bytes(&reference, bytes.saturating_mul(3)));
+        let blobs = blobs_of(reference, layers);
+        let expected: Vec<_> = (layers.iter())
+            .map(|(layer, known)| (layer.size, known.map(|known| Arc::clone(&known.index))))
+            .collect();
+        let store = Arc::clone(self.store());
+        let admitted = blocking(move || {
+            let mut bytes = 0u64;
+            for (size, index) in expected {
+                bytes = bytes.saturating_add(match index {
+                    Some(index) => missing(&store, &index)?.0,
+                    None => size.saturating_mul(2),
+                });
+            }
+            store.admit_with(&blobs, &[], bytes)
+        });
         Ok(admitted.await?)
     }
 
@@ -466,59 +468,54 @@ impl Node {
                 source,
             })
     }
+}
 
-    async fn record_image(&self, layered: &Layered, known: &[Known]) -> Result<(), NodeError> {
-        let layers = layered
-            .layers
-            .iter()
-            .zip(known)
-            .map(|(layer, known)| ImageLayer {
-                blob: layer.blob,
-                size: layer.size,
-                media_type: layer.media_type.clone(),
-                diff_id: known.index.diff_id,
-            });
-        let record = ImageRecord {
-            reference: layered.reference.clone(),
-            manifest: layered.manifest,
-            config: layered.config,
-            platform: layered
-                .platform
-                .as_ref()
-                .map(ToString::to_string)
-                .unwrap_or_default(),
-            layers: layers.collect(),
-            made: std::time::SystemTime::now(),
-        };
-        let store = Arc::clone(self.store());
-        Ok(blocking(move || store.record_image(&record)).await?)
+/// What is recorded of an image.
+fn image_of(layered: &Layered, known: &[Known]) -> ImageRecord {
+    let layers = layered
+        .layers
+        .iter()
+        .zip(known)
+        .map(|(layer, known)| ImageLayer {
+            blob: layer.blob,
+            size: layer.size,
+            media_type: layer.media_type.clone(),
+            diff_id: known.index.diff_id,
+        });
+    ImageRecord {
+        reference: layered.reference.clone(),
+        manifest: layered.manifest,
+        index: layered.index,
+        config: layered.config,
+        platform: layered
+            .platform
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        layers: layers.collect(),
+        made: std::time::SystemTime::now(),
     }
 }
 
 /// The part of an image that a reference means: below a directory, and only what is wanted there.
-/// Layers that are files as they are lose the mark of what is decoded.
 fn part_of(
-    artifact: &Artifact,
+    reference: &Reference,
     root: &str,
-    layers: &[Layer],
-    wanted: &dyn Fn(&str) -> bool,
-) -> Result<Arc<Artifact>, ImageError> {
-    let mut part = artifact
-        .below(root, wanted)
-        .ok_or_else(|| ImageError::invalid(format!("it has no directory /{root}")))?;
-    let files: HashSet<String> = (layers.iter())
-        .filter(|layer| layer.as_file.is_some())
-        .map(|layer| layer.blob.to_string())
-        .collect();
-    for object in &mut part.objects {
-        if let Recipe::Raw(location) = &mut object.recipe
-            && let Some((blob, _)) = location.path.split_once('#')
-            && files.contains(blob)
-        {
-            location.path = blob.to_owned();
-            location.generation = None;
-        }
-    }
+    image: &Artifact,
+) -> Result<Arc<Artifact>, NodeError> {
+    let name = &image.reference;
+    let matcher = reference
+        .filter
+        .matcher()
+        .map_err(|error| NodeError::Resolve {
+            reference: name.clone(),
+            source: SourceError::new(SourceErrorKind::Invalid, name, error.to_string()),
+        })?;
+    let part = image.below(root, &|path| matcher.matches(path));
+    let part = part.ok_or_else(|| NodeError::Image {
+        reference: name.clone(),
+        source: ImageError::invalid(format!("it has no directory /{root}")),
+    })?;
     Ok(Arc::new(part))
 }
 
@@ -529,13 +526,9 @@ fn fetch_failed(reference: &str) -> impl Fn(FetchError) -> NodeError {
     }
 }
 
-/// Whether this is an image that can be run: all of it, and no model, which has files among its
-/// layers, or layers of which nothing says what they unpack to.
+/// Whether this is an image that can be run: all of it, and no model.
 fn is_whole_image(reference: &Reference, layered: &Layered) -> bool {
-    let is_of_image = |layer: &Layer| layer.as_file.is_none() && layer.diff_id.is_some();
-    layered.root.is_empty()
-        && reference.filter == Filter::default()
-        && layered.layers.iter().all(is_of_image)
+    !layered.is_model && layered.root.is_empty() && reference.filter == Filter::default()
 }
 
 fn recorded_layer(layer: &ImageLayer) -> Layer {
@@ -549,24 +542,18 @@ fn recorded_layer(layer: &ImageLayer) -> Layer {
     }
 }
 
-/// Bytes in blocks of 4 KiB, and inodes.
-fn usage(index: &LayerIndex) -> (u64, u64) {
-    const BLOCK: u64 = 4096;
-    let mut sum = (0u64, 0u64);
-    for entry in &index.entries {
-        let bytes = match &entry.kind {
-            EntryKind::File(content) => content.size.div_ceil(BLOCK) * BLOCK,
-            EntryKind::Dir => BLOCK,
-            EntryKind::Hardlink { .. } | EntryKind::Opaque => continue,
-            _ => 0,
-        };
-        sum = (sum.0.saturating_add(bytes), sum.1 + 1);
-    }
-    sum
+/// Whether a layer is to be unpacked again: so much of its files is missing that it is better, or it
+/// is the only way to have one of them.
+fn is_better_unpacked(store: &Store, index: &LayerIndex) -> Result<bool, StoreError> {
+    let (missing, all) = missing(store, index)?;
+    Ok(match index.is_seekable() {
+        true => missing > all / FEW,
+        false => missing > 0,
+    })
 }
 
-/// Whether so much of a layer's files is missing that it is better unpacked again.
-fn much_is_missing(store: &Store, index: &LayerIndex) -> Result<bool, StoreError> {
+/// Bytes of a layer's files that are not here, each at least one, and of all of them.
+fn missing(store: &Store, index: &LayerIndex) -> Result<(u64, u64), StoreError> {
     let (mut all, mut missing) = (0u64, 0u64);
     for content in index.files() {
         all = all.saturating_add(content.size);
@@ -574,5 +561,15 @@ fn much_is_missing(store: &Store, index: &LayerIndex) -> Result<bool, StoreError
             missing = missing.saturating_add(content.size.max(1));
         }
     }
-    Ok(missing > all / FEW)
+    Ok((missing, all))
+}
+
+/// Layers as they lie in the registry.
+fn blobs_of(reference: &str, layers: &[(&Layer, Option<&Known>)]) -> Artifact {
+    Artifact {
+        reference: reference.to_owned(),
+        revision: String::new(),
+        tree: Tree::empty(),
+        objects: layers.iter().map(|(layer, _)| blob_of(layer)).collect(),
+    }
 }

@@ -56,6 +56,10 @@ impl Source for Patient {
         self.0.layered(reference).await
     }
 
+    async fn layers(&self, reference: &Reference) -> Result<Option<Layered>, SourceError> {
+        self.0.layers(reference).await
+    }
+
     async fn manifest(&self, wanted: &str) -> Result<ManifestBytes, SourceError> {
         self.0.manifest(wanted).await
     }

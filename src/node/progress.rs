@@ -12,8 +12,7 @@ use parking_lot::Mutex;
 
 use crate::{
     fetch::{Handle, Tally, Trouble},
-    store::Store,
-    tree::{Artifact, Object},
+    tree::Artifact,
 };
 
 /// Progress of one warm; made by whoever shows it, filled by the node.
@@ -54,8 +53,8 @@ pub struct FileProgress {
 }
 
 impl Progress {
-    /// Starts (again) with an artifact; returns the bytes that are here already.
-    pub(super) fn begin(&self, artifact: &Arc<Artifact>, store: &Arc<Store>) -> u64 {
+    /// Starts (again) with an artifact.
+    pub(super) fn begin(&self, artifact: &Arc<Artifact>) {
         let mut names = vec![String::new(); artifact.objects.len()];
         // What slices are cut from is called after the largest of them.
         let mut largest = vec![0; names.len()];
@@ -67,16 +66,11 @@ impl Progress {
                 }
             }
         }
-        self.begin_named(artifact, names, store)
+        self.begin_named(artifact, names);
     }
 
     /// As [`Progress::begin`], with the names of the objects.
-    pub(super) fn begin_named(
-        &self,
-        artifact: &Arc<Artifact>,
-        names: Vec<String>,
-        store: &Arc<Store>,
-    ) -> u64 {
+    pub(super) fn begin_named(&self, artifact: &Arc<Artifact>, names: Vec<String>) {
         self.done_bytes.store(0, Relaxed);
         self.done_files.store(0, Relaxed);
         *self.state.lock() = State {
@@ -85,12 +79,12 @@ impl Progress {
             active: BTreeMap::new(),
             tally: Tally::default(),
         };
-        let origin = artifact.origin();
-        let here = |o: &Object| match store.complete_sized(&o.id, o.size) {
-            Ok(Some(_)) => o.size,
-            _ => store.present_bytes(o.partial_id(&origin), o.size),
-        };
-        artifact.stored().map(here).sum()
+    }
+
+    /// Shows objects of so many bytes as complete.
+    pub(super) fn here(&self, objects: usize, bytes: u64) {
+        self.done_bytes.fetch_add(bytes, Relaxed);
+        self.done_files.fetch_add(objects, Relaxed);
     }
 
     /// Shows an object as under way until the guard is dropped.
@@ -155,8 +149,7 @@ impl Watched<'_> {
         if let Some(handle) = handle {
             state.tally.add(&handle.tally());
         }
-        self.0.done_bytes.fetch_add(size, Relaxed);
-        self.0.done_files.fetch_add(1, Relaxed);
+        self.0.here(1, size);
     }
 }
 

@@ -1,14 +1,19 @@
 //! What of an artifact is here.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::UNIX_EPOCH};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    sync::Arc,
+    time::UNIX_EPOCH,
+};
 
 use serde::Serialize;
 
 use super::{Node, NodeError, layers::waits_for_a_check};
 use crate::{
     digest::ObjectId,
-    store::{Record, Store},
-    tree::Artifact,
+    store::{Record, Store, StoreError, TierStatus, Whereabouts},
+    tree::{Artifact, Object},
 };
 
 /// What of one artifact is here.
@@ -20,8 +25,10 @@ pub struct ArtifactStatus {
     pub files: usize,
     pub bytes: u64,
     pub present_bytes: u64,
-    /// Whether every object is complete and was verified; of an image, its tree too.
+    /// Whether every object is complete; of an image, its tree too.
     pub complete: bool,
+    /// Whether all of that was verified on this node: what lies on a tier only once that was read through here.
+    pub verified: bool,
     /// Where what is complete lies: in the store, on tiers.
     pub places: Vec<Place>,
     /// Who pins it.
@@ -41,6 +48,16 @@ pub struct Place {
     pub bytes: u64,
 }
 
+/// What of an artifact is here, in short.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Presence {
+    pub bytes: u64,
+    /// As in [`ArtifactStatus`].
+    pub complete: bool,
+    /// As in [`ArtifactStatus`].
+    pub verified: bool,
+}
+
 /// What of one file is here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FileStatus {
@@ -54,15 +71,25 @@ pub struct FileStatus {
 }
 
 impl Node {
-    /// Every artifact the store knows, by reference. Blocking.
+    /// Every artifact the store knows, by reference. What a tier was sealed with counts as there, without a look at
+    /// each object. Blocking.
     ///
     /// # Errors
     /// What the store says.
     pub fn list(&self) -> Result<Vec<ArtifactStatus>, NodeError> {
         let mut all = Vec::new();
+        let tiers = self.store().tiers();
         for record in self.store().records()? {
             if let Some((record, artifact)) = self.store().artifact(&record.reference)? {
-                all.push(artifact_status(self.store(), record, &artifact)?);
+                let finder = self.store().finder_of(&artifact, &record.digest)?;
+                let find = |object: &Object| finder.find(object);
+                all.push(artifact_status(
+                    self.store(),
+                    record,
+                    &artifact,
+                    find,
+                    &tiers,
+                )?);
             }
         }
         all.sort_by(|a, b| a.reference.cmp(&b.reference));
@@ -74,13 +101,31 @@ impl Node {
     /// # Errors
     /// What the store says.
     pub fn is_complete(&self, artifact: &Artifact) -> Result<bool, NodeError> {
+        let finder = self.store().finder()?;
         for object in artifact.stored() {
-            let complete = self.store().complete_sized(&object.id, object.size)?;
-            if complete.is_none() {
+            if finder.find(object)?.is_none() {
                 return Ok(false);
             }
         }
         Ok(!waits_for_a_check(self.store(), artifact)?)
+    }
+
+    /// What of an artifact is here; what cannot be looked at is not. Blocking.
+    pub fn presence(&self, artifact: &Artifact) -> Presence {
+        let store = self.store();
+        let found = store.finder().and_then(|finder| {
+            find_all(store, artifact, |object| {
+                Ok(finder.find(object).unwrap_or(None))
+            })
+        });
+        let (bytes, is_whole, places) = found.unwrap_or_default();
+        let complete = is_whole && !waits_for_a_check(store, artifact).unwrap_or(true);
+        let verified = complete && are_verified(places.keys(), &store.tiers());
+        Presence {
+            bytes,
+            complete,
+            verified,
+        }
     }
 
     /// One artifact and its files. Blocking.
@@ -94,6 +139,11 @@ impl Node {
             .ok_or_else(|| NodeError::Unknown(reference.to_owned()))?;
         let store = self.store();
         let origin = artifact.origin();
+        let finder = store.finder()?;
+        let mut found = HashMap::new();
+        for object in artifact.stored() {
+            found.insert(object.id, finder.look(object)?);
+        }
         let mut files = Vec::new();
         for (path, _, object) in artifact.tree.files() {
             let bytes = artifact.objects[object as usize].size;
@@ -101,10 +151,10 @@ impl Node {
                 continue; // the tree of a record keeps its invariants
             };
             let within = &artifact.objects[stored as usize];
-            let complete = store.complete_sized(&within.id, within.size)?;
-            let is_complete = complete.is_some();
-            let mut name = complete
-                .map_or(within.id, |c| ObjectId::Sha256(c.digest))
+            let content = found.get(&within.id).and_then(Option::as_ref);
+            let is_complete = content.is_some();
+            let mut name = content
+                .map_or(within.id, |(_, digest)| ObjectId::Sha256(*digest))
                 .to_string();
             if stored != object {
                 name = format!("{name}@{offset}");
@@ -121,36 +171,62 @@ impl Node {
                 object: name,
             });
         }
-        Ok((artifact_status(store, record, &artifact)?, files))
+        let find = |object: &Object| {
+            let found = found.get(&object.id).and_then(Option::as_ref);
+            Ok(found.map(|(place, _)| place.clone()))
+        };
+        let status = artifact_status(store, record, &artifact, find, &store.tiers())?;
+        Ok((status, files))
     }
+}
+
+/// Bytes of an artifact that are here, whether those are all of it, and where what is complete lies.
+fn find_all(
+    store: &Arc<Store>,
+    artifact: &Artifact,
+    mut find: impl FnMut(&Object) -> Result<Option<Whereabouts>, StoreError>,
+) -> Result<(u64, bool, BTreeMap<Whereabouts, u64>), StoreError> {
+    let origin = artifact.origin();
+    let (mut present, mut is_whole, mut places) = (0, true, BTreeMap::new());
+    for object in artifact.stored() {
+        match find(object)? {
+            Some(place) => {
+                *places.entry(place).or_insert(0) += object.size;
+                present += object.size;
+            }
+            None => {
+                is_whole = false;
+                present += store.present_bytes(object.partial_id(&origin), object.size);
+            }
+        }
+    }
+    Ok((present, is_whole, places))
+}
+
+/// Whether these are the store, which verifies before it keeps, or tiers that were read through here.
+fn are_verified<'p>(
+    mut places: impl Iterator<Item = &'p Whereabouts>,
+    tiers: &[TierStatus],
+) -> bool {
+    places.all(|place| match place {
+        Whereabouts::Store => true,
+        Whereabouts::Tier(path) => {
+            (tiers.iter()).any(|tier| *tier.path == **path && tier.verified_at.is_some())
+        }
+    })
 }
 
 fn artifact_status(
     store: &Arc<Store>,
     record: Record,
     artifact: &Artifact,
+    find: impl FnMut(&Object) -> Result<Option<Whereabouts>, StoreError>,
+    tiers: &[TierStatus],
 ) -> Result<ArtifactStatus, NodeError> {
-    let origin = artifact.origin();
-    let mut present_bytes = 0;
-    let mut complete = true;
-    // The store itself comes first.
-    let mut places: BTreeMap<Option<Arc<std::path::Path>>, u64> = BTreeMap::new();
-    for object in artifact.stored() {
-        match store.complete_sized(&object.id, object.size)? {
-            Some(found) => {
-                let bytes = places.entry(found.tier.clone()).or_insert(0);
-                *bytes += object.size;
-                present_bytes += object.size;
-            }
-            None => {
-                complete = false;
-                present_bytes += store.present_bytes(object.partial_id(&origin), object.size);
-            }
-        }
-    }
+    let (present_bytes, is_whole, places) = find_all(store, artifact, find)?;
+    let complete = is_whole && !waits_for_a_check(store, artifact)?;
     let seconds =
         |t: std::time::SystemTime| t.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    complete &= !waits_for_a_check(store, artifact)?;
     Ok(ArtifactStatus {
         reference: record.reference,
         digest: record.digest.to_string(),
@@ -159,11 +235,19 @@ fn artifact_status(
         bytes: artifact.size(),
         present_bytes,
         complete,
+        verified: complete && are_verified(places.keys(), tiers),
         places: (places.into_iter())
-            .map(|(tier, bytes)| Place {
-                tier: tier.is_some(),
-                path: tier.map_or_else(|| store.root().to_owned(), |tier| tier.to_path_buf()),
-                bytes,
+            .map(|(place, bytes)| match place {
+                Whereabouts::Store => Place {
+                    path: store.root().to_owned(),
+                    tier: false,
+                    bytes,
+                },
+                Whereabouts::Tier(path) => Place {
+                    path: path.to_path_buf(),
+                    tier: true,
+                    bytes,
+                },
             })
             .collect(),
         pins: record.pins,

@@ -11,9 +11,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs,
-    io::{self, Write as _},
-    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -21,13 +18,12 @@ use std::{
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use super::{Node, NodeError, Resolved};
+use super::{Meaning, Node, NodeError, Resolved};
 use crate::{
     digest::Digest,
-    disk::DiskError,
     reference::Reference,
     source::Keys,
-    store::{ByteSize, Store, StoreError, run_dir},
+    store::{ByteSize, Store, StoreError},
 };
 
 /// Answers of origins that are remembered.
@@ -82,6 +78,21 @@ pub struct Tenancy {
     accepted: Mutex<HashMap<Proof, Instant>>,
     /// By namespace.
     kept: Mutex<HashMap<String, Kept>>,
+}
+
+/// Counted as kept while it is brought, and not after.
+#[derive(Debug)]
+pub struct Passing<'a> {
+    tenancy: &'a Tenancy,
+    user: String,
+    reference: String,
+}
+
+impl Drop for Passing<'_> {
+    fn drop(&mut self) {
+        let other = |kept: &str| kept != self.reference;
+        self.tenancy.release(&self.user, other);
+    }
 }
 
 /// By user and reference: which artifact, and its bytes.
@@ -209,6 +220,26 @@ impl Tenancy {
         Ok(of.insert(key, (digest, bytes)).is_none())
     }
 
+    /// As [`Tenancy::charge`], of what `user` has brought without keeping it: it counts until the guard is dropped.
+    ///
+    /// # Errors
+    /// It is more than the namespace may have.
+    pub fn charge_passing(
+        &self,
+        namespace: &str,
+        user: &str,
+        what: (&str, Digest, u64),
+    ) -> Result<Passing<'_>, OverQuota> {
+        // What it keeps besides is another matter.
+        let user = format!("{user} in passing");
+        self.charge(namespace, &user, what, false)?;
+        Ok(Passing {
+            tenancy: self,
+            user,
+            reference: what.0.to_owned(),
+        })
+    }
+
     /// `user` keeps nothing any more but the references that `keep` holds for.
     pub fn release(&self, user: &str, keep: impl Fn(&str) -> bool) {
         let mut kept = self.kept.lock();
@@ -241,22 +272,10 @@ impl Node {
         }
         let (store, name) = (Arc::clone(self.store()), reference.to_string());
         Ok(super::blocking(move || {
-            let path = guard_path(&store, &name);
-            if read_guard(&path)?.is_some() {
-                return Ok(());
-            }
-            let own = store.artifact(&name)?.map(|(_, own)| own.digest());
-            let own = own.map_or_else(String::new, |own| own.to_string());
-            let made = || {
-                let dir = path.parent().unwrap_or(store.root());
-                run_dir(store.root())?;
-                fs::create_dir_all(dir)?;
-                let mut file = fs::File::create(&path)?;
-                file.write_all(own.as_bytes())?;
-                file.sync_all()?;
-                fs::File::open(dir)?.sync_all()
-            };
-            Ok(made().map_err(|e: io::Error| DiskError::new("write", &path, e))?)
+            store.guard(&name, || {
+                let own = store.artifact(&name)?.map(|(_, own)| own.digest());
+                Ok(own.map_or_else(String::new, |own| own.to_string()))
+            })
         })
         .await?)
     }
@@ -288,18 +307,17 @@ impl Node {
                 return Ok(());
             }
             // Of an image nothing but its manifest is asked for.
-            is_said = match self.layers(reference).await? {
-                Some(layered) => layered.manifest.to_string() == artifact.revision,
-                None => self.inspect(reference).await?.digest() == artifact.digest(),
+            is_said = match self.inspect(reference).await? {
+                Meaning::Layers(layered) => layered.manifest.to_string() == artifact.revision,
+                Meaning::Files(found) => found.digest() == artifact.digest(),
             };
         }
         self.tenancy().note(proof, now);
         if own.is_some() && is_node && is_said {
             let (store, name) = (Arc::clone(self.store()), reference.to_string());
             super::blocking(move || {
-                let path = guard_path(&store, &name);
-                if let Err(error) = fs::remove_file(&path) {
-                    tracing::debug!(path = %path.display(), %error, "it stays guarded");
+                if let Err(error) = store.unguard(&name) {
+                    tracing::debug!(reference = name, %error, "it stays guarded");
                 }
                 Ok(())
             })
@@ -312,42 +330,23 @@ impl Node {
     /// not guarded.
     async fn guarded(&self, reference: &Reference) -> Result<Option<String>, NodeError> {
         let (store, name) = (Arc::clone(self.store()), reference.to_string());
-        Ok(super::blocking(move || read_guard(&guard_path(&store, &name))).await?)
+        Ok(super::blocking(move || store.guarded(&name)).await?)
     }
 }
 
-/// There where a reference came by the credentials of others than the node; holds [`Node::guarded`].
-pub(super) fn guard_path(store: &Store, reference: &str) -> PathBuf {
-    let name = Digest::of(reference.as_bytes()).hex();
-    store.root().join("run/guarded").join(name)
-}
-
-/// What a guard holds. One that cannot be seen is not a guard that is not there.
-pub(super) fn read_guard(path: &Path) -> Result<Option<String>, StoreError> {
-    match fs::read_to_string(path) {
-        Ok(own) => Ok(Some(own)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(DiskError::new("read", path, error).into()),
-    }
+/// Whether what a reference is recorded as may be shown to all who may use the node's credentials.
+pub(super) fn is_the_nodes(store: &Store, reference: &str) -> Result<bool, StoreError> {
+    let Some(own) = store.guarded(reference)? else {
+        return Ok(true);
+    };
+    let now = store.artifact(reference)?;
+    Ok(now.is_some_and(|(record, _)| record.digest.to_string() == own))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::reference::Secret;
-
-    #[test]
-    fn a_guard_that_cannot_be_seen_is_an_error() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(read_guard(&dir.path().join("none")).unwrap(), None);
-        let there = dir.path().join("there");
-        fs::write(&there, "x").unwrap();
-        assert_eq!(read_guard(&there).unwrap().as_deref(), Some("x"));
-        // As good as any error: root may read everything.
-        let looped = dir.path().join("loop");
-        std::os::unix::fs::symlink("loop", &looped).unwrap();
-        assert!(read_guard(&looped.join("x")).is_err());
-    }
 
     fn reference(name: &str) -> Reference {
         format!("hf://o/{name}").parse().unwrap()

@@ -1,11 +1,15 @@
 //! One layer from its compressed bytes to files in the store and an index.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::{
     digest::Digest,
-    image::{Compression, Decoded, Decoder, ImageError, LayerIndex, Limits, Sink, Unpacker},
+    image::{
+        Compression, Decoded, Decoder, ImageError, LayerIndex, Limits, Memory, Sink, Unpacker,
+    },
     source::Layer,
     store::{Import, ImportFile, StoreError},
 };
@@ -14,7 +18,7 @@ use crate::{
 const COMMIT_EVERY: u64 = 512 << 20;
 
 /// Events between decoding and writing; each holds a block of at most 256 KiB.
-const EVENTS_AHEAD: usize = 64;
+const EVENTS_AHEAD: usize = 32;
 
 /// Why a layer could not be unpacked.
 #[derive(Debug)]
@@ -40,12 +44,13 @@ impl From<StoreError> for UnpackError {
 }
 
 /// Unpacks a layer whose compressed bytes come in order: its files go into `import`, committed on
-/// return; `came` is told what became readable. Blocks. Decoding goes on in this thread, hashing and
-/// writing of the files in another.
+/// return; `came` is told what became readable, and what comes with `memory` is called before it is waited for
+/// that. Blocks. Decoding goes on in this thread, hashing and writing of the files in another.
 pub(super) fn unpack(
     layer: &Layer,
     import: &Import,
     pieces: mpsc::Receiver<Bytes>,
+    memory: (&Arc<Memory>, impl FnMut() + Send + 'static),
     came: &mut (dyn FnMut(&[Digest]) + Send),
 ) -> Result<LayerIndex, UnpackError> {
     let (send, events) = std::sync::mpsc::sync_channel(EVENTS_AHEAD);
@@ -66,7 +71,7 @@ pub(super) fn unpack(
             events: send,
             block: Bytes::new(),
         };
-        let decoded = decode(layer, pieces, &mut sink);
+        let decoded = decode(layer, pieces, memory, &mut sink);
         // The writer ends when there is nothing more to come; what it says goes first.
         drop(sink);
         let digests = match writing.join() {
@@ -83,6 +88,7 @@ pub(super) fn unpack(
 fn decode(
     layer: &Layer,
     mut pieces: mpsc::Receiver<Bytes>,
+    (memory, waits): (&Arc<Memory>, impl FnMut() + Send + 'static),
     sink: &mut Sender,
 ) -> Result<(Decoded, Unpacker), UnpackError> {
     let named = |error: UnpackError| match error {
@@ -93,7 +99,8 @@ fn decode(
     let limits = Limits::default();
     let mut unpacker = Unpacker::new(layer.blob, limits);
     let first = pieces.blocking_recv().unwrap_or_default();
-    let mut decoder = Decoder::new(Compression::of(&first), limits.bytes).map_err(in_layer)?;
+    let decoder = Decoder::new(Compression::of(&first), limits.bytes).map_err(in_layer)?;
+    let mut decoder = decoder.within(memory, waits);
     // What comes is not verified yet. Where nobody says what it unpacks to, its own digest has to tell.
     if layer.diff_id.is_none() {
         decoder = decoder.hashing_blob();
@@ -281,7 +288,8 @@ mod tests {
         let (send, pieces) = mpsc::channel(1);
         send.try_send(Bytes::copy_from_slice(bytes)).unwrap();
         drop(send);
-        unpack(layer, &import, pieces, &mut |_| {})
+        let memory = (&Memory::new(0), || ());
+        unpack(layer, &import, pieces, memory, &mut |_| {})
     }
 
     /// What comes while it is fetched may be wrong and yet an archive.

@@ -16,10 +16,7 @@ use parking_lot::Mutex;
 use serde::Deserialize;
 
 use super::{
-    Node, NodeError, blocking,
-    documents::document,
-    layers::blob_of,
-    tenancy::{guard_path, read_guard},
+    Node, NodeError, blocking, documents::document, layers::blob_of, tenancy::is_the_nodes,
 };
 use crate::{
     digest::{Digest, ObjectId},
@@ -172,6 +169,8 @@ impl Node {
         if let Some(size) = complete
             && let Some(way) = self.known_way(oci, &ways).await?
         {
+            // Else each request for a range looks through all images.
+            self.note(oci, way, std::iter::once(digest.to_string()));
             return self.open_blob(oci, digest, size, way);
         }
         let mut refusal = None;
@@ -291,19 +290,16 @@ impl Node {
                 };
                 let has = match wanted {
                     Some(wanted) => {
-                        [image.manifest, image.config].contains(&wanted)
+                        image.documents().any(|document| document == wanted)
                             || image.layers.iter().any(|layer| layer.blob == wanted)
                     }
                     None => of.wanted() == oci.wanted(),
                 };
-                if has && (&of.registry, &of.repository) == (&oci.registry, &oci.repository) {
-                    let Some(own) = read_guard(&guard_path(&store, &image.reference))? else {
-                        return Ok(true);
-                    };
-                    let now = store.artifact(&image.reference)?;
-                    if now.is_some_and(|(record, _)| record.digest.to_string() == own) {
-                        return Ok(true);
-                    }
+                if has
+                    && (&of.registry, &of.repository) == (&oci.registry, &oci.repository)
+                    && is_the_nodes(&store, &image.reference)?
+                {
+                    return Ok(true);
                 }
             }
             Ok(false)

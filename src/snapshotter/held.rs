@@ -21,10 +21,20 @@ pub(super) struct Held {
 }
 
 impl Held {
-    pub(super) fn new(roots: Arc<dyn Roots>) -> Self {
+    /// `users` stand on these trees since before this process: whoever mounts one, and when, it is theirs.
+    pub(super) fn new(
+        roots: Arc<dyn Roots>,
+        users: impl IntoIterator<Item = (Digest, u64)>,
+    ) -> Self {
+        let mut ids: HashMap<Digest, HashSet<u64>> = HashMap::new();
+        for (chain, id) in users {
+            ids.entry(chain).or_default().insert(id);
+        }
+        let chains = ids.into_iter();
+        let chains = chains.map(|(chain, ids)| (chain, Arc::new(tokio::sync::Mutex::new(ids))));
         Self {
             roots,
-            chains: Mutex::default(),
+            chains: Mutex::new(chains.collect()),
         }
     }
 

@@ -28,7 +28,7 @@ pub trait Roots: Send + Sync {
     /// Layers that are not known any more, an origin that cannot be reached, a failed mount.
     async fn root(&self, chain_id: &Digest, hints: &Hints) -> Result<Root, RootsError>;
 
-    /// Nobody needs the directory of this chain id any more.
+    /// Nobody needs the directory of this chain id any more, should it be mounted.
     async fn release(&self, chain_id: &Digest);
 
     /// containerd has removed the last snapshot of this chain id that [`Roots::knows`] was asked for.

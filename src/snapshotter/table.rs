@@ -193,6 +193,13 @@ impl Table {
         Some((claimed, used))
     }
 
+    /// The ids of the snapshots that stand on the trees of chains.
+    pub(super) fn users(&self) -> Vec<(Digest, u64)> {
+        let users = self.all().filter(|record| record.kind != Kind::Committed);
+        let of = |record: &Record| Some((self.line(record).ok()?.chain()?, record.id));
+        users.filter_map(of).collect()
+    }
+
     /// What `record` stands on.
     pub(super) fn line(&self, record: &Record) -> Result<Line> {
         let mut line = Line {

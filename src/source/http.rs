@@ -23,7 +23,8 @@ use url::Url;
 use self::autoindex::{Child, SEGMENT, parse_html, parse_json};
 use super::{
     ByteStream, Config, Source, SourceError, SourceErrorKind as Kind,
-    listing::{Listed, Listing, short},
+    listing::{Listed, Listing, TOO_MANY, short},
+    retry::asked,
     web::{Ask, Auth, Document, Pin, Probe, Web, accept, last_modified, text},
 };
 use crate::{
@@ -178,7 +179,7 @@ impl HttpSource {
                     if seen > self.max_entries {
                         let message = format!("has more than {} entries", self.max_entries);
                         return Err(SourceError::new(Kind::Invalid, dir.as_str(), message)
-                            .with_hint("name a smaller part, or raise source.max_entries"));
+                            .with_hint(TOO_MANY));
                     }
                     let path = format!("{path}{}", child.name);
                     if child.is_dir {
@@ -208,11 +209,8 @@ impl HttpSource {
     ) -> Result<Option<Vec<Found>>, SourceError> {
         let url = below(dir, INDEX, false);
         let what = url.to_string();
-        let document = match self
-            .web
-            .document(&self.ask(&what, &url)?, None, MAX_PAGE, &accept)
-            .await
-        {
+        let ask = self.ask(&what, &url)?;
+        let document = match asked(|| self.web.document(&ask, None, MAX_PAGE, &accept)).await {
             Ok(document) => document,
             // Buckets that may not be listed answer 403 for what is not there.
             Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Denied) => return Ok(None),
@@ -269,10 +267,8 @@ impl HttpSource {
 
     /// The children that the listing page at `url` names.
     async fn page(&self, url: &Url) -> Result<Vec<Child>, SourceError> {
-        let document = self
-            .web
-            .document(&self.ask(url.as_str(), url)?, None, MAX_PAGE, &accept)
-            .await?;
+        let ask = self.ask(url.as_str(), url)?;
+        let document = asked(|| self.web.document(&ask, None, MAX_PAGE, &accept)).await?;
         let mut base = document.url.clone();
         base.set_query(None);
         let children = match is_json(&document) {
@@ -345,7 +341,7 @@ impl Source for HttpSource {
         let mut probes = stream::iter(found)
             .map(async |found: Found| {
                 let ask = self.ask(found.url.as_str(), &found.url)?;
-                let probe = self.web.probe(&ask, &accept).await?;
+                let probe = asked(|| self.web.probe(&ask, &accept)).await?;
                 Ok::<_, SourceError>((found, probe))
             })
             .buffered(PARALLEL);

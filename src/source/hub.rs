@@ -26,6 +26,7 @@ use self::settings::{Settings, process_env, token};
 use super::{
     ByteStream, Config, Source, SourceError, SourceErrorKind as Kind,
     listing::{Listed, Listing, short},
+    retry::asked,
     web::{Ask, Auth, Body, Pin, Web, host_of, link_next, text},
 };
 use crate::{
@@ -189,10 +190,19 @@ impl HubSource {
         url: Url,
         body: Option<&serde_json::Value>,
     ) -> Result<(T, Option<Url>), SourceError> {
+        asked(|| self.json_once(what, &url, body)).await
+    }
+
+    async fn json_once<T: DeserializeOwned>(
+        &self,
+        what: &str,
+        url: &Url,
+        body: Option<&serde_json::Value>,
+    ) -> Result<(T, Option<Url>), SourceError> {
         let auth = self.auth.read().clone();
         let ask = Ask {
             what,
-            url,
+            url: url.clone(),
             auth: auth.as_deref(),
             headers: None,
         };

@@ -13,6 +13,10 @@ use crate::{
     tree::{Artifact, Kind, Location, MAX_INODES, Meta, Object, Recipe, TreeBuilder, TreeError},
 };
 
+/// What to do about a listing with too many files. What a filter leaves out has been listed all the same.
+pub(super) const TOO_MANY: &str =
+    "name a smaller part of it (a longer prefix), or raise source.max_entries";
+
 /// Largest size of a file that is believed, in bytes.
 const MAX_SIZE: u64 = 1 << 60;
 
@@ -199,7 +203,7 @@ impl Listing {
     /// The refusal of a listing that exceeds the bound.
     pub(crate) fn too_many(&self) -> SourceError {
         self.invalid(format!("has more than {} files", self.max_entries))
-            .with_hint("name a smaller part of it, or raise source.max_entries")
+            .with_hint(TOO_MANY)
     }
 
     fn count(&mut self) -> Result<(), SourceError> {
@@ -390,6 +394,7 @@ mod tests {
         let error = list.add(file("b", 1)).unwrap_err();
         assert_eq!(error.kind(), SourceErrorKind::Invalid);
         assert!(error.to_string().contains("more than 2 files"), "{error}");
+        assert!(error.hint().unwrap().contains("source.max_entries"));
 
         let mut list = listing("s3://b/p/");
         assert!(list.add(file("a", u64::MAX)).is_err());

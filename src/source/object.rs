@@ -29,6 +29,7 @@ use self::transport::Probe;
 use super::{
     AwsKeys, ByteStream, Config, Source, SourceError, SourceErrorKind,
     listing::{Listed, Listing, short},
+    retry::asked,
 };
 use crate::{
     digest::{ObjectId, to_hex},
@@ -131,6 +132,10 @@ impl ObjectSource {
 
     async fn head(&self, key: &str) -> Result<ObjectMeta, SourceError> {
         let path = self.path(key)?;
+        asked(|| self.head_once(key, &path)).await
+    }
+
+    async fn head_once(&self, key: &str, path: &Path) -> Result<ObjectMeta, SourceError> {
         let probe = Probe::new();
         let options = GetOptions {
             head: true,
@@ -139,7 +144,7 @@ impl ObjectSource {
         };
         match timeout(
             self.config.request_timeout(),
-            self.store.get_opts(&path, options),
+            self.store.get_opts(path, options),
         )
         .await
         {
@@ -166,7 +171,7 @@ impl ObjectSource {
         let mut empty_pages = 0;
         let mut seen = 0;
         loop {
-            let page = self.page(prefix, token.clone()).await?;
+            let page = asked(|| self.page(prefix, token.clone())).await?;
             if page.result.objects.is_empty() {
                 empty_pages += 1;
             } else {

@@ -26,13 +26,14 @@ use reqwest::header;
 use url::Url;
 
 pub(super) use self::credentials::Keychain;
+pub(crate) use self::models::model_of;
 use self::{
     host::{Got, Host, Want},
     manifest::{Document, ImageConfig, check_platform, choose, descriptor},
 };
 use super::{
     Attached, Attachment, ByteStream, Config, Layered, ManifestBytes, Source, SourceError,
-    SourceErrorKind as Kind, listing::short, web::text,
+    SourceErrorKind as Kind, listing::short, retry::asked, web::text,
 };
 use crate::{
     digest::Digest,
@@ -80,8 +81,8 @@ struct Documents {
 pub(crate) struct Manifest {
     pub(crate) digest: Digest,
     pub(crate) image: OciImageManifest,
-    /// Whether an index named it as that of the platform.
-    is_chosen: bool,
+    /// The index that named it as that of the platform; of several, the first.
+    index: Option<Digest>,
 }
 
 impl Registry {
@@ -216,8 +217,16 @@ impl Registry {
         }
     }
 
-    /// Asks one host after the other for `path`.
+    /// Asks for `path`; of a document, again where that may help and somebody resolves.
     async fn get(&self, what: &str, path: &str, want: &Want) -> Result<Got, SourceError> {
+        match want {
+            Want::Range(_) => self.get_once(what, path, want).await,
+            _ => asked(|| self.get_once(what, path, want)).await,
+        }
+    }
+
+    /// Asks one host after the other for `path`.
+    async fn get_once(&self, what: &str, path: &str, want: &Want) -> Result<Got, SourceError> {
         let by_tag = path.starts_with("manifests/") && !path.starts_with("manifests/sha256:");
         let can = |host: &&Arc<Host>| match by_tag {
             true => host.endpoint.resolve,
@@ -284,7 +293,7 @@ impl Registry {
                     return Ok(Manifest {
                         digest: found.digest,
                         image: *image,
-                        is_chosen: seen.len() > 1,
+                        index: seen.first().filter(|_| seen.len() > 1).copied(),
                     });
                 }
             };
@@ -365,6 +374,54 @@ impl OciSource {
             }
         }
     }
+
+    /// The layers of a container image whose content is the directory `root`.
+    async fn image_layers(
+        &self,
+        reference: &Reference,
+        oci: &OciRef,
+        manifest: &Manifest,
+        root: String,
+    ) -> Result<Option<Layered>, SourceError> {
+        let what = oci.to_string();
+        let invalid = |message: String| SourceError::new(Kind::Invalid, &what, message);
+        let image = &manifest.image;
+        let (digest, size) = descriptor(
+            &what,
+            "its configuration",
+            &image.config.digest,
+            image.config.size,
+        )?;
+        if size > MAX_CONFIG {
+            return Err(invalid(format!(
+                "its configuration is said to have {size} bytes"
+            )));
+        }
+        let bytes = self.registry.blob(&digest, MAX_CONFIG).await?;
+        if bytes.len() as u64 != size {
+            let found = bytes.len();
+            let message = format!(
+                "its manifest says that its configuration has {size} bytes; it has {found}"
+            );
+            return Err(invalid(message));
+        }
+        let config = ImageConfig::parse(&what, &bytes)?;
+        let platform = config.platform();
+        // What an index says counts more: many configurations leave the variant out.
+        if manifest.index.is_none() {
+            check_platform(&what, oci.platform.as_ref(), platform.as_ref())?;
+        }
+        Ok(Some(Layered {
+            reference: reference.to_string(),
+            manifest: manifest.digest,
+            index: manifest.index,
+            config: digest,
+            layers: manifest::layers(&what, &image.layers, &config)?,
+            platform,
+            root,
+            is_model: false,
+        }))
+    }
 }
 
 #[async_trait::async_trait]
@@ -427,45 +484,19 @@ impl Source for OciSource {
     async fn layered(&self, reference: &Reference) -> Result<Option<Layered>, SourceError> {
         let oci = self.here(reference)?;
         let manifest = self.registry.image(oci).await?;
-        let Some(root) = models::image_root(&manifest, oci) else {
-            return models::layered(&self.registry, reference, oci, &manifest).await;
-        };
-        let what = oci.to_string();
-        let invalid = |message: String| SourceError::new(Kind::Invalid, &what, message);
-        let image = &manifest.image;
-        let (digest, size) = descriptor(
-            &what,
-            "its configuration",
-            &image.config.digest,
-            image.config.size,
-        )?;
-        if size > MAX_CONFIG {
-            return Err(invalid(format!(
-                "its configuration is said to have {size} bytes"
-            )));
+        match models::image_root(&manifest, oci) {
+            Some(root) => self.image_layers(reference, oci, &manifest, root).await,
+            None => models::layered(&self.registry, reference, oci, &manifest, false).await,
         }
-        let bytes = self.registry.blob(&digest, MAX_CONFIG).await?;
-        if bytes.len() as u64 != size {
-            let found = bytes.len();
-            let message = format!(
-                "its manifest says that its configuration has {size} bytes; it has {found}"
-            );
-            return Err(invalid(message));
+    }
+
+    async fn layers(&self, reference: &Reference) -> Result<Option<Layered>, SourceError> {
+        let oci = self.here(reference)?;
+        let manifest = self.registry.image(oci).await?;
+        match models::image_root(&manifest, oci) {
+            Some(root) => self.image_layers(reference, oci, &manifest, root).await,
+            None => models::layered(&self.registry, reference, oci, &manifest, true).await,
         }
-        let config = ImageConfig::parse(&what, &bytes)?;
-        let platform = config.platform();
-        // What an index says counts more: many configurations leave the variant out.
-        if !manifest.is_chosen {
-            check_platform(&what, oci.platform.as_ref(), platform.as_ref())?;
-        }
-        Ok(Some(Layered {
-            reference: reference.to_string(),
-            manifest: manifest.digest,
-            config: digest,
-            layers: manifest::layers(&what, &image.layers, &config)?,
-            platform,
-            root,
-        }))
     }
 
     async fn manifest(&self, wanted: &str) -> Result<ManifestBytes, SourceError> {

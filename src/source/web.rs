@@ -473,7 +473,12 @@ impl Web {
 }
 
 fn builder(config: &Config) -> reqwest::ClientBuilder {
-    reqwest::Client::builder()
+    let builder = reqwest::Client::builder();
+    let builder = match config.no_proxy {
+        true => builder.no_proxy(),
+        false => builder,
+    };
+    builder
         .user_agent(concat!("hearth/", env!("CARGO_PKG_VERSION")))
         .http1_only()
         .redirect(reqwest::redirect::Policy::none())

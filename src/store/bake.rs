@@ -3,11 +3,13 @@
 //! While it is filled, `hearth.json` says so, and no store takes it for a tier. Sealing checks that
 //! everything is there, removes what only a living store needs, writes `hearth.lock`, and then, as the
 //! last step, replaces `hearth.json` by one with the digest of the lock. A bake that was killed goes
-//! on where it stopped; after a power failure, too.
+//! on where it stopped; after a power failure, too. One that ends before anything has arrived leaves nothing that
+//! it made.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
     time::UNIX_EPOCH,
@@ -25,7 +27,7 @@ use super::{
 };
 use crate::{
     digest::Digest,
-    disk::{Open, RealDisk, Span, lock_file},
+    disk::{Open, RealDisk, Span},
     tree::Artifact,
 };
 
@@ -35,12 +37,25 @@ const PIECE: usize = 1 << 20;
 const BATCH: usize = 1024;
 /// Directories whose files mean nothing in a sealed tier.
 const LIVING: [&str; 3] = ["objects/tmp", "partial", "distrusted"];
+/// Files that are there before anything is.
+const FIRST: [&str; 4] = ["hearth.json", "bake.lock", "gc.lock", "lock"];
 
 /// A directory on its way to a tier, held by this process alone.
 #[derive(Debug)]
 pub struct Bake {
     store: Arc<Store>,
+    /// Where this process has begun it.
+    made: Option<Made>,
     _lock: FileLock,
+}
+
+/// How a bake found its directory.
+#[derive(Debug)]
+struct Made {
+    /// That, where it was not there, and those above it that were not.
+    dirs: Vec<PathBuf>,
+    /// What was in it.
+    before: Vec<OsString>,
 }
 
 impl Bake {
@@ -57,9 +72,12 @@ impl Bake {
             let message = format!("cannot bake to {}: {why}", root.display());
             StoreError::new(StoreErrorKind::Invalid, message)
         };
+        let mut made = None;
         let identity = match store.identity()? {
             Some(identity) if identity.lock.is_some() => {
-                return Err(invalid("it holds a finished tier"));
+                return Err(invalid(
+                    "it holds a finished tier; bake to another directory, with --update for what is the same",
+                ));
             }
             Some(identity) if !identity.baking => return Err(invalid("it holds a store")),
             Some(identity) => identity,
@@ -71,29 +89,31 @@ impl Bake {
                 if !names.iter().all(|name| ours(name)) {
                     return Err(invalid("it is not empty"));
                 }
+                made = Some(Made::found(root, names));
                 store.make(true)?
             }
         };
         store.begin(identity);
         store.need_writable()?;
-        let path = store.bake_lock();
-        let file = store.disk.open(&path, Open::Create)?;
-        let taken = lock_file(file.file(), Span::Exclusive, false)
-            .map_err(|error| StoreError::io(path.display(), &error))?;
-        if !taken {
+        let lock = store.lock_removable(&store.bake_lock(), Span::Exclusive, false)?;
+        // Who had the lock before may have finished, or given up.
+        let baking = store.identity()?.is_some_and(|identity| identity.baking);
+        let Some(lock) = lock.filter(|_| baking) else {
             let message = format!("another process bakes to {}", root.display());
             return Err(StoreError::new(StoreErrorKind::InUse, message));
-        }
-        if let Some((path, why)) =
-            (store.tiers().into_iter()).find_map(|tier| tier.problem.map(|why| (tier.path, why)))
+        };
+        let bake = Self {
+            store: Arc::new(store),
+            made,
+            _lock: lock,
+        };
+        if let Some((path, why)) = (bake.store.tiers().into_iter())
+            .find_map(|tier| tier.problem.map(|why| (tier.path, why)))
         {
             let message = format!("tier {} cannot be used: {why}", path.display());
             return Err(StoreError::new(StoreErrorKind::Invalid, message));
         }
-        Ok(Self {
-            store: Arc::new(store),
-            _lock: FileLock::new(file),
-        })
+        Ok(bake)
     }
 
     /// Whether a bake of this directory is finished.
@@ -122,7 +142,7 @@ impl Bake {
         let (artifact, image) = store.adopt(reference)?;
         let mut contents: Vec<(Digest, Option<u64>)> = Vec::new();
         if let Some(image) = image {
-            contents.extend([(image.manifest, None), (image.config, None)]);
+            contents.extend(image.documents().map(|document| (document, None)));
         }
         let mut whole = true;
         for object in artifact.stored() {
@@ -231,7 +251,7 @@ impl Bake {
     /// [`StoreErrorKind::NotFound`] where something is missing, [`StoreErrorKind::Invalid`] where it is
     /// not what `expected` says, [`StoreErrorKind::InUse`], and what the disk says. It can be baked on.
     pub fn seal(
-        self,
+        mut self,
         references: &[String],
         expected: Option<&Lock>,
         reproducible: bool,
@@ -263,6 +283,7 @@ impl Bake {
             for reference in references {
                 store.forget_times(reference)?;
             }
+            store.sort_chains()?;
         }
         self.clean()?;
         let text = lock.text();
@@ -283,8 +304,9 @@ impl Bake {
         json.push(b'\n');
         store.write_durably(&store.root.join("hearth.json"), &json)?;
         store.disk.unlink(&store.bake_lock())?;
+        self.made = None;
         if reproducible {
-            let at = std::fs::FileTimes::new().set_accessed(UNIX_EPOCH);
+            let at = fs::FileTimes::new().set_accessed(UNIX_EPOCH);
             set_times(&store.root, at.set_modified(UNIX_EPOCH))
                 .map_err(|error| StoreError::io(store.root.display(), &error))?;
         }
@@ -311,21 +333,24 @@ impl Bake {
                     _ => return Err(missing(reference, &format!("object {}", object.id))),
                 };
             }
+            let mut index = None;
             if let Some(image) = store.own_image(reference)? {
                 for layer in &image.layers {
                     if store.own_index(&layer.blob)?.is_none() {
                         return Err(missing(reference, &format!("the index of {}", layer.blob)));
                     }
                 }
-                for document in [image.manifest, image.config] {
+                for document in image.documents() {
                     if let Some(len) = self.len(&document)? {
                         objects.insert(document, len);
+                        index = index.or(image.index.filter(|index| *index == document));
                     }
                 }
             }
             artifacts.push(LockedArtifact {
                 reference: record.reference,
                 revision: record.revision,
+                index: index.map(|index| index.to_string()),
                 digest: record.digest.to_string(),
                 files: artifact.tree.files().len() as u64,
                 bytes: artifact.size(),
@@ -374,6 +399,64 @@ impl Bake {
     }
 }
 
+impl Drop for Bake {
+    fn drop(&mut self) {
+        let root = &self.store.root;
+        // Whoever uses the store may yet bring something.
+        if let Some(made) = &self.made
+            && Arc::strong_count(&self.store) == 1
+            && let Err(error) = made.take_back(root)
+        {
+            tracing::warn!(%error, dir = %root.display(), "a bake that brought nothing left something behind");
+        }
+    }
+}
+
+impl Made {
+    fn found(root: &Path, before: Vec<OsString>) -> Self {
+        let missing = root
+            .ancestors()
+            .take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists());
+        let dirs = missing.map(Path::to_owned).collect();
+        Self { dirs, before }
+    }
+
+    /// Removes all that was made, where nothing else is there yet.
+    fn take_back(&self, root: &Path) -> io::Result<()> {
+        if !is_blank(root)? {
+            return Ok(());
+        }
+        for entry in fs::read_dir(root)? {
+            let entry = entry?;
+            if self.before.contains(&entry.file_name()) {
+                continue;
+            }
+            match entry.file_type()?.is_dir() {
+                true => fs::remove_dir_all(entry.path())?,
+                false => fs::remove_file(entry.path())?,
+            }
+        }
+        self.dirs.iter().try_for_each(fs::remove_dir)
+    }
+}
+
+/// Whether below `dir` there are but directories, and the files of a store that holds nothing.
+fn is_blank(dir: &Path) -> io::Result<bool> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let blank = match entry.file_type()?.is_dir() {
+            // Nobody but the system may look into it.
+            true if entry.file_name() == "lost+found" => true,
+            true => is_blank(&entry.path())?,
+            false => FIRST.iter().any(|name| entry.file_name() == *name),
+        };
+        if !blank {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 impl Store {
     pub(super) fn lock_path(&self) -> PathBuf {
         self.root.join("hearth.lock")
@@ -419,15 +502,15 @@ fn copy(store: &Store, from: &Path, to: &Path, len: u64) -> Result<Digest> {
 }
 
 /// Sets the times of everything below `dir`, and then of itself.
-fn set_times(dir: &Path, times: std::fs::FileTimes) -> std::io::Result<()> {
-    for entry in std::fs::read_dir(dir)? {
+fn set_times(dir: &Path, times: fs::FileTimes) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
         let entry = entry?;
         match entry.file_type()?.is_dir() {
             true => set_times(&entry.path(), times)?,
-            false => std::fs::File::open(entry.path())?.set_times(times)?,
+            false => fs::File::open(entry.path())?.set_times(times)?,
         }
     }
-    std::fs::File::open(dir)?.set_times(times)
+    fs::File::open(dir)?.set_times(times)
 }
 
 fn missing(reference: &str, what: &str) -> StoreError {

@@ -1,11 +1,14 @@
 //! Collection: evicts artifacts that were not used for longest, then removes what nothing leads to.
 //!
-//! Roots are recorded artifacts, with their images, trees that someone holds, and what living imports
-//! list. The index of a layer stays while objects of a root are made from it. Under the exclusive records lock
-//! nobody records, finishes or puts; who recorded before is seen, who records later looks later. An
-//! object that is open in any process (shared flock) is left for the next time, so is an open partial.
+//! Roots are recorded artifacts, with their images and the generations before them that are still
+//! needed, trees that someone holds, and what living imports list. The index of a layer stays while
+//! objects of a root are made from it. Under the exclusive records lock nobody records, finishes or
+//! puts; who recorded before is seen, who records later looks later. An object that is open in any
+//! process (shared flock) is left for the next time, so is an open partial.
 //!
 //! Where a record cannot be read, nobody knows what it leads to: nothing is taken for unreferenced then.
+
+mod evict;
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -22,6 +25,7 @@ use super::{
 use crate::{
     digest::{Digest, ObjectId},
     disk::{Open, Span, lock_file},
+    tree::Artifact,
 };
 
 /// Temporary files older than this belong to nobody alive.
@@ -85,11 +89,19 @@ struct Sweep<'s> {
 struct Known {
     /// `None` for a tree that is only held.
     record: Option<Record>,
+    leads: Leads,
+    /// The generation before it, while not all of it is here.
+    previous: Option<(Digest, Leads)>,
+    /// Its tree cannot be read.
+    unreadable: bool,
+}
+
+/// What something leads to.
+#[derive(Default)]
+struct Leads {
     ids: Vec<ObjectId>,
     contents: Vec<Digest>,
     layers: BTreeSet<Digest>,
-    /// Its tree cannot be read.
-    unreadable: bool,
 }
 
 impl Store {
@@ -128,6 +140,15 @@ impl Store {
         // The store takes no more than all that is taken.
         let most = space.total.saturating_sub(space.free);
         Ok(self.watermark(most)? < most)
+    }
+
+    /// Whether the store takes more than the watermarks let it. Walks all of it, under no lock.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn is_over(&self) -> Result<bool> {
+        let used = self.usage()?.bytes();
+        Ok(self.watermark(used)? < used)
     }
 
     /// What the store should take at most: `used` below the high watermark, else the low one.
@@ -230,44 +251,62 @@ impl<'s> Sweep<'s> {
         self.trees.insert(*digest);
         let mut known = Known {
             record,
-            ids: Vec::new(),
-            contents: Vec::new(),
-            layers: BTreeSet::new(),
+            leads: Leads::default(),
+            previous: None,
             unreadable: false,
         };
-        if let Some(artifact) = self.store.read_tree(digest)? {
-            known.layers = layers_of(&artifact.objects);
-            known.ids = artifact.stored().map(|object| object.id).collect();
-            for id in &known.ids {
-                let content = self.store.content_of(id)?;
-                if let (None, ObjectId::Located(key)) = (content, id) {
-                    let path = self.store.located_path(key);
-                    if self.store.disk.stat(&path)?.is_some() {
-                        self.cannot_read(path);
-                    }
-                }
-                known.contents.extend(content);
-            }
+        let artifact = self.store.read_tree(digest)?;
+        if let Some(artifact) = &artifact {
+            known.leads = self.leads(artifact)?;
         } else {
             known.unreadable = true;
             self.cannot_read(self.store.tree_path(digest));
         }
         if let Some(record) = &known.record {
             if let Some(image) = self.store.image(&record.reference)? {
-                known.contents.extend([image.manifest, image.config]);
-                known.layers.extend(image.layers.iter().map(|l| l.blob));
+                known.leads.contents.extend(image.documents());
+                let layers = image.layers.iter().map(|l| l.blob);
+                known.leads.layers.extend(layers);
             } else {
                 let path = self.store.image_path(&record.reference);
                 if let ImageState::Damaged = self.store.read_image(&path)? {
                     self.cannot_read(path);
                 }
             }
+            known.previous = self.previous(record, artifact.as_ref())?;
         }
-        count(&mut self.ids, &known.ids);
-        count(&mut self.contents, &known.contents);
-        count(&mut self.layers, &known.layers);
+        self.count(&known.leads);
+        if let Some((digest, leads)) = &known.previous {
+            self.trees.insert(*digest);
+            self.count(leads);
+        }
         self.artifacts.push(known);
         Ok(())
+    }
+
+    fn leads(&mut self, artifact: &Artifact) -> Result<Leads> {
+        let mut leads = Leads {
+            ids: artifact.stored().map(|object| object.id).collect(),
+            contents: Vec::new(),
+            layers: layers_of(&artifact.objects),
+        };
+        for id in &leads.ids {
+            let content = self.store.content_of(id)?;
+            if let (None, ObjectId::Located(key)) = (content, id) {
+                let path = self.store.located_path(key);
+                if self.store.disk.stat(&path)?.is_some() {
+                    self.cannot_read(path);
+                }
+            }
+            leads.contents.extend(content);
+        }
+        Ok(leads)
+    }
+
+    fn count(&mut self, leads: &Leads) {
+        count(&mut self.ids, &leads.ids);
+        count(&mut self.contents, &leads.contents);
+        count(&mut self.layers, &leads.layers);
     }
 
     fn cannot_read(&mut self, path: PathBuf) {
@@ -358,92 +397,6 @@ impl<'s> Sweep<'s> {
         for layer in layers {
             if !self.layers.contains_key(&layer) {
                 self.remove_index(&layer)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Evicts artifacts until `goal` bytes are freed in all.
-    fn evict(&mut self, goal: u64, keep: &[Arc<Wanted>]) -> Result<()> {
-        if self.report.bytes < goal && !self.unreadable.is_empty() {
-            self.evict_unreadable(keep)?;
-        }
-        let mut kept = Vec::new();
-        while self.report.bytes < goal {
-            let Some(known) = self.artifacts.pop() else {
-                break;
-            };
-            let evictable = known.record.as_ref().filter(|record| {
-                record.pins.is_empty() && keep.iter().all(|k| k.reference != record.reference)
-            });
-            match evictable {
-                Some(record) if self.forget(record)? => {
-                    // No other record leads to this tree: its digest covers the reference.
-                    self.trees.remove(&record.digest);
-                    self.report.evicted.push(record.reference.clone());
-                    self.release(&known)?;
-                }
-                _ => kept.push(known),
-            }
-        }
-        self.artifacts.extend(kept);
-        Ok(())
-    }
-
-    /// Forgets artifacts that nobody can open, since their trees cannot be read; where all can be read
-    /// then, what nothing leads to is known again.
-    fn evict_unreadable(&mut self, keep: &[Arc<Wanted>]) -> Result<()> {
-        for known in std::mem::take(&mut self.artifacts) {
-            let evictable = known.record.as_ref().filter(|record| {
-                known.unreadable
-                    && record.pins.is_empty()
-                    && keep.iter().all(|k| k.reference != record.reference)
-            });
-            match evictable {
-                Some(record) if self.forget(record)? => {
-                    self.trees.remove(&record.digest);
-                    self.unreadable
-                        .remove(&self.store.tree_path(&record.digest));
-                    self.report.evicted.push(record.reference.clone());
-                    self.release(&known)?;
-                }
-                _ => self.artifacts.push(known),
-            }
-        }
-        self.remove_unreferenced()
-    }
-
-    /// Removes a record unless it is pinned by now, or held.
-    fn forget(&self, record: &Record) -> Result<bool> {
-        if !self.store.pins(&record.reference)?.is_empty() {
-            return Ok(false);
-        }
-        if self.store.tree_is_held(&record.digest)? {
-            return Ok(false);
-        }
-        if !self.dry_run {
-            return Ok(self.store.forget(&record.reference)?.is_some());
-        }
-        let path = self.store.hold_path(&record.reference);
-        let lock = self.store.lock_removable(&path, Span::Exclusive, false)?;
-        Ok(lock.is_some())
-    }
-
-    /// Removes what only `known` led to.
-    fn release(&mut self, known: &Known) -> Result<()> {
-        for id in &known.ids {
-            if last(&mut self.ids, id) {
-                self.remove_partial(id)?;
-            }
-        }
-        for content in &known.contents {
-            if last(&mut self.contents, content) {
-                self.remove_object(content)?;
-            }
-        }
-        for layer in &known.layers {
-            if last(&mut self.layers, layer) {
-                self.remove_index(layer)?;
             }
         }
         Ok(())
@@ -587,7 +540,6 @@ impl<'s> Sweep<'s> {
     /// Removes records of images without an artifact, and what leads to them.
     fn remove_images(&mut self) -> Result<()> {
         let store = self.store;
-        let mut chains: HashMap<Digest, Vec<Digest>> = HashMap::new();
         for path in store.image_paths()? {
             let Some(name) = path.file_name() else {
                 continue;
@@ -601,13 +553,9 @@ impl<'s> Sweep<'s> {
                     store.disk.unlink(&path)?;
                 }
                 self.report.others += 1;
-            } else if let ImageState::Here(image) = store.read_image(&path)? {
-                let own = Digest::of(image.reference.as_bytes());
-                for chain in image.chain_ids() {
-                    chains.entry(chain).or_default().push(own);
-                }
             }
         }
+        let mut chains = store.images_of_chains()?;
         for (path, name) in self.files("chains")? {
             let Some(chain) = name.to_str().and_then(|n| Digest::from_hex(n).ok()) else {
                 continue;

@@ -12,6 +12,7 @@
 //! its layers have, though, is what somebody has said of an image: `node` knows whom to believe.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
     time::SystemTime,
 };
@@ -19,7 +20,11 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{Result, Store, StoreError, StoreErrorKind, batch::Batch, layout, layout::Sealed};
-use crate::{digest::Digest, disk::Span};
+use crate::{
+    digest::Digest,
+    disk::Span,
+    reference::{Locator, Reference},
+};
 
 /// Most bytes of an image record.
 const MAX_RECORD: u64 = 1 << 20;
@@ -33,6 +38,8 @@ pub struct ImageRecord {
     pub reference: String,
     /// The digest of the manifest, of one platform. The document may be kept as an object.
     pub manifest: Digest,
+    /// The digest of the index of several platforms that the reference named, likewise.
+    pub index: Option<Digest>,
     /// The digest of the configuration, likewise.
     pub config: Digest,
     /// As in `linux/amd64`.
@@ -79,6 +86,19 @@ impl ImageRecord {
         chains
     }
 
+    /// The documents of its registry that say what it is: its manifest, its configuration, and the index of
+    /// several platforms that its reference named.
+    pub fn documents(&self) -> impl Iterator<Item = Digest> + use<> {
+        let manifest = self.manifest;
+        let reference: Option<Reference> = self.reference.parse().ok();
+        let named: Option<Digest> = reference.and_then(|reference| match reference.locator {
+            Locator::Oci(oci) => oci.digest?.parse().ok(),
+            _ => None,
+        });
+        let named = self.index.or(named).filter(|named| *named != manifest);
+        [manifest, self.config].into_iter().chain(named)
+    }
+
     /// How many of its lowest layers have this chain id together.
     pub fn layers_of(&self, chain: &Digest) -> Option<usize> {
         let at = self.chain_ids().iter().position(|id| id == chain);
@@ -91,6 +111,8 @@ impl ImageRecord {
 struct OnDisk {
     reference: String,
     manifest: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    index: Option<String>,
     config: String,
     platform: String,
     layers: Vec<LayerOnDisk>,
@@ -142,6 +164,7 @@ impl OnDisk {
         Self {
             reference: image.reference.clone(),
             manifest: image.manifest.to_string(),
+            index: image.index.map(|index| index.to_string()),
             config: image.config.to_string(),
             platform: image.platform.clone(),
             layers: layers.collect(),
@@ -163,6 +186,10 @@ impl OnDisk {
             layers: layers.collect::<Option<_>>()?,
             reference: self.reference,
             manifest: self.manifest.parse().ok()?,
+            index: match self.index {
+                Some(index) => Some(index.parse().ok()?),
+                None => None,
+            },
             config: self.config.parse().ok()?,
             platform: self.platform,
             made: layout::from_millis(self.made_at),
@@ -309,6 +336,42 @@ impl Store {
             .collect())
     }
 
+    fn kept_image_path(&self, generation: &Digest) -> PathBuf {
+        self.root.join(format!("roots/{}.image", generation.hex()))
+    }
+
+    /// Keeps what is recorded of the image `reference` for a generation of it that is held, of the manifest
+    /// `revision`, whatever the reference means later; false where it means something else already.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn keep_image(&self, generation: &Digest, reference: &str, revision: &str) -> Result<bool> {
+        let kept = self.kept_image_path(generation);
+        let _records = self.lock_records(Span::Shared)?;
+        let recorded = self.own_image(reference)?;
+        if recorded.is_none_or(|image| image.manifest.to_string() != revision) {
+            return Ok(self.disk.stat(&kept)?.is_some());
+        }
+        self.disk.unlink(&kept)?;
+        self.disk.link(&self.image_path(reference), &kept)?;
+        Ok(true)
+    }
+
+    /// The image that is kept for a generation. A damaged record counts as absent.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn kept_image(&self, generation: &Digest) -> Result<Option<ImageRecord>> {
+        match self.read_small(&self.kept_image_path(generation), MAX_RECORD) {
+            Ok(bytes) => {
+                let kept = layout::unseal::<OnDisk>(&bytes.unwrap_or_default())?;
+                Ok(kept.and_then(OnDisk::image))
+            }
+            Err(error) if error.kind() == StoreErrorKind::Damaged => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Reads an image record.
     pub(super) fn read_image(&self, path: &Path) -> Result<ImageState> {
         let bytes = match self.read_small(path, MAX_RECORD) {
@@ -343,6 +406,42 @@ impl Store {
                 .filter_map(|line| Digest::from_hex(line).ok())
                 .collect(),
         ))
+    }
+
+    /// The names of the records of images in the store by the chains that lead there, in an order that is
+    /// always the same: those that end there come first.
+    pub(super) fn images_of_chains(&self) -> Result<HashMap<Digest, Vec<Digest>>> {
+        let mut chains: HashMap<Digest, Vec<(bool, Digest)>> = HashMap::new();
+        for path in self.image_paths()? {
+            if let Some(image) = self.read_image(&path)?.here() {
+                let name = Digest::of(image.reference.as_bytes());
+                let ids = image.chain_ids();
+                for chain in &ids {
+                    let goes_on = ids.last() != Some(chain);
+                    chains.entry(*chain).or_default().push((goes_on, name));
+                }
+            }
+        }
+        let in_order = |mut names: Vec<(bool, Digest)>| {
+            names.sort_by_key(|(goes_on, name)| (*goes_on, name.hex()));
+            names.into_iter().map(|(_, name)| name).collect()
+        };
+        Ok(chains
+            .into_iter()
+            .map(|(chain, names)| (chain, in_order(names)))
+            .collect())
+    }
+
+    /// Writes all chain files anew: in which order images were recorded does not show in them.
+    pub(super) fn sort_chains(&self) -> Result<()> {
+        for (chain, names) in self.images_of_chains()? {
+            let path = self.chain_path(&chain);
+            let text = chain_text(&names);
+            if self.read_small(&path, 1 << 16)?.as_deref() != Some(text.as_bytes()) {
+                self.write_durably(&path, text.as_bytes())?;
+            }
+        }
+        Ok(())
     }
 
     /// Leaves in a chain file only names of `images`; removes it where there are none.

@@ -4,8 +4,13 @@
 //! An index stands behind a header of its own: magic, SHA-256 over name and bytes. One that does
 //! not fit it counts as absent. It lives as long as an artifact whose objects are made from its
 //! layer, an image with that layer, or an import that keeps it.
+//!
+//! Of a layer that several images have, the index of one takes the place of that of another. So a
+//! mounted generation of an image has those by which it is read kept beside its root, with the
+//! image's record: `roots/<generation>.<layer>.index` and `roots/<generation>.image`, hard links as a
+//! rule. They go with the generation, and need not survive a power failure: no mount does.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
@@ -33,6 +38,10 @@ impl Store {
     /// [`StoreErrorKind::Invalid`] for more than [`MAX_INDEX`] bytes, [`StoreErrorKind::NoSpace`],
     /// [`StoreErrorKind::ReadOnly`], and what the disk says.
     pub fn put_index(&self, layer: &Digest, bytes: &[u8]) -> Result<()> {
+        self.write_index(self.index_path(layer), layer, bytes)
+    }
+
+    fn write_index(&self, path: PathBuf, layer: &Digest, bytes: &[u8]) -> Result<()> {
         self.need_writable()?;
         if bytes.len() as u64 > MAX_INDEX {
             let message = format!(
@@ -45,7 +54,6 @@ impl Store {
         file.extend_from_slice(MAGIC);
         file.extend_from_slice(checksum(layer, bytes).as_bytes());
         file.extend_from_slice(bytes);
-        let path = self.index_path(layer);
         let _records = self.lock_records(Span::Shared)?;
         self.make_parent(&path)?;
         self.write_durably(&path, &file)
@@ -64,7 +72,10 @@ impl Store {
 
     /// The index of a layer in the store itself.
     pub(super) fn own_index(&self, layer: &Digest) -> Result<Option<Vec<u8>>> {
-        let path = self.index_path(layer);
+        self.read_index(self.index_path(layer), layer)
+    }
+
+    fn read_index(&self, path: PathBuf, layer: &Digest) -> Result<Option<Vec<u8>>> {
         let mut bytes = match self.read_small(&path, MAX_INDEX + HEADER as u64) {
             Ok(Some(bytes)) => bytes,
             Ok(None) => return Ok(None),
@@ -106,16 +117,67 @@ impl Store {
     }
 
     fn own_index_mark(&self, layer: &Digest) -> Result<Option<u8>> {
-        let mut mark = [0];
-        match self.disk.open(&self.index_path(layer), Open::Read) {
-            Ok(file) if file.stat()?.len > HEADER as u64 => {
-                file.read_at(&mut mark, HEADER as u64)?;
-                Ok(Some(mark[0]))
+        let begin = self.begin_of_index(&self.index_path(layer), 1)?;
+        Ok(begin.and_then(|begin| begin.first().copied()))
+    }
+
+    /// The first `len` bytes of an index, not checked; `None` where there are not so many.
+    fn begin_of_index(&self, path: &Path, len: usize) -> Result<Option<Vec<u8>>> {
+        let mut begin = vec![0; len];
+        match self.disk.open(path, Open::Read) {
+            Ok(file) if file.stat()?.len >= (HEADER + len) as u64 => {
+                file.read_at(&mut begin, HEADER as u64)?;
+                Ok(Some(begin))
             }
             Ok(_) => Ok(None),
             Err(error) if error.errno() == Some(libc::ENOENT) => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn kept_index_path(&self, generation: &Digest, layer: &Digest) -> PathBuf {
+        let (generation, layer) = (generation.hex(), layer.hex());
+        self.root.join(format!("roots/{generation}.{layer}.index"))
+    }
+
+    /// Keeps the index of a layer for a generation that is held, whatever takes its place for the layer; false
+    /// where what is stored does not begin with `mark`. One that only a tier has stays there.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn keep_index(&self, generation: &Digest, layer: &Digest, mark: &[u8]) -> Result<bool> {
+        let kept = self.kept_index_path(generation, layer);
+        let is_it = |path: &Path| {
+            let begin = self.begin_of_index(path, mark.len())?;
+            Ok::<_, StoreError>(begin.as_deref() == Some(mark))
+        };
+        let _records = self.lock_records(Span::Shared)?;
+        if is_it(&kept)? {
+            return Ok(true);
+        }
+        let stored = self.index_path(layer);
+        if self.disk.stat(&stored)?.is_none() {
+            return Ok(true);
+        }
+        self.disk.unlink(&kept)?;
+        self.disk.link(&stored, &kept)?;
+        is_it(&kept)
+    }
+
+    /// As [`Store::keep_index`], of one that is not stored.
+    ///
+    /// # Errors
+    /// As [`Store::put_index`].
+    pub fn put_kept_index(&self, generation: &Digest, layer: &Digest, bytes: &[u8]) -> Result<()> {
+        self.write_index(self.kept_index_path(generation, layer), layer, bytes)
+    }
+
+    /// The index of a layer that is kept for a generation. A damaged one counts as absent.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn kept_index(&self, generation: &Digest, layer: &Digest) -> Result<Option<Vec<u8>>> {
+        self.read_index(self.kept_index_path(generation, layer), layer)
     }
 
     /// Removes the index of a layer; false where there was none.

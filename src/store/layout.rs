@@ -199,12 +199,14 @@ impl Store {
     /// # Errors
     /// [`StoreErrorKind::Damaged`] where it is longer than `limit` bytes.
     pub(super) fn read_small(&self, path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
-        let file = match self.disk.open(path, Open::Read) {
+        let file = match self.disk.open(path, Open::Unseen) {
             Ok(file) => file,
             Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let len = file.stat()?.len;
+        let stat = file.stat()?;
+        stat.need_plain(path)?;
+        let len = stat.len;
         if len > limit {
             let message = format!("{} is {len} bytes long: too long", path.display());
             return Err(StoreError::new(StoreErrorKind::Damaged, message));

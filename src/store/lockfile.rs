@@ -32,6 +32,9 @@ pub struct LockedArtifact {
     pub reference: String,
     /// What the origin calls this generation: a commit, the digest of a manifest.
     pub revision: String,
+    /// Of an image: the index of several platforms that named the manifest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<String>,
     /// The digest of the artifact: of its tree and objects.
     pub digest: String,
     /// Number of files.
@@ -69,7 +72,8 @@ impl Lock {
             ));
         }
         let digests = lock.artifacts.iter().map(|artifact| &artifact.digest);
-        for digest in digests.chain(lock.objects.keys()) {
+        let indexes = lock.artifacts.iter().filter_map(|a| a.index.as_ref());
+        for digest in digests.chain(indexes).chain(lock.objects.keys()) {
             if let Err(error) = digest.parse::<Digest>() {
                 return Err(format!("{digest:?}: {error}"));
             }
@@ -96,6 +100,10 @@ impl Lock {
                     let (ours, theirs) = (&ours.revision, &theirs.revision);
                     return Some(format!("{name} is {theirs:?} now, not {ours:?}"));
                 }
+                Some(theirs) if ours.index != theirs.index => {
+                    let (ours, theirs) = (&ours.index, &theirs.index);
+                    return Some(format!("the index of {name} is {theirs:?}, not {ours:?}"));
+                }
                 Some(theirs) if ours != theirs => {
                     let (ours, theirs) = (&ours.digest, &theirs.digest);
                     return Some(format!("{name} has the digest {theirs}, not {ours}"));
@@ -121,6 +129,7 @@ mod tests {
         let artifact = |name: &str| LockedArtifact {
             reference: format!("s3://b/\"{name}\"\n"),
             revision: "r\\1".into(),
+            index: (name == "b").then(|| Digest::of(b"i").to_string()),
             digest: Digest::of(name.as_bytes()).to_string(),
             files: 2,
             bytes: 7,
@@ -147,6 +156,7 @@ mod tests {
         let artifact = LockedArtifact {
             reference: "s3://b/a".into(),
             revision: "1".into(),
+            index: None,
             digest: Digest::of(b"a").to_string(),
             files: 1,
             bytes: 1,

@@ -10,7 +10,7 @@ use std::{
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use sha2::{Digest as _, Sha256};
 
-use super::{Result, Store, StoreError, StoreErrorKind, batch::Batch, layout::linked};
+use super::{Result, Store, StoreError, StoreErrorKind, batch::Batch};
 use crate::{
     digest::{Digest, ObjectId},
     disk::{DiskFile, Open, Span, Stat, lock_file},
@@ -25,6 +25,8 @@ pub struct Complete {
     pub size: u64,
     /// The directory of the tier that it lies on; none for the store itself.
     pub tier: Option<Arc<Path>>,
+    /// Names of the file.
+    links: u64,
     handle: Arc<dyn DiskFile>,
 }
 
@@ -32,6 +34,13 @@ impl Complete {
     /// The file, open for reading.
     pub fn file(&self) -> &File {
         self.handle.file()
+    }
+
+    /// Whether the store itself still has it as it was when it was opened: one look. What lies on a tier may be
+    /// distrusted since, and has to be opened again.
+    pub fn is_there(&self) -> bool {
+        let same = |stat: Stat| (stat.links, stat.len) == (self.links, self.size);
+        self.tier.is_none() && self.handle.stat().is_ok_and(same)
     }
 }
 
@@ -75,6 +84,15 @@ impl Store {
         Ok(self.stat_content(digest)?.is_some())
     }
 
+    /// As [`Store::has`], of what an id of this size leads to.
+    pub(super) fn has_sized(&self, id: &ObjectId, size: u64) -> Result<bool> {
+        let Some(digest) = self.content_of(id)? else {
+            return Ok(false);
+        };
+        let stat = self.stat_content(&digest)?;
+        Ok(stat.is_some_and(|stat| stat.len == size))
+    }
+
     /// As [`Store::has`], of the store itself, without its tiers: whether the file lies in
     /// [`Store::objects_dir`].
     ///
@@ -105,7 +123,7 @@ impl Store {
     /// The object with this content in the store itself.
     pub(super) fn open_own(&self, digest: &Digest) -> Result<Option<Complete>> {
         let path = self.object_path(digest);
-        let handle = match self.disk.open(&path, Open::Read) {
+        let handle = match self.disk.open(&path, Open::Unseen) {
             Ok(handle) => handle,
             Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
             Err(error) => return Err(error.into()),
@@ -113,15 +131,18 @@ impl Store {
         let fail = |e| StoreError::io(path.display(), &e);
         // Waits only for a collection that is about to remove it.
         lock_file(handle.file(), Span::Shared, true).map_err(fail)?;
-        if !linked(handle.file()).map_err(fail)? {
+        // Files are opened by the thousand: one look at each.
+        let stat = handle.stat()?;
+        stat.need_plain(&path)?;
+        if stat.links == 0 {
             return Ok(None);
         }
-        let size = handle.stat()?.len;
         let digest = *digest;
         Ok(Some(Complete {
             digest,
-            size,
+            size: stat.len,
             tier: None,
+            links: stat.links,
             handle,
         }))
     }

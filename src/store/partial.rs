@@ -87,22 +87,40 @@ impl Store {
     /// [`MAX_OBJECT`], [`StoreErrorKind::ReadOnly`], [`StoreErrorKind::NoSpace`], and what the disk says.
     pub fn partial(self: &Arc<Self>, id: impl Into<PartialId>, size: u64) -> Result<Arc<Partial>> {
         let id = id.into();
+        let missing = || {
+            let message = format!("partial object {} was not made", id.id);
+            StoreError::new(StoreErrorKind::NotFound, message)
+        };
+        self.open_partial(&id, size, true)?.ok_or_else(missing)
+    }
+
+    /// As [`Store::partial`], but `None` for one that is absent and not to be made: what was completed
+    /// a moment ago gets no files again.
+    fn open_partial(
+        self: &Arc<Self>,
+        id: &PartialId,
+        size: u64,
+        make: bool,
+    ) -> Result<Option<Arc<Partial>>> {
         self.need_writable()?;
         let mut partials = self.partials.lock();
-        if let Some(open) = partials.get(&id).and_then(std::sync::Weak::upgrade)
+        if let Some(open) = partials.get(id).and_then(std::sync::Weak::upgrade)
             && !open.live.finished()
         {
             return match open.size == size {
-                true => Ok(open),
+                true => Ok(Some(open)),
                 false => Err(other_size(&id.id, size)),
             };
         }
-        let partial = Arc::new(Partial::open(self, &id, size)?);
+        let Some(partial) = Partial::open(self, id, size, make)? else {
+            return Ok(None);
+        };
+        let partial = Arc::new(partial);
         if partials.len() % 64 == 63 {
             partials.retain(|_, open| open.strong_count() > 0);
         }
-        partials.insert(id, Arc::downgrade(&partial));
-        Ok(partial)
+        partials.insert(*id, Arc::downgrade(&partial));
+        Ok(Some(partial))
     }
 
     /// Bytes of an object that are in present chunks; 0 where nothing of it is on its way.
@@ -118,11 +136,13 @@ impl Store {
         part: &Range<u64>,
     ) -> u64 {
         let id = id.into();
+        // Most have none: not worth the locks.
         let paths = Paths::of(&self.partial_stem(&id));
         match self.disk.stat(&paths.data) {
-            Ok(Some(_)) => self
-                .partial(id, size)
-                .map_or(0, |partial| partial.present_within(part)),
+            Ok(Some(_)) => match self.open_partial(&id, size, false) {
+                Ok(Some(partial)) => partial.present_within(part),
+                _ => 0,
+            },
             _ => 0,
         }
     }
@@ -151,7 +171,7 @@ impl Store {
 }
 
 impl Partial {
-    fn open(store: &Arc<Store>, name: &PartialId, size: u64) -> Result<Self> {
+    fn open(store: &Arc<Store>, name: &PartialId, size: u64, make: bool) -> Result<Option<Self>> {
         let id = &name.id;
         if size > MAX_OBJECT {
             let message = format!("object {id} of {size} bytes is larger than a file can be");
@@ -162,6 +182,9 @@ impl Partial {
         // Until this is done no other process opens, finishes or removes a partial object.
         let _structure = store.lock_partials()?;
         if disk.stat(&paths.data)?.is_none() {
+            if !make {
+                return Ok(None);
+            }
             // What an earlier object of this name left: it says nothing about the new file.
             store.forget_presence(&paths)?;
         }
@@ -206,7 +229,7 @@ impl Partial {
         }
         lock_span(data.file(), &USED, Span::Shared, true).map_err(fail)?;
         let direct = disk.open(&paths.data, Open::Direct).ok();
-        Ok(Self {
+        Ok(Some(Self {
             store: Arc::clone(store),
             id: *id,
             size,
@@ -217,7 +240,7 @@ impl Partial {
             live,
             state: Mutex::default(),
             claims: Mutex::default(),
-        })
+        }))
     }
 
     /// Its id.

@@ -33,6 +33,8 @@ pub struct Record {
     pub reference: String,
     /// The digest of the artifact that it resolved to.
     pub digest: Digest,
+    /// The generation that stays while not all of that is here.
+    pub previous: Option<Digest>,
     /// What the origin calls this generation; may be empty.
     pub revision: String,
     /// When it was resolved.
@@ -51,17 +53,25 @@ pub struct Record {
 #[derive(Debug)]
 #[must_use = "dropped at once, it holds nothing"]
 pub struct Hold {
-    reference: Option<FileLock>,
-    tree: Option<FileLock>,
+    locks: Vec<FileLock>,
+    generation: Option<Digest>,
 }
 
 impl Hold {
     /// The locked files: whoever has a copy of their descriptors holds it, too.
     pub fn files(&self) -> impl Iterator<Item = &File> {
-        [&self.reference, &self.tree]
-            .into_iter()
-            .flatten()
-            .map(FileLock::file)
+        self.locks.iter().map(FileLock::file)
+    }
+
+    /// The generation that it keeps; `None` where nothing of it can be evicted.
+    pub const fn generation(&self) -> Option<&Digest> {
+        self.generation.as_ref()
+    }
+
+    /// Both.
+    pub fn and(mut self, other: Self) -> Self {
+        self.locks.extend(other.locks);
+        self
     }
 }
 
@@ -70,6 +80,9 @@ impl Hold {
 struct OnDisk {
     reference: String,
     digest: String,
+    /// Versions that do not know it take the record for damaged, and collect nothing meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    previous: Option<String>,
     revision: String,
     /// Milliseconds since the epoch.
     resolved_at: u64,
@@ -104,7 +117,8 @@ impl Store {
     }
 
     /// Durably records the artifact (tree first, then reference -> digest). Must come before
-    /// looking at its objects: gc keeps what is recorded.
+    /// looking at its objects: gc keeps what is recorded. What the reference meant before stays until all of
+    /// this is here, or the room is needed and nothing else can be evicted.
     ///
     /// # Errors
     /// [`StoreErrorKind::Invalid`] where the artifact breaks the invariants of trees,
@@ -130,9 +144,22 @@ impl Store {
         if self.own_tree(&digest)?.is_none() {
             self.write_tree(&digest, &encoded)?;
         }
+        let previous = self.previous_of(artifact, &digest)?;
+        self.write_record(artifact, &digest, previous)?;
+        Ok(digest)
+    }
+
+    pub(super) fn write_record(
+        &self,
+        artifact: &Artifact,
+        digest: &Digest,
+        previous: Option<Digest>,
+    ) -> Result<()> {
+        let reference = &artifact.reference;
         let record = OnDisk {
             reference: reference.clone(),
             digest: digest.to_string(),
+            previous: previous.map(|previous| previous.to_string()),
             revision: artifact.revision.clone(),
             resolved_at: layout::to_millis(SystemTime::now()),
             objects: artifact.stored().count() as u64,
@@ -141,10 +168,12 @@ impl Store {
         };
         let json = layout::seal(record)?;
         if json.len() as u64 > MAX_RECORD {
-            return Err(invalid("its reference and revision are too long".into()));
+            let message = format!(
+                "artifact {reference} cannot be recorded: its reference and revision are too long"
+            );
+            return Err(StoreError::new(StoreErrorKind::Invalid, message));
         }
-        self.write_durably(&self.record_path(reference), &json)?;
-        Ok(digest)
+        self.write_durably(&self.record_path(reference), &json)
     }
 
     /// Durably writes an encoded artifact.
@@ -162,6 +191,7 @@ impl Store {
             return Ok(());
         };
         record.resolved_at = 0;
+        record.previous = None;
         self.write_durably(&path, &layout::seal(record)?)?;
         match self.own_image(reference)? {
             Some(image) => self.record_image(&super::ImageRecord {
@@ -213,6 +243,27 @@ impl Store {
         };
         record.pins = self.pins(reference)?;
         Ok(Some((record, artifact)))
+    }
+
+    /// The digest of what a reference was recorded as in the store itself; its tree is not looked at.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn recorded_digest(&self, reference: &str) -> Result<Option<Digest>> {
+        let record = self.read_record(&self.record_path(reference))?;
+        Ok(record.map(|record| record.digest))
+    }
+
+    /// Whether there is a record of `reference`, here or on a tier; it may be damaged, or its tree.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn has_record(&self, reference: &str) -> Result<bool> {
+        let own = self.disk.stat(&self.record_path(reference))?.is_some();
+        Ok(own
+            || self
+                .on_tiers(|tier| tier.store.artifact(reference))
+                .is_some())
     }
 
     fn own_artifact(&self, reference: &str) -> Result<Option<(Record, Artifact)>> {
@@ -296,6 +347,7 @@ impl Store {
         Ok(Some(Record {
             pins: self.pins(&on_disk.reference)?,
             digest,
+            previous: on_disk.previous.and_then(|digest| digest.parse().ok()),
             revision: on_disk.revision,
             resolved: layout::from_millis(on_disk.resolved_at),
             used: stat.modified,
@@ -351,8 +403,8 @@ impl Store {
         };
         if self.is_only_below(reference)? {
             return Ok(Hold {
-                reference: None,
-                tree: None,
+                locks: Vec::new(),
+                generation: None,
             });
         }
         // The disk may be one that only is read, or become so, and be mended while this is held.
@@ -374,8 +426,8 @@ impl Store {
             self.disk.touch(&path)?;
         }
         Ok(Hold {
-            reference: lock,
-            tree,
+            locks: lock.into_iter().chain(tree).collect(),
+            generation: Some(record.digest),
         })
     }
 
@@ -390,8 +442,8 @@ impl Store {
             tracing::warn!(%digest, "the tree of what is held is missing: its content may be collected");
         }
         Ok(Hold {
-            reference: None,
-            tree,
+            locks: tree.into_iter().collect(),
+            generation: Some(*digest),
         })
     }
 
@@ -409,7 +461,7 @@ impl Store {
     }
 
     /// Whether only a tier knows a reference: nothing of it can be evicted, or removed.
-    fn is_only_below(&self, reference: &str) -> Result<bool> {
+    pub(super) fn is_only_below(&self, reference: &str) -> Result<bool> {
         let known = self.disk.stat(&self.record_path(reference))?.is_some();
         Ok(!known && self.below(reference).is_some())
     }

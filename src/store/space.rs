@@ -14,7 +14,7 @@ use super::{ByteSize, Result, Store, StoreError, StoreErrorKind, partial::Paths}
 use crate::{
     digest::{Digest, PartialId},
     disk::{Space, Stat},
-    tree::Artifact,
+    tree::{Artifact, Object},
 };
 
 /// How long a file system may take to show what was freed.
@@ -75,9 +75,27 @@ pub(super) struct Wanted {
     objects: BTreeMap<PartialId, u64>,
     /// Beside the objects: bytes that have not arrived.
     bytes: AtomicU64,
+    /// It takes the place of what the reference means, which need not stay.
+    replaces: bool,
 }
 
 impl Wanted {
+    fn of(artifact: &Artifact, more: &[Object], bytes: u64) -> Self {
+        let origin = artifact.origin();
+        let all = artifact.stored().chain(more);
+        Self {
+            reference: artifact.reference.clone(),
+            objects: all.map(|o| (o.partial_id(&origin), o.size)).collect(),
+            bytes: AtomicU64::new(bytes),
+            replaces: false,
+        }
+    }
+
+    /// Whether what is recorded of `reference` must stay for it.
+    pub(super) fn keeps(&self, reference: &str) -> bool {
+        !self.replaces && self.reference == reference
+    }
+
     pub(super) fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
@@ -188,26 +206,30 @@ impl Store {
         mut each: impl FnMut(Digest, PathBuf, Stat) -> Result<()>,
     ) -> Result<()> {
         for shard in self.disk.list(dir)? {
-            // Other names are not ours, whatever they are.
-            if shard.len() != 2 {
-                continue;
-            }
-            let shard = dir.join(shard);
-            let names = match self.disk.list(&shard) {
-                Err(error) if error.errno() == Some(libc::ENOTDIR) => continue,
-                names => names?,
-            };
-            for name in names {
-                let path = shard.join(&name);
-                let digest = name.to_str().and_then(|n| Digest::from_hex(n).ok());
-                if let Some(digest) = digest
-                    && let Some(stat) = self.disk.stat(&path)?
-                {
+            for (digest, path) in self.sharded(&dir.join(shard))? {
+                if let Some(stat) = self.disk.stat(&path)? {
                     each(digest, path, stat)?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// The files `<hex>` in `shard`, whose own name has two digits.
+    pub(super) fn sharded(&self, shard: &Path) -> Result<Vec<(Digest, PathBuf)>> {
+        // Other names are not ours, whatever they are.
+        if shard.file_name().is_none_or(|name| name.len() != 2) {
+            return Ok(Vec::new());
+        }
+        let names = match self.disk.list(shard) {
+            Err(error) if error.errno() == Some(libc::ENOTDIR) => return Ok(Vec::new()),
+            names => names?,
+        };
+        let ours = |name: std::ffi::OsString| {
+            let digest = Digest::from_hex(name.to_str()?).ok()?;
+            Some((digest, shard.join(name)))
+        };
+        Ok(names.into_iter().filter_map(ours).collect())
     }
 
     /// Refuses what cannot fit, evicting first where that helps; the guard holds the reservation.
@@ -218,13 +240,40 @@ impl Store {
     /// # Errors
     /// [`StoreErrorKind::NoSpace`] with the arithmetic; nothing was evicted then.
     pub fn admit(self: &Arc<Self>, artifact: &Artifact) -> Result<Reservation> {
-        let origin = artifact.origin();
-        let sizes = artifact.stored().map(|o| (o.partial_id(&origin), o.size));
-        self.admit_wanted(Wanted {
-            reference: artifact.reference.clone(),
-            objects: sizes.collect(),
-            bytes: AtomicU64::new(0),
-        })
+        self.admit_with(artifact, &[], 0)
+    }
+
+    /// As [`Store::admit`], with `more` objects of its origin, and `bytes` as in [`Store::admit_bytes`].
+    ///
+    /// # Errors
+    /// As [`Store::admit`].
+    pub fn admit_with(
+        self: &Arc<Self>,
+        artifact: &Artifact,
+        more: &[Object],
+        bytes: u64,
+    ) -> Result<Reservation> {
+        self.admit_wanted(Wanted::of(artifact, more, bytes))
+    }
+
+    /// As [`Store::admit_with`], before an artifact is recorded that takes the place of what its reference means. That
+    /// goes only where nothing else makes room, and is neither pinned nor held. What both have in
+    /// common should be [kept](super::Import::keep) meanwhile.
+    ///
+    /// # Errors
+    /// As [`Store::admit`].
+    pub fn admit_instead(
+        self: &Arc<Self>,
+        artifact: &Artifact,
+        more: &[Object],
+    ) -> Result<Reservation> {
+        match self.admit_with(artifact, more, 0) {
+            Err(error) if error.kind() == StoreErrorKind::NoSpace => self.admit_wanted(Wanted {
+                replaces: true,
+                ..Wanted::of(artifact, more, 0)
+            }),
+            admitted => admitted,
+        }
     }
 
     /// As [`Store::admit`], for `bytes` of content that is not known yet. `what` is a reference;
@@ -237,6 +286,7 @@ impl Store {
             reference: what.to_owned(),
             objects: BTreeMap::new(),
             bytes: AtomicU64::new(bytes),
+            replaces: false,
         })
     }
 
@@ -279,7 +329,8 @@ impl Store {
                     room = self.room_for(needed)?;
                 }
                 if needed > room.available {
-                    let own = needed - reserved;
+                    // What arrives, and what is discarded, between the two looks.
+                    let own = needed.saturating_sub(reserved);
                     return Err(self.too_large(&wanted.reference, own, reserved, room, could));
                 }
             }
@@ -292,12 +343,7 @@ impl Store {
     fn outstanding(&self, objects: &BTreeMap<PartialId, u64>) -> Result<u64> {
         let mut sum = 0u64;
         for (id, size) in objects {
-            let content = self.content_of(&id.id)?;
-            if let Some(digest) = content
-                && self
-                    .stat_content(&digest)?
-                    .is_some_and(|stat| stat.len == *size)
-            {
+            if self.has_sized(&id.id, *size)? {
                 continue;
             }
             let data = Paths::of(&self.partial_stem(id)).data;
@@ -364,6 +410,13 @@ impl Store {
             message += &format!("; {} of store.max_bytes {limit} used", ByteSize(used));
         }
         message += &format!("), could evict {}", ByteSize(could));
+        let own = self.read_record(&self.record_path(reference));
+        if let Ok(Some(record)) = own
+            && record.previous.is_some()
+            && !record.pins.is_empty()
+        {
+            message += "; its last generation stays while it is pinned";
+        }
         // What is pinned is most often the answer; a list that cannot be read is not.
         let mut pinned: Vec<String> = self
             .records()

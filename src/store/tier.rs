@@ -14,8 +14,10 @@ mod find;
 mod label;
 mod listing;
 mod placement;
+mod whereabouts;
 
 pub use placement::Placement;
+pub use whereabouts::{Finder, Whereabouts};
 
 use std::{
     collections::{HashMap, HashSet},
@@ -102,8 +104,10 @@ pub struct TierStatus {
     pub id: Option<String>,
     /// Why it cannot be used, where it cannot.
     pub problem: Option<String>,
-    /// When it was last read through in the background, in seconds since the epoch.
+    /// When all of it was last read through on this node, in seconds since the epoch.
     pub verified_at: Option<u64>,
+    /// Objects that could not be read then; they are tried again a day later.
+    pub unreadable: u64,
     /// Objects that are damaged there, and never read from it.
     pub distrusted: u64,
 }
@@ -111,7 +115,11 @@ pub struct TierStatus {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Health {
     Unknown,
-    Ready { id: String },
+    Ready {
+        id: String,
+        /// It was baked: what is recorded there is there whole.
+        sealed: bool,
+    },
     Unusable(String),
 }
 
@@ -124,7 +132,9 @@ pub(super) struct Tier {
     config: TierConfig,
     health: RwLock<Health>,
     warned: Mutex<Option<Instant>>,
-    /// Objects that this process found damaged.
+    /// The id that it had when it was last usable.
+    seen: Mutex<Option<String>>,
+    /// Objects that this process found damaged on the disk with that id.
     bad: Mutex<HashSet<Digest>>,
 }
 
@@ -220,6 +230,7 @@ impl Tier {
             config: config.clone(),
             health: RwLock::new(Health::Unknown),
             warned: Mutex::default(),
+            seen: Mutex::default(),
             bad: Mutex::default(),
         }
     }
@@ -252,7 +263,10 @@ impl Tier {
                 identity.id,
                 other.display()
             )),
-            None => Health::Ready { id: identity.id },
+            None => Health::Ready {
+                id: identity.id,
+                sealed: identity.lock.is_some(),
+            },
         }
     }
 
@@ -265,13 +279,25 @@ impl Tier {
         }
     }
 
+    /// Why it cannot be used, where it cannot.
+    pub(super) fn problem(&self) -> Option<String> {
+        match &*self.health.read() {
+            Health::Unusable(why) => Some(why.clone()),
+            Health::Ready { .. } | Health::Unknown => None,
+        }
+    }
+
     fn is_ready(&self) -> bool {
         matches!(*self.health.read(), Health::Ready { .. })
     }
 
-    fn id(&self) -> Option<String> {
+    fn is_sealed(&self) -> bool {
+        matches!(*self.health.read(), Health::Ready { sealed: true, .. })
+    }
+
+    pub(super) fn id(&self) -> Option<String> {
         match &*self.health.read() {
-            Health::Ready { id } => Some(id.clone()),
+            Health::Ready { id, .. } => Some(id.clone()),
             Health::Unknown | Health::Unusable(_) => None,
         }
     }
@@ -316,15 +342,16 @@ impl Store {
     /// The tiers, as they are now.
     pub fn tiers(&self) -> Vec<TierStatus> {
         self.look_at_tiers(true);
-        let status = |tier: &Arc<Tier>| TierStatus {
-            path: tier.path.to_path_buf(),
-            id: tier.id(),
-            problem: match &*tier.health.read() {
-                Health::Unusable(why) => Some(why.clone()),
-                Health::Ready { .. } | Health::Unknown => None,
-            },
-            verified_at: self.verified_at(tier),
-            distrusted: self.distrusted(tier),
+        let status = |tier: &Arc<Tier>| {
+            let (verified_at, unreadable) = self.verified_at(tier);
+            TierStatus {
+                path: tier.path.to_path_buf(),
+                id: tier.id(),
+                problem: tier.problem(),
+                verified_at,
+                unreadable,
+                distrusted: self.distrusted(tier),
+            }
         };
         let absent = self.tiers.absent.lock().clone();
         let absent = absent.into_iter().map(|(path, why)| TierStatus {
@@ -332,6 +359,7 @@ impl Store {
             id: None,
             problem: Some(why),
             verified_at: None,
+            unreadable: 0,
             distrusted: 0,
         });
         self.tiers.list().iter().map(status).chain(absent).collect()
@@ -363,15 +391,20 @@ impl Store {
                     Health::Unusable(why) => {
                         tracing::warn!(tier = %path, why, "a tier cannot be used");
                     }
-                    Health::Ready { id } if checked.is_some() => {
+                    Health::Ready { id, .. } if checked.is_some() => {
                         tracing::warn!(tier = %path, id, "a tier can be used now");
                     }
                     Health::Ready { .. } | Health::Unknown => {}
                 }
                 *known = health;
             }
-            if let Health::Ready { id } = &*known {
+            if let Health::Ready { id, .. } = &*known {
                 ids.insert(id.clone(), tier.path.to_path_buf());
+                let before = tier.seen.lock().replace(id.clone());
+                // What is damaged on one disk says nothing of the next one at its place.
+                if before.is_some_and(|before| before != *id) {
+                    tier.bad.lock().clear();
+                }
             }
         }
         for gone in before {
@@ -438,7 +471,14 @@ impl Store {
         if !self.trusts(tier, digest)? {
             return Ok(None);
         }
-        Ok(tier.store.disk.stat(&tier.store.object_path(digest))?)
+        let path = tier.store.object_path(digest);
+        let stat = tier.store.disk.stat(&path)?;
+        // No link out of the disk of somebody else, and no pipe that blocks: who opens it is refused as well.
+        if stat.is_some_and(|stat| !stat.plain) {
+            let message = format!("{} is no file: it is not used", path.display());
+            return Err(StoreError::new(StoreErrorKind::Damaged, message));
+        }
+        Ok(stat)
     }
 
     /// Whether every object of an artifact is on a tier.
@@ -491,12 +531,6 @@ impl Store {
         {
             return Ok(false);
         }
-        let path = tier.store.object_path(digest);
-        // No link out of the disk of somebody else, and no pipe that blocks.
-        if path.symlink_metadata().is_ok_and(|meta| !meta.is_file()) {
-            let message = format!("{} is no file: it is not used", path.display());
-            return Err(StoreError::new(StoreErrorKind::Damaged, message));
-        }
         Ok(true)
     }
 
@@ -533,6 +567,17 @@ impl Store {
     /// What the disk says.
     pub fn has_adopted(&self, reference: &str) -> Result<bool> {
         Ok(self.own_image(reference)?.is_some())
+    }
+
+    /// As [`Store::adopt`], where only a tier knows the reference.
+    ///
+    /// # Errors
+    /// As [`Store::adopt`].
+    pub fn adopt_from_below(&self, reference: &str) -> Result<()> {
+        match self.is_only_below(reference)? {
+            true => self.adopt(reference).map(drop),
+            false => Ok(()),
+        }
     }
 
     /// Makes what only a tier knows known to the store itself, so that it stays known when the tier is

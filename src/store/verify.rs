@@ -1,14 +1,15 @@
 //! Verification: reads everything again and compares it with its name.
 
+mod records;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
-    time::SystemTime,
 };
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
@@ -18,8 +19,6 @@ use super::{
     Result, Store, StoreError,
     collect::partial_id,
     hash_file,
-    images::ImageState,
-    indexes::layers_of,
     partial::Paths,
     presence::{Bits, map_len},
     tier::Tier,
@@ -27,7 +26,6 @@ use super::{
 use crate::{
     digest::{Digest, ObjectId},
     disk::Open,
-    tree::Artifact,
 };
 
 /// Objects read at once: a disk is rarely faster with more, and a busy node keeps its cores.
@@ -108,6 +106,32 @@ struct Bad {
     is_wrong: bool,
 }
 
+impl VerifyReport {
+    /// Adds something that is damaged, and may be removed by now.
+    fn add(&mut self, path: PathBuf, what: &str, references: Vec<String>, removed: bool) {
+        self.damaged.push(Damage {
+            path,
+            what: what.to_owned(),
+            references,
+            removed,
+            tier: false,
+            distrusted: false,
+        });
+    }
+
+    /// Adds something that cannot be read, which is not known to be wrong.
+    fn unreadable(&mut self, path: PathBuf, why: &dyn std::fmt::Display) {
+        self.damaged.push(Damage {
+            path,
+            what: format!("it cannot be read: {why}"),
+            references: Vec::new(),
+            removed: false,
+            tier: false,
+            distrusted: false,
+        });
+    }
+}
+
 impl Store {
     /// Hashes complete objects from the disk (not from the page cache, where it can be dropped),
     /// and checks trees, records, chunk maps, located ids and indexes; of tiers, too. With `repair`, what is
@@ -125,12 +149,28 @@ impl Store {
         if repair {
             self.need_writable()?;
         }
-        let mut report = self.verify_itself(scope, repair, false, &progress)?;
+        let stopped = AtomicBool::new(false);
+        let progress = |now| {
+            let goes_on = progress(now);
+            stopped.fetch_or(!goes_on, Ordering::Relaxed);
+            goes_on
+        };
+        let mut report = self.verify_itself(scope, repair, false, progress)?;
         if let VerifyScope::All = scope {
             for tier in &self.usable_tiers() {
-                match tier.store.verify_itself(scope, false, true, &progress) {
-                    Ok(found) => self.add_tier(tier, found, &mut report)?,
-                    Err(error) => tier.failed(&error),
+                let id = tier.id();
+                let mut found = tier.store.verify_itself(scope, false, true, progress)?;
+                // Of a disk that is detached nothing is found, which says nothing of it.
+                self.look_at_tiers(true);
+                if tier.id() != id {
+                    let why = tier.problem();
+                    let why = why.unwrap_or_else(|| "another disk has taken its place".into());
+                    found.unreadable(tier.store.root.clone(), &why);
+                }
+                let was_read = found.damaged.iter().all(|damage| damage.distrusted);
+                self.add_tier(tier, found, &mut report)?;
+                if was_read && !stopped.load(Ordering::Relaxed) && self.writable() {
+                    self.note_verified(tier)?;
                 }
             }
         }
@@ -155,8 +195,9 @@ impl Store {
         Ok(())
     }
 
-    /// Verifies the store without its tiers, but for objects of single references. What is `whole`
-    /// has every object that its records lead to.
+    /// Verifies the store without its tiers, but for objects of single references. What is `whole`, a tier,
+    /// has every object that its records lead to; what cannot be read there is damaged, and the rest is
+    /// looked at.
     fn verify_itself(
         &self,
         scope: VerifyScope<'_>,
@@ -167,34 +208,22 @@ impl Store {
         let mut report = VerifyReport::default();
         let mut users = Users::new();
         let mut layers = Users::new();
-        self.verify_records(scope, repair, &mut report, &mut users, &mut layers)?;
+        let read = self.verify_records(scope, repair, &mut report, &mut users, &mut layers);
+        self.or_damaged(read, whole, &mut report)?;
         if whole {
-            self.verify_wholeness(&users, &mut report)?;
+            let read = self.verify_wholeness(&users, &mut report);
+            self.or_damaged(read, whole, &mut report)?;
         }
         let mut checks = Vec::new();
         match scope {
             VerifyScope::All => {
-                self.each_object(|digest, path, stat| {
-                    let len = stat.len;
-                    checks.push(Check {
-                        digest,
-                        path,
-                        len,
-                        tier: None,
-                    });
-                    Ok(())
-                })?;
-                self.verify_maps(repair, &mut report)?;
-                self.verify_located(repair, &mut report)?;
-                for path in self.image_paths()? {
-                    self.verify_image(path, repair, &mut report, &mut layers)?;
-                }
-                for name in self.disk.list(&self.root.join("indexes"))? {
-                    let layer = name.to_str().and_then(|n| Digest::from_hex(n).ok());
-                    if let Some(layer) = layer {
-                        layers.entry(layer).or_default();
-                    }
-                }
+                self.all_objects(whole, &mut checks, &mut report)?;
+                let read = self.verify_maps(repair, &mut report);
+                self.or_damaged(read, whole, &mut report)?;
+                let read = self.verify_located(repair, &mut report);
+                self.or_damaged(read, whole, &mut report)?;
+                let read = self.verify_images(repair, &mut report, &mut layers);
+                self.or_damaged(read, whole, &mut report)?;
             }
             VerifyScope::References(references) => {
                 for reference in references {
@@ -206,8 +235,9 @@ impl Store {
                 }
             }
         }
-        self.verify_indexes(repair, &mut report, layers)?;
-        let bad = self.hash_all(&checks, progress, &mut report)?;
+        let read = self.verify_indexes(repair, &mut report, layers);
+        self.or_damaged(read, whole, &mut report)?;
+        let bad = self.hash_all(&checks, whole, progress, &mut report)?;
         for (check, Bad { what, is_wrong }) in bad {
             let removed = repair && check.tier.is_none();
             if removed {
@@ -227,6 +257,52 @@ impl Store {
             });
         }
         Ok(report)
+    }
+
+    /// What was read; of a tier, what cannot be read is part of the report.
+    fn or_damaged<T: Default>(
+        &self,
+        read: Result<T>,
+        whole: bool,
+        report: &mut VerifyReport,
+    ) -> Result<T> {
+        match read {
+            Err(error) if whole => {
+                report.unreadable(self.root.clone(), &error);
+                Ok(T::default())
+            }
+            read => read,
+        }
+    }
+
+    /// Every object of the store itself.
+    fn all_objects(
+        &self,
+        whole: bool,
+        checks: &mut Vec<Check>,
+        report: &mut VerifyReport,
+    ) -> Result<()> {
+        let dir = self.root.join("objects/sha256");
+        let listed = self.disk.list(&dir).map_err(StoreError::from);
+        for shard in self.or_damaged(listed, whole, report)? {
+            let listed = self.sharded(&dir.join(shard));
+            for (digest, path) in self.or_damaged(listed, whole, report)? {
+                let len = match self.disk.stat(&path) {
+                    Ok(Some(stat)) => stat.len,
+                    // Opening it shows what is wrong.
+                    _ if whole => 0,
+                    Ok(None) => continue,
+                    Err(error) => return Err(error.into()),
+                };
+                checks.push(Check {
+                    digest,
+                    path,
+                    len,
+                    tier: None,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// The object to read for this content: in the store, else on a tier.
@@ -271,6 +347,7 @@ impl Store {
     fn hash_all<'c>(
         &self,
         checks: &'c [Check],
+        whole: bool,
         progress: impl Fn(VerifyProgress) -> bool + Sync,
         report: &mut VerifyReport,
     ) -> Result<Vec<(&'c Check, Bad)>> {
@@ -290,7 +367,7 @@ impl Store {
             while !stop.load(Ordering::Relaxed)
                 && let Some(check) = checks.get(next.fetch_add(1, Ordering::Relaxed))
             {
-                let found = self.check_object(check, seen)?;
+                let found = self.check_object(check, whole, seen)?;
                 counts.lock().0 += 1;
                 if let Some(what) = found {
                     bad.lock().push((check, what));
@@ -311,17 +388,27 @@ impl Store {
     }
 
     /// What is wrong with an object, if anything.
-    fn check_object(&self, check: &Check, seen: impl FnMut(u64) -> bool) -> Result<Option<Bad>> {
+    fn check_object(
+        &self,
+        check: &Check,
+        whole: bool,
+        seen: impl FnMut(u64) -> bool,
+    ) -> Result<Option<Bad>> {
         let unreadable = |error: &dyn std::fmt::Display| Bad {
             what: format!("it cannot be read: {error}"),
             is_wrong: false,
         };
         let handle = match self.disk.open(&check.path, Open::Read) {
             Ok(handle) => handle,
+            // Nothing is collected there.
+            Err(error) if whole => return Ok(Some(unreadable(&error))),
             // Collected meanwhile.
             Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
-            Err(error) if check.tier.is_some() => return Ok(Some(unreadable(&error))),
-            Err(error) => return Err(error.into()),
+            // What this process lacks says nothing of the object.
+            Err(error) if check.tier.is_none() && is_of_process(error.errno()) => {
+                return Err(error.into());
+            }
+            Err(error) => return Ok(Some(unreadable(&error))),
         };
         // Advice: what stays cached is verified as it would be read.
         let _ = posix_fadvise(handle.file(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
@@ -333,145 +420,6 @@ impl Store {
             Ok(_) => None,
             Err(error) => Some(unreadable(&error)),
         })
-    }
-
-    /// Checks records and trees, and gathers which references need which objects.
-    fn verify_records(
-        &self,
-        scope: VerifyScope<'_>,
-        repair: bool,
-        report: &mut VerifyReport,
-        users: &mut Users,
-        layers: &mut Users,
-    ) -> Result<()> {
-        let dir = self.root.join("artifacts");
-        let paths: Vec<PathBuf> = match scope {
-            VerifyScope::References(references) => {
-                references.iter().map(|r| self.record_path(r)).collect()
-            }
-            VerifyScope::All => {
-                let names = self.disk.list(&dir)?.into_iter();
-                let paths = names.map(|name| dir.join(name));
-                paths
-                    .filter(|p| p.extension().is_some_and(|e| e == "json"))
-                    .collect()
-            }
-        };
-        for (at, path) in paths.iter().enumerate() {
-            let known = match (self.read_record(path)?, scope) {
-                (None, VerifyScope::References(references)) => {
-                    let below = self.on_tiers(|tier| tier.store.artifact(&references[at]));
-                    below.map(|(record, _)| record)
-                }
-                (own, _) => own,
-            };
-            let Some(record) = known else {
-                if self.disk.stat(path)?.is_some() {
-                    let artifact = self.recorded_at(path)?;
-                    let reference = artifact.as_ref().map(|a| a.reference.clone());
-                    let what = "its checksum does not fit";
-                    let references = reference.into_iter().collect();
-                    self.damaged(path.clone(), what, references, repair, report)?;
-                    // At once: until it is there, what it leads to is anybody's to collect.
-                    if let Some(artifact) = artifact.filter(|_| repair) {
-                        self.record(&artifact)?;
-                    }
-                }
-                if let VerifyScope::References(references) = scope {
-                    report.missing.push(references[at].clone());
-                }
-                continue;
-            };
-            let own = self.own_tree(&record.digest)?;
-            let path = self.tree_path(&record.digest);
-            if own.is_none() && self.disk.stat(&path)?.is_some() {
-                self.damaged(
-                    path,
-                    "its digest does not fit",
-                    vec![record.reference.clone()],
-                    repair,
-                    report,
-                )?;
-            }
-            let artifact = match own {
-                None => self.on_tiers(|tier| tier.store.own_tree(&record.digest)),
-                own => own,
-            };
-            let Some(artifact) = artifact else {
-                report.missing.push(record.reference);
-                continue;
-            };
-            for layer in layers_of(&artifact.objects) {
-                let references = layers.entry(layer).or_default();
-                references.insert(record.reference.clone());
-            }
-            let mut whole = true;
-            for object in artifact.stored() {
-                let content = self.content_of(&object.id)?;
-                let stat = match &content {
-                    Some(digest) => self.stat_content(digest)?,
-                    None => None,
-                };
-                whole &= stat.is_some();
-                if let Some(digest) = content {
-                    users
-                        .entry(digest)
-                        .or_default()
-                        .insert(record.reference.clone());
-                }
-            }
-            if !whole && matches!(scope, VerifyScope::References(_)) {
-                report.missing.push(record.reference);
-            }
-        }
-        Ok(())
-    }
-
-    /// The artifact whose damaged record lies at `path`: the newest of the trees with that reference.
-    fn recorded_at(&self, path: &Path) -> Result<Option<Artifact>> {
-        let dir = self.root.join("trees");
-        let mut newest: Option<(SystemTime, Artifact)> = None;
-        for name in self.disk.list(&dir)? {
-            let Some(digest) = name.to_str().and_then(|n| Digest::from_hex(n).ok()) else {
-                continue;
-            };
-            let modified = self.disk.stat(&dir.join(&name))?.map(|stat| stat.modified);
-            if let Some(artifact) = self.own_tree(&digest)?
-                && let Some(modified) = modified
-                && self.record_path(&artifact.reference) == path
-                && newest.as_ref().is_none_or(|(at, _)| *at < modified)
-            {
-                newest = Some((modified, artifact));
-            }
-        }
-        Ok(newest.map(|(_, artifact)| artifact))
-    }
-
-    /// Checks the record of an image, if there is one, and gathers its layers.
-    fn verify_image(
-        &self,
-        path: PathBuf,
-        repair: bool,
-        report: &mut VerifyReport,
-        layers: &mut Users,
-    ) -> Result<()> {
-        if self.disk.stat(&path)?.is_none() {
-            return Ok(());
-        }
-        match self.read_image(&path)? {
-            ImageState::Damaged => {
-                let what = "its checksum does not fit";
-                self.damaged(path, what, Vec::new(), repair, report)
-            }
-            ImageState::Absent => Ok(()),
-            ImageState::Here(image) => {
-                for layer in image.layers {
-                    let references = layers.entry(layer.blob).or_default();
-                    references.insert(image.reference.clone());
-                }
-                Ok(())
-            }
-        }
     }
 
     /// Checks the indexes of layers.
@@ -557,14 +505,15 @@ impl Store {
         if repair {
             self.disk.unlink(&path)?;
         }
-        report.damaged.push(Damage {
-            path,
-            what: what.to_owned(),
-            references,
-            removed: repair,
-            tier: false,
-            distrusted: false,
-        });
+        report.add(path, what, references, repair);
         Ok(())
     }
+}
+
+/// Whether it is files, memory or rights that this process lacks.
+const fn is_of_process(errno: Option<i32>) -> bool {
+    matches!(
+        errno,
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EACCES | libc::EPERM)
+    )
 }

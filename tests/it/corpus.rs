@@ -7,7 +7,10 @@ use bytes::Bytes;
 use hearth::{
     config::Config,
     digest::Digest,
-    image::{Compression, Decoder, ImageError, LayerIndex, Limits, Sink, Unpacker},
+    image::{
+        Compression, Decoder, ImageError, LayerIndex, Limits, Sink, Unpacker,
+        profile::AccessProfile,
+    },
     reference::Reference,
     tree::Artifact,
 };
@@ -138,6 +141,29 @@ fn indexes_of_layers() {
             forged[CHECKSUM].copy_from_slice(sum.as_bytes());
             check(&forged);
         }
+    });
+}
+
+#[test]
+fn profiles() {
+    let check = |input: &[u8]| {
+        if let Ok(profile) = AccessProfile::decode(input) {
+            let again = AccessProfile::decode(&profile.encode().unwrap());
+            assert_eq!(again, Ok(profile));
+        }
+    };
+    replay("corpus/profile", |input| {
+        check(input);
+        // And as what is compressed in one.
+        let body = zstd::bulk::compress(input, 1).unwrap();
+        let mut forged = b"hrthprof\x01".to_vec();
+        let mut left = body.len();
+        while left >= 0x80 {
+            forged.push(left as u8 | 0x80);
+            left >>= 7;
+        }
+        forged.push(left as u8);
+        check(&[forged, body].concat());
     });
 }
 

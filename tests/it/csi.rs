@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use hearth::{
@@ -36,6 +37,8 @@ struct Made {
     state: Mutex<MadeState>,
     /// Holds `open` back while it is taken.
     gate: tokio::sync::RwLock<()>,
+    /// Holds the next `open` back until it is told, and no other.
+    hold: Mutex<Option<Arc<tokio::sync::Notify>>>,
     complete: tokio::sync::Notify,
 }
 
@@ -47,6 +50,8 @@ struct MadeState {
     pins: BTreeSet<(String, String)>,
     /// What `open` fails with.
     fails: Option<ModelErrorKind>,
+    /// How often it did.
+    failed: u32,
     /// What `complete` says.
     complete: Option<Result<(), ModelErrorKind>>,
     trouble: Option<String>,
@@ -92,8 +97,13 @@ impl Models for Made {
         user: &User,
     ) -> Result<Model, ModelError> {
         let _gate = self.gate.read().await;
+        let hold = self.hold.lock().unwrap().take();
+        if let Some(hold) = hold {
+            hold.notified().await;
+        }
         let mut state = self.state();
         if let Some(kind) = state.fails {
+            state.failed += 1;
             return Err(ModelError::new(kind, "made to fail"));
         }
         let now = Digest::of(format!("{} {}", want.reference, state.generation).as_bytes());
@@ -350,8 +360,28 @@ impl Bed {
         let state = self.models.state();
         assert!(state.users.is_empty(), "{:?}", state.users);
         assert!(state.pins.is_empty(), "{:?}", state.pins);
-        let records = std::fs::read_dir(self.dir.path().join("store/run/csi/published")).unwrap();
+        let records = std::fs::read_dir(self.records()).unwrap();
         assert_eq!(records.count(), 0);
+    }
+
+    fn records(&self) -> PathBuf {
+        self.dir.path().join("store/run/csi/published")
+    }
+
+    /// The record of a volume that is published at a target.
+    fn record_of(&self, volume: &str, target: &str) -> PathBuf {
+        let id = Digest::of(format!("{volume}\0{}", self.target(target)).as_bytes());
+        self.records().join(format!("{}.json", &id.hex()[..32]))
+    }
+
+    async fn wait_for(&self, is_so: impl Fn(&Self) -> bool) {
+        for _ in 0..1000 {
+            if is_so(self) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("it does not come to that");
     }
 }
 

@@ -130,8 +130,32 @@ async fn what_is_streamed_is_kept_once_there_is_space() {
     let begun = std::time::Instant::now();
     while handle.present_bytes() == 0 {
         read(MIB as u64).await;
-        assert!(begun.elapsed() < Duration::from_secs(20), "still streamed");
+        assert!(begun.elapsed() < Duration::from_secs(120), "still streamed");
         tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Whoever wants it kept is told what the disk says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_kept_has_a_cause() {
+    for (errno, kind, cause) in [
+        (libc::EIO, FetchErrorKind::Disk, "Input/output error"),
+        (libc::ENOSPC, FetchErrorKind::NoSpace, "No space left"),
+    ] {
+        for size in [1000, 3 * MIB] {
+            let dir = tempfile::tempdir().unwrap();
+            let disk = FailingDisk::new();
+            let engine = Engine::new(open(&disk, dir.path()), config());
+            let source = Arc::new(Scripted::new(size));
+            disk.fail_after(0, errno);
+            let handle = engine.open(&source.object(), &source.source()).unwrap();
+            for _ in 0..2 {
+                let error = handle.ensure(Class::Warm).await.unwrap_err();
+                assert_eq!(error.kind(), kind, "{error}");
+                assert!(error.to_string().contains(cause), "{error}");
+                assert!(error.hint().is_some(), "{error}");
+            }
+        }
     }
 }
 

@@ -23,3 +23,4 @@ mod slices;
 mod snapshotter;
 mod store;
 mod tar;
+mod updates;

@@ -13,7 +13,9 @@ use k8s_openapi::{
         admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding},
         apps::v1::{DaemonSet, Deployment},
         batch::v1::JobTemplateSpec,
-        core::v1::{Namespace, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount},
+        core::v1::{
+            Namespace, PersistentVolumeClaim, Pod, ResourceQuota, Secret, Service, ServiceAccount,
+        },
         networking::v1::NetworkPolicy,
         policy::v1::PodDisruptionBudget,
         rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding},
@@ -26,6 +28,9 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use crate::kube::schema;
+
+mod kustomize;
+mod names;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("daemonset")
@@ -149,6 +154,7 @@ fn every_manifest_is_of_its_type() {
         match (version, kind) {
             ("v1", "Namespace") => typed::<Namespace>(value, &at),
             ("v1", "Pod") => typed::<Pod>(value, &at),
+            ("v1", "ResourceQuota") => typed::<ResourceQuota>(value, &at),
             ("v1", "Secret") => typed::<Secret>(value, &at),
             ("v1", "Service") => typed::<Service>(value, &at),
             ("v1", "ServiceAccount") => typed::<ServiceAccount>(value, &at),
@@ -220,142 +226,6 @@ fn keys(value: &Value) -> Vec<&str> {
         .collect()
 }
 
-#[test]
-fn kustomizations_name_what_there_is() {
-    let known = [
-        "apiVersion",
-        "kind",
-        "namespace",
-        "labels",
-        "resources",
-        "components",
-        "configMapGenerator",
-        "images",
-        "patches",
-    ];
-    for file in files("yaml") {
-        for kustomization in documents(&file).into_iter().filter(is_kustomization) {
-            let dir = file.parent().unwrap();
-            let at = file.display();
-            for key in keys(&kustomization) {
-                assert!(known.contains(&key), "{at}: {key}");
-            }
-            let list = |field: &str| kustomization[field].as_array().cloned().unwrap_or_default();
-            for path in list("resources").iter().chain(&list("components")) {
-                let path = dir.join(path.as_str().unwrap());
-                let is_there = path.is_file() || path.join("kustomization.yaml").is_file();
-                assert!(is_there, "{at}: {}", path.display());
-            }
-            // Nothing is forgotten.
-            let named: BTreeSet<String> = (list("resources").into_iter())
-                .chain(
-                    list("patches")
-                        .into_iter()
-                        .map(|patch| patch["path"].clone()),
-                )
-                .filter_map(|name| name.as_str().map(str::to_owned))
-                .collect();
-            for entry in fs::read_dir(dir).unwrap() {
-                let name = entry.unwrap().file_name().into_string().unwrap();
-                let is_named = named.contains(&name) || name == "kustomization.yaml";
-                assert!(
-                    is_named || !name.ends_with(".yaml"),
-                    "{at} leaves {name} out"
-                );
-            }
-            for generated in list("configMapGenerator") {
-                for entry in generated["files"].as_array().unwrap() {
-                    let entry = entry.as_str().unwrap();
-                    let path = entry.split_once('=').map_or(entry, |(_, path)| path);
-                    assert!(dir.join(path).is_file(), "{at}: {path}");
-                }
-            }
-            let below = base_of(dir, &kustomization);
-            for patch in list("patches") {
-                let body = documents(&dir.join(patch["path"].as_str().unwrap()));
-                for body in body {
-                    let target = match &patch["target"] {
-                        Value::Null => {
-                            json!({ "kind": body["kind"], "name": body["metadata"]["name"] })
-                        }
-                        target => target.clone(),
-                    };
-                    let patched = below.iter().find(|d| {
-                        d["kind"] == target["kind"] && d["metadata"]["name"] == target["name"]
-                    });
-                    let patched = patched.unwrap_or_else(|| panic!("{at}: no target {target}"));
-                    check_patch(patched, &body, &format!("{at}"));
-                }
-            }
-            for image in list("images") {
-                let used = below.iter().any(|d| {
-                    pod_spec(d).is_some_and(|pod| {
-                        containers(pod).iter().any(|c| c["image"] == image["name"])
-                    })
-                });
-                assert!(used, "{at}: {image}");
-            }
-        }
-    }
-}
-
-/// The manifests that a kustomization is made of.
-fn base_of(dir: &Path, kustomization: &Value) -> Vec<Value> {
-    let mut all = Vec::new();
-    for path in kustomization["resources"].as_array().into_iter().flatten() {
-        let path = dir.join(path.as_str().unwrap());
-        match path.is_file() {
-            true => all.extend(documents(&path)),
-            false => {
-                let inner = documents(&path.join("kustomization.yaml")).remove(0);
-                all.extend(base_of(&path, &inner));
-            }
-        }
-    }
-    all
-}
-
-/// What a patch deletes is there to be deleted: elements of lists, by name.
-fn check_patch(patched: &Value, patch: &Value, at: &str) {
-    match patch {
-        Value::Object(fields) => {
-            for (name, value) in fields {
-                check_patch(&patched[name], value, &format!("{at}.{name}"));
-            }
-        }
-        Value::Array(items) => {
-            for item in items.iter().filter(|item| item["$patch"] == "delete") {
-                // What elements of this list are told apart by.
-                let key = if item["name"].is_null() {
-                    "mountPath"
-                } else {
-                    "name"
-                };
-                let is_it = |other: &Value| other[key] == item[key];
-                assert!(
-                    patched
-                        .as_array()
-                        .is_some_and(|there| there.iter().any(is_it)),
-                    "{at}: {item}"
-                );
-            }
-            // Elements that are changed: inside of them.
-            for item in items.iter().filter(|item| item["$patch"].is_null()) {
-                let there = patched.as_array().into_iter().flatten();
-                let other = there
-                    .into_iter()
-                    .find(|other| other["name"] == item["name"]);
-                check_patch(
-                    other.unwrap_or(&Value::Null),
-                    item,
-                    &format!("{at}.{}", item["name"]),
-                );
-            }
-        }
-        _ => {}
-    }
-}
-
 fn pod_spec(document: &Value) -> Option<&Value> {
     let spec = match document["kind"].as_str()? {
         "Pod" => &document["spec"],
@@ -377,147 +247,7 @@ fn containers(pod: &Value) -> Vec<Value> {
 /// What `kubectl apply -k` makes of the base.
 pub(crate) fn base() -> Vec<Value> {
     let dir = root().join("base");
-    base_of(&dir, &documents(&dir.join("kustomization.yaml"))[0])
-}
-
-#[test]
-fn what_has_a_namespace_says_so() {
-    let everywhere = [
-        "Namespace",
-        "PriorityClass",
-        "CSIDriver",
-        "ClusterRole",
-        "ClusterRoleBinding",
-        "CustomResourceDefinition",
-        "ValidatingAdmissionPolicy",
-        "ValidatingAdmissionPolicyBinding",
-    ];
-    for document in base() {
-        let kind = document["kind"].as_str().unwrap();
-        let namespace = document["metadata"]["namespace"].as_str();
-        let wanted = (!everywhere.contains(&kind)).then_some("hearth-system");
-        assert_eq!(namespace, wanted, "{kind} {}", document["metadata"]["name"]);
-    }
-}
-
-#[test]
-fn what_manifests_name_exists() {
-    let base = base();
-    let generated: BTreeSet<String> =
-        documents(&root().join("base/kustomization.yaml"))[0]["configMapGenerator"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|g| g["name"].as_str().unwrap().to_owned())
-            .collect();
-    let is_there = |kind: &str, name: &Value| {
-        base.iter()
-            .any(|d| d["kind"] == kind && d["metadata"]["name"] == *name)
-    };
-    for (file, document) in manifests() {
-        let at = format!("{}: {}", file.display(), document["metadata"]["name"]);
-        if document["kind"]
-            .as_str()
-            .is_some_and(|kind| kind.ends_with("RoleBinding"))
-        {
-            assert!(
-                is_there(
-                    document["roleRef"]["kind"].as_str().unwrap(),
-                    &document["roleRef"]["name"]
-                ),
-                "{at}"
-            );
-            for subject in document["subjects"].as_array().unwrap() {
-                if subject["kind"] == "Group" {
-                    assert_eq!(subject["name"], "system:nodes", "{at}");
-                    continue;
-                }
-                assert!(is_there("ServiceAccount", &subject["name"]), "{at}");
-                assert_eq!(subject["namespace"], "hearth-system", "{at}");
-            }
-        }
-        let Some(pod) = pod_spec(&document).filter(|_| !is_patch(&file)) else {
-            continue;
-        };
-        let is_own = file.starts_with(root().join("base"));
-        if is_own {
-            let labels = document["spec"]["selector"]["matchLabels"]
-                .as_object()
-                .unwrap();
-            for (name, value) in labels {
-                assert_eq!(
-                    document["spec"]["template"]["metadata"]["labels"][name], *value,
-                    "{at}"
-                );
-            }
-            if !pod["serviceAccountName"].is_null() {
-                assert!(
-                    is_there("ServiceAccount", &pod["serviceAccountName"]),
-                    "{at}"
-                );
-            } else {
-                assert_eq!(
-                    pod["automountServiceAccountToken"], false,
-                    "{at} has a token that it does not need"
-                );
-            }
-            if !pod["priorityClassName"].is_null() {
-                assert!(is_there("PriorityClass", &pod["priorityClassName"]), "{at}");
-            }
-        }
-        let volumes: BTreeMap<&str, &Value> = (pod["volumes"].as_array().into_iter().flatten())
-            .map(|volume| (volume["name"].as_str().unwrap(), volume))
-            .collect();
-        let mut used = BTreeSet::new();
-        for container in containers(pod) {
-            let at = format!("{at}/{}", container["name"]);
-            for mount in container["volumeMounts"].as_array().into_iter().flatten() {
-                let name = mount["name"].as_str().unwrap();
-                let volume = volumes
-                    .get(name)
-                    .unwrap_or_else(|| panic!("{at}: volume {name}"));
-                used.insert(name.to_owned());
-                if mount["mountPropagation"] == "Bidirectional" {
-                    assert_eq!(
-                        container["securityContext"]["privileged"], true,
-                        "{at}: {name}"
-                    );
-                    // What is mounted has the same path for all: containerd and the kubelet are told it.
-                    assert_eq!(
-                        mount["mountPath"], volume["hostPath"]["path"],
-                        "{at}: {name}"
-                    );
-                }
-            }
-            if is_own {
-                assert!(
-                    container["resources"]["requests"]["memory"].is_string(),
-                    "{at}: requests"
-                );
-                let security = &container["securityContext"];
-                assert_eq!(security["readOnlyRootFilesystem"], true, "{at}");
-                assert!(
-                    security["privileged"] == true || security["allowPrivilegeEscalation"] == false,
-                    "{at}"
-                );
-            }
-            let ports: Vec<&Value> = (container["ports"].as_array().into_iter().flatten())
-                .map(|p| &p["name"])
-                .collect();
-            for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
-                let port = &container[probe]["httpGet"]["port"];
-                assert!(!port.is_string() || ports.contains(&port), "{at}: {probe}");
-            }
-        }
-        for (name, volume) in volumes {
-            assert!(used.contains(name), "{at}: nobody mounts {name}");
-            let map = &volume["configMap"]["name"];
-            assert!(
-                map.is_null() || generated.contains(map.as_str().unwrap()),
-                "{at}: {map}"
-            );
-        }
-    }
+    kustomize::base_of(&dir, &documents(&dir.join("kustomization.yaml"))[0])
 }
 
 #[test]
@@ -537,6 +267,9 @@ fn a_rolling_update_drops_no_mount() {
         "nothing is to kill it"
     );
     assert!(keeper_pod["containers"][0]["livenessProbe"].is_null());
+    for pod in [keeper_pod, pod_spec(agent).unwrap()] {
+        assert_eq!(pod["priorityClassName"], "system-node-critical");
+    }
     let config = Config::read(&root().join("base/config/agent.toml")).unwrap();
     let socket = config.agent.keeper.unwrap();
     let arguments = keeper_pod["containers"][0]["args"].as_array().unwrap();
@@ -563,6 +296,36 @@ fn the_keeper_has_the_configuration_that_it_reads() {
     assert_eq!(own.unwrap()["options"]["disableNameSuffixHash"], true);
     let config = Config::read(&root().join("base/config/keeper.toml")).unwrap();
     assert_eq!(config.mount, Default::default());
+}
+
+/// What the API server lets nodes do (system:node, and the node authorizer), of what an agent asks for.
+#[test]
+fn an_agent_with_the_credentials_of_the_kubelet_may_do_what_the_others_may() {
+    let base = base();
+    let overlay = root().join("overlays/systemd");
+    let bound = |documents: &[Value], subject: &str| -> BTreeSet<String> {
+        let bindings = documents.iter().filter(|d| {
+            let mut subjects = d["subjects"].as_array().into_iter().flatten();
+            d["kind"] == "ClusterRoleBinding" && subjects.any(|s| s["name"] == subject)
+        });
+        bindings
+            .map(|d| d["roleRef"]["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let by_kubernetes = ["hearth-nodes", "hearth-pods"].map(str::to_owned);
+    let mut of_nodes = bound(&documents(&overlay.join("nodes.yaml")), "system:nodes");
+    of_nodes.extend(by_kubernetes);
+    assert_eq!(of_nodes, bound(&base, "hearth-agent"));
+    // Of what Kubernetes gives them nothing is in a role that they are given here.
+    let known = ["pods", "nodes", "secrets"];
+    for role in base.iter().filter(|d| d["kind"] == "ClusterRole") {
+        let name = role["metadata"]["name"].as_str().unwrap();
+        let rules = role["rules"].as_array().unwrap();
+        let is_known = |rule: &Value| known.iter().any(|known| rule["resources"][0] == *known);
+        if ["hearth-warmups", "hearth-events"].contains(&name) {
+            assert!(!rules.iter().any(is_known), "{name}");
+        }
+    }
 }
 
 #[test]

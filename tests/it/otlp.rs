@@ -174,7 +174,7 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
         assert!(
-            begun.elapsed() < Duration::from_secs(30),
+            begun.elapsed() < Duration::from_secs(120),
             "not in time: {what}"
         );
         std::thread::sleep(Duration::from_millis(10));
@@ -373,12 +373,8 @@ fn without_an_answer_spans_are_dropped_and_counted() {
     const REQUESTS: u64 = 3000;
     let refusing = Collector::start(Mode::Refuses(401));
     let hanging = Collector::start(Mode::Hangs);
-    // Nobody listens there.
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
-    let nobody = format!("http://{nobody}");
+    // Nobody listens there, nor will while this goes on.
+    let nobody = "http://127.0.0.1:1".to_owned();
     for (endpoint, why) in [
         (refusing.url(), Some("401")),
         (nobody, Some("refused")),

@@ -17,8 +17,10 @@ use std::{
 use futures_util::{StreamExt as _, future::join_all};
 use hearth::{
     digest::Digest,
-    reference::Reference,
-    source::{Config, Layered, Source, SourceError, SourceErrorKind as Kind, Sources},
+    reference::{Reference, Secret},
+    source::{
+        Config, Credentials, Keys, Layered, Source, SourceError, SourceErrorKind as Kind, Sources,
+    },
     tree::Location,
 };
 use serde_json::{Value, json};
@@ -26,11 +28,13 @@ use tempfile::TempDir;
 
 use crate::scripted::{Reply, Scripted, Seen};
 
+mod asked;
 mod auth;
 mod manifests;
 mod mirror;
 mod passing;
 mod removed;
+mod updates;
 mod ways;
 
 const SECRET: &str = "geheim";

@@ -38,6 +38,8 @@ pub(crate) enum Fault {
     FlipBit(usize),
     /// Nothing is ever answered.
     Stall,
+    /// Each frame of the body comes after this pause.
+    Slow(Duration),
 }
 
 /// Content and what happens to the requests for it.
@@ -169,6 +171,7 @@ impl Source for Scripted {
             .slice(range.start as usize..range.end as usize)
             .to_vec();
         let (mut broken, mut held) = (false, false);
+        let mut pace = self.pace;
         match fault {
             None => {}
             Some(Fault::Refuse(kind)) => return Err(SourceError::new(kind, what, "scripted")),
@@ -182,6 +185,7 @@ impl Source for Scripted {
                 body.truncate(at as usize);
                 held = true;
             }
+            Some(Fault::Slow(each)) => pace = each,
             Some(Fault::Long) => body.push(0),
             Some(Fault::Flip) => body[0] ^= 1,
             Some(Fault::FlipBit(bit)) => {
@@ -192,7 +196,6 @@ impl Source for Scripted {
         if self.always_wrong.load(Ordering::Relaxed) {
             body[0] ^= 1;
         }
-        let pace = self.pace;
         let frames: Vec<_> = body
             .chunks(self.frame)
             .map(Bytes::copy_from_slice)

@@ -181,7 +181,7 @@ async fn read_ahead_by_tensors(object: u32, start: usize) {
     body.clone().read(tensor, 64 << 10).await.unwrap();
     let end = start as u64 + tensor + 8 * MIB;
     let ahead = || bed.source.requests().iter().any(|r| r.end >= end);
-    for _ in 0..500 {
+    for _ in 0..6000 {
         if ahead() {
             break;
         }

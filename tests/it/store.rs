@@ -10,6 +10,7 @@ mod import;
 pub(crate) mod integrity;
 mod model;
 mod objects;
+mod previous;
 mod processes;
 pub(crate) mod sim;
 mod tiers;

@@ -4,6 +4,8 @@
 
 use std::{
     fs,
+    io::{Read as _, Write as _},
+    net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -13,6 +15,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
+    proxy::Proxy,
     servers::{self, Server},
     sources::bytes,
 };
@@ -35,6 +38,7 @@ mod mounts;
 mod namespaces;
 mod offline;
 mod private;
+mod replaced;
 mod sanity;
 mod secrets;
 mod survive;
@@ -44,6 +48,9 @@ mod tiers;
 
 /// Longest time that anything but a server may take.
 const LIMIT: &str = "120";
+
+/// How long to wait for what is to come: only to end what hangs.
+const HANG: Duration = Duration::from_secs(120);
 
 /// A store and a place for mounts.
 struct Bed {
@@ -134,7 +141,7 @@ impl Bed {
             if status["complete"] == true {
                 return status;
             }
-            assert!(begun.elapsed() < Duration::from_secs(60), "{status}");
+            assert!(begun.elapsed() < HANG, "{status}");
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -270,6 +277,8 @@ struct Web {
     root: TempDir,
     logs: TempDir,
     server: Server,
+    /// Where clients ask.
+    port: u16,
 }
 
 /// One request as nginx logged it.
@@ -295,14 +304,30 @@ impl Web {
         let root = tempfile::tempdir().unwrap();
         let logs = tempfile::tempdir().unwrap();
         let log = logs.path().join("access");
-        let more = format!("access_log {}; {more}", log.display());
+        let more = format!(
+            "access_log {}; location = /logged {{ access_log off; return 204; }} {more}",
+            log.display()
+        );
         let server = servers::nginx(root.path(), &more);
-        Self { root, logs, server }
+        let port = server.port;
+        Self {
+            root,
+            logs,
+            server,
+            port,
+        }
+    }
+
+    /// Has clients come through a proxy from now on, which can hold content back.
+    fn gate(&mut self) -> Proxy {
+        let gate = Proxy::before(self.server.port);
+        self.port = gate.port;
+        gate
     }
 
     /// The reference of the directory `name`.
     fn url(&self, name: &str) -> String {
-        format!("{}/{name}/", self.server.url())
+        format!("http://127.0.0.1:{}/{name}/", self.port)
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -315,9 +340,21 @@ impl Web {
         self.url(name)
     }
 
+    /// Waits until what it has answered is logged: it is one process, which logs an answer before it takes another request.
+    fn wait_logged(&self) {
+        let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.server.port)) else {
+            return;
+        };
+        stream.write_all(b"GET /logged HTTP/1.0\r\n\r\n").unwrap();
+        stream.read_to_end(&mut Vec::new()).unwrap();
+    }
+
     fn asked(&self) -> Vec<Asked> {
+        self.wait_logged();
         let text = fs::read_to_string(self.logs.path().join("access")).unwrap();
-        text.lines()
+        // A line may be under way.
+        let lines = text.split_inclusive('\n').filter(|l| l.ends_with('\n'));
+        lines
             .map(|line| {
                 let parts: Vec<_> = line.split('"').collect();
                 let mut request = parts[1].split(' ');
@@ -346,6 +383,7 @@ impl Web {
     }
 
     fn forget(&self) {
+        self.wait_logged();
         fs::write(self.logs.path().join("access"), "").unwrap();
     }
 }
@@ -436,10 +474,7 @@ fn assert_ended(pid: u64) {
         if !threads.into_iter().flatten().flatten().any(runs) {
             return;
         }
-        assert!(
-            begun.elapsed() < Duration::from_secs(30),
-            "{pid} still runs"
-        );
+        assert!(begun.elapsed() < HANG, "{pid} still runs");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

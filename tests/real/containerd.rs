@@ -2,6 +2,8 @@
 
 #[path = "containerd/bed.rs"]
 mod bed;
+#[path = "containerd/brought.rs"]
+mod brought;
 #[expect(
     clippy::allow_attributes,
     unreachable_pub,

@@ -295,7 +295,7 @@ async fn commits_tokens_and_signatures() {
         log.iter().filter(|seen| seen["server"] == server).count()
     };
     // The stub notes a request after it has answered.
-    for _ in 0..100 {
+    for _ in 0..3000 {
         if (asked(&log, "hub"), asked(&log, "cdn")) == (2, 5) {
             break;
         }

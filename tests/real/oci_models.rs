@@ -5,10 +5,11 @@ use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 use hearth::{
     digest::{Digest, ObjectId},
     fetch::{self, Engine},
+    image::LayerIndex,
     node::{Node, NodeError, Progress},
     reference::Reference,
-    source::{self, Layered, Source, SourceErrorKind, Sources},
-    store::{self, Store},
+    source::{self, AttachedBlob, Attachment, Layered, Source, SourceErrorKind, Sources},
+    store::{self, Store, StoreErrorKind},
     tree::{Artifact, Kind, Recipe},
 };
 use serde_json::{Value, json};
@@ -200,14 +201,19 @@ struct Bed {
     node: Node,
     sources: Sources,
     store: Arc<Store>,
-    _home: tempfile::TempDir,
+    home: tempfile::TempDir,
 }
 
 impl Bed {
     fn new() -> Self {
+        Self::with(None)
+    }
+
+    fn with(max_bytes: Option<u64>) -> Self {
         let home = tempfile::tempdir().unwrap();
         let config = store::Config {
             min_free: store::ByteSize(0),
+            max_bytes: max_bytes.map(store::ByteSize),
             ..Default::default()
         };
         let store = Store::open(home.path(), &config).unwrap();
@@ -217,8 +223,15 @@ impl Bed {
             node: Node::new(engine, sources.clone()),
             sources,
             store,
-            _home: home,
+            home,
         }
+    }
+
+    /// Removes content from the store, as `verify` does with what is damaged.
+    fn lose(&self, content: &[u8]) {
+        let hex = Digest::of(content).hex();
+        let path = format!("objects/sha256/{}/{hex}", &hex[..2]);
+        fs::remove_file(self.home.path().join(path)).unwrap();
     }
 
     fn source(&self, reference: &str) -> (Reference, Arc<dyn Source>) {
@@ -275,6 +288,13 @@ impl Bed {
 
 /// Paths, kinds and permissions: the shape of a tree, without times and objects.
 fn shape(artifact: &Artifact) -> Vec<String> {
+    let lines = full_shape(artifact).into_iter();
+    let without = lines.map(|line| line.rsplit_once(' ').unwrap().0.to_owned());
+    without.collect()
+}
+
+/// The same, with times.
+fn full_shape(artifact: &Artifact) -> Vec<String> {
     fn walk(artifact: &Artifact, dir: u32, above: &str, found: &mut Vec<String>) {
         for entry in artifact.tree.entries(dir).unwrap() {
             let path = format!("{above}/{}", String::from_utf8_lossy(&entry.name));
@@ -286,8 +306,8 @@ fn shape(artifact: &Artifact) -> Vec<String> {
             };
             let meta = &inode.meta;
             found.push(format!(
-                "{path} {kind} {:o} {}:{}",
-                meta.mode, meta.uid, meta.gid
+                "{path} {kind} {:o} {}:{} {:?} {}.{}",
+                meta.mode, meta.uid, meta.gid, meta.xattrs, meta.mtime.0, meta.mtime.1
             ));
             if matches!(inode.kind, Kind::Dir { .. }) {
                 walk(artifact, entry.inode, &path, found);

@@ -10,8 +10,10 @@ use std::{
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// What happens to one request for content.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,8 +39,16 @@ struct State {
     /// For the next requests for content, in order.
     spoils: Mutex<VecDeque<Spoil>>,
     spoiled: AtomicUsize,
+    /// What is spoiled is any request, until all of them were.
+    any: AtomicBool,
     /// No connection is served, and those that are open are reset.
     down: AtomicBool,
+    /// How much more of what is large may pass; all of it where nothing is said.
+    room: Mutex<Option<usize>>,
+    /// How much of what is large has passed.
+    passed: AtomicU64,
+    /// Connections that are served.
+    served: AtomicUsize,
     /// Everything is refused.
     denied: AtomicBool,
     /// Content is redirected to a signed place; the number of the signature that is good.
@@ -64,8 +74,12 @@ impl Proxy {
                 let (Ok(client), state) = (client, Arc::clone(&shared)) else {
                     continue;
                 };
-                // Who hangs up in the middle is no news.
-                thread::spawn(move || drop(serve(client, port, &state)));
+                state.served.fetch_add(1, SeqCst);
+                thread::spawn(move || {
+                    // Who hangs up in the middle is no news.
+                    drop(serve(client, port, &state));
+                    state.served.fetch_sub(1, SeqCst);
+                });
             }
         });
         Self { port: own, state }
@@ -74,6 +88,12 @@ impl Proxy {
     /// Spoils the next requests for content.
     pub(crate) fn spoil(&self, spoils: impl IntoIterator<Item = Spoil>) {
         self.state.spoils.lock().unwrap().extend(spoils);
+    }
+
+    /// Spoils the next requests, whatever they are for.
+    pub(crate) fn spoil_any(&self, spoils: impl IntoIterator<Item = Spoil>) {
+        self.state.any.store(true, SeqCst);
+        self.spoil(spoils);
     }
 
     /// How many requests were spoiled; none is waiting to be.
@@ -85,6 +105,39 @@ impl Proxy {
     /// Whether nobody is there.
     pub(crate) fn set_down(&self, down: bool) {
         self.state.down.store(down, SeqCst);
+    }
+
+    /// Content of what is large, not of JSON, passes up to so many bytes from now on, then waits. A server that is
+    /// merely slow (nginx sends as much as it may in a second at once) is no such thing.
+    pub(crate) fn hold_after(&self, bytes: usize) {
+        *self.state.room.lock().unwrap() = Some(bytes);
+    }
+
+    /// All content passes again.
+    pub(crate) fn release(&self) {
+        *self.state.room.lock().unwrap() = None;
+    }
+
+    /// Whether content of what is large waits.
+    pub(crate) fn set_held(&self, held: bool) {
+        match held {
+            true => self.hold_after(0),
+            false => self.release(),
+        }
+    }
+
+    /// How many bytes of content of what is large were passed on.
+    pub(crate) fn passed(&self) -> u64 {
+        self.state.passed.load(SeqCst)
+    }
+
+    /// Waits until it serves nobody: all who have asked have hung up, as those who have ended do.
+    pub(crate) fn settle(&self) {
+        let begun = Instant::now();
+        while self.state.served.load(SeqCst) > 0 {
+            assert!(begun.elapsed() < Duration::from_secs(120), "still asked");
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Whether credentials are taken for expired.
@@ -164,6 +217,8 @@ fn serve(mut client: TcpStream, port: u16, state: &State) -> io::Result<()> {
             continue;
         }
         let content = request.starts_with("GET ") && header(&request, "range").is_some();
+        let path = request.split([' ', '?']).nth(1).unwrap_or_default();
+        let large = content && !path.ends_with(".json");
         let mut spoil = None;
         if content {
             let good = state.signed.load(SeqCst);
@@ -186,10 +241,16 @@ fn serve(mut client: TcpStream, port: u16, state: &State) -> io::Result<()> {
                 }
                 None => {}
             }
-            spoil = state.spoils.lock().unwrap().pop_front();
+        }
+        if content || state.any.load(SeqCst) {
+            let mut spoils = state.spoils.lock().unwrap();
+            spoil = spoils.pop_front();
             state
                 .spoiled
                 .fetch_add(usize::from(spoil.is_some()), SeqCst);
+            if spoils.is_empty() {
+                state.any.store(false, SeqCst);
+            }
         }
         if !content {
             // Then the end of a body without a length is the end of the connection.
@@ -213,7 +274,14 @@ fn serve(mut client: TcpStream, port: u16, state: &State) -> io::Result<()> {
         };
         upstream.write_all(request.as_bytes())?;
         let body = header(&request, "content-length").map_or(0, |n| n.parse().unwrap());
-        copy(&mut client, &mut asked, upstream, body, state, None)?;
+        copy(
+            &mut client,
+            &mut asked,
+            upstream,
+            body,
+            state,
+            (None, false),
+        )?;
         let mut answered = Vec::new();
         let Some(reply) = head(upstream, &mut answered)? else {
             return Ok(());
@@ -231,7 +299,7 @@ fn serve(mut client: TcpStream, port: u16, state: &State) -> io::Result<()> {
             &mut client,
             length.unwrap_or(usize::MAX),
             state,
-            spoil,
+            (spoil, large),
         )?;
         if !whole || !content {
             let _ = client.shutdown(Shutdown::Both);
@@ -245,14 +313,44 @@ fn answer(client: &mut TcpStream, text: &str) -> io::Result<()> {
     client.write_all(format!("HTTP/1.1 {text}\r\ncontent-length: 0\r\n\r\n").as_bytes())
 }
 
-/// Passes `length` bytes on, of which `ready` were read already; false where that is the end.
+/// Takes some of what may pass, at most `most` bytes, and waits until there is some; none where the client hangs up,
+/// or nobody is to be there any more.
+fn take_room(state: &State, most: usize, client: &TcpStream) -> io::Result<usize> {
+    use std::os::fd::AsFd as _;
+    let hangs_up = PollFlags::from_bits_retain(libc::POLLRDHUP);
+    loop {
+        match &mut *state.room.lock().unwrap() {
+            None => return Ok(most),
+            Some(room) if *room > 0 => {
+                let n = most.min(*room);
+                *room -= n;
+                return Ok(n);
+            }
+            Some(_) => {}
+        }
+        let mut gone = [PollFd::new(client.as_fd(), hangs_up)];
+        if poll(&mut gone, PollTimeout::from(5_u8))? > 0 || state.down.load(SeqCst) {
+            return Ok(0);
+        }
+    }
+}
+
+/// Gives back what was not needed.
+fn give_room(state: &State, bytes: usize) {
+    if let Some(room) = &mut *state.room.lock().unwrap() {
+        *room += bytes;
+    }
+}
+
+/// Passes `length` bytes on, of which `ready` were read already; false where that is the end. They are spoiled, and
+/// they are of something large.
 fn copy(
     from: &mut TcpStream,
     ready: &mut Vec<u8>,
     to: &mut TcpStream,
     length: usize,
     state: &State,
-    spoil: Option<Spoil>,
+    (spoil, large): (Option<Spoil>, bool),
 ) -> io::Result<bool> {
     let mut passed = 0;
     let cut = match spoil {
@@ -265,8 +363,13 @@ fn copy(
             Some(Spoil::Slow(n)) => n,
             _ => buffer.len(),
         };
-        let want = piece.min(cut - passed);
-        let n = if ready.is_empty() {
+        let mut want = piece.min(cut - passed);
+        if large {
+            want = take_room(state, want, to)?;
+        }
+        let n = if want == 0 {
+            0
+        } else if ready.is_empty() {
             from.read(&mut buffer[..want])?
         } else {
             let n = want.min(ready.len());
@@ -274,7 +377,13 @@ fn copy(
             ready.drain(..n);
             n
         };
+        if large && n < want {
+            give_room(state, want - n);
+        }
         if n == 0 {
+            if state.down.load(SeqCst) {
+                reset(to);
+            }
             return Ok(false);
         }
         if let Some(Spoil::Corrupt(at)) = spoil
@@ -288,6 +397,9 @@ fn copy(
         }
         to.write_all(&buffer[..n])?;
         passed += n;
+        if large {
+            state.passed.fetch_add(n as u64, SeqCst);
+        }
         if let Some(Spoil::Slow(_)) = spoil {
             thread::sleep(Duration::from_millis(10));
         }

@@ -6,6 +6,7 @@
 use std::{
     env, fs,
     fs::File,
+    hash::{BuildHasher as _, RandomState},
     io::{Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     os::unix::process::CommandExt,
@@ -266,10 +267,23 @@ pub(crate) fn set_env<V: AsRef<str>>(variables: &[(&str, V)]) {
     }
 }
 
-/// A port that nothing listens on.
+/// A port that nothing listens on, and that the kernel gives to nobody who connects before somebody does.
 pub(crate) fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    listener.local_addr().unwrap().port()
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
+    let first: u16 = range.split_whitespace().next().unwrap().parse().unwrap();
+    let ports = match first {
+        0..12_000 => 10_000..first.max(20_000),
+        _ => 10_000..first,
+    };
+    // Other tests look for one at the same time.
+    let mut random = RandomState::new().hash_one(std::process::id());
+    loop {
+        random = random.wrapping_mul(6364136223846793005).wrapping_add(1);
+        let port = ports.start + ((random >> 33) % ports.len() as u64) as u16;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 #[test]

@@ -211,6 +211,11 @@ pub(super) fn staging(image: &Path) -> PathBuf {
     beside(image, ".baking")
 }
 
+/// An image in the making.
+pub(super) fn partial(image: &Path) -> PathBuf {
+    beside(image, ".partial")
+}
+
 fn beside(image: &Path, end: &str) -> PathBuf {
     let mut name = image.as_os_str().to_owned();
     name.push(end);
@@ -303,7 +308,7 @@ impl Image {
     pub(super) fn make(&self, dir: &Path, image: &Path, running: &Running) -> anyhow::Result<()> {
         let _lock = claim(dir)?;
         anyhow::ensure!(!image.exists(), "{} is there already", image.display());
-        let partial = beside(image, ".partial");
+        let partial = partial(image);
         match fs::remove_file(&partial) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}
@@ -318,6 +323,15 @@ impl Image {
             .and_then(|()| fs::File::open(image.parent().unwrap_or(image))?.sync_all());
         named.with_context(|| format!("cannot write {}", image.display()))?;
         fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))
+    }
+
+    /// Bytes that the image of a directory takes on the disk, at most.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub(super) fn needs(&self, dir: &Path) -> anyhow::Result<u64> {
+        let needs = count(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+        Ok(self.format.takes(needs))
     }
 
     fn write(&self, dir: &Path, image: &Path, running: &Running) -> anyhow::Result<()> {

@@ -46,8 +46,11 @@ impl Fill {
         let shown = Arc::clone(&progress);
         let task = tokio::spawn(async move {
             tokio::time::sleep(HEAD_START).await;
-            let waits = |error: &NodeError| {
-                tell.send_replace(Filling::Failed(of_node(error)));
+            // Failed until it is known to be done: a volume must not look well between two tries.
+            let waits = |error: Option<&NodeError>| {
+                if let Some(error) = error {
+                    tell.send_replace(Filling::Failed(of_node(error)));
+                }
             };
             match node.fill(&resolved, &shown, waits).await {
                 Ok(()) => tell.send_replace(Filling::Done),

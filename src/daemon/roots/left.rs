@@ -10,11 +10,12 @@ use super::About;
 use crate::{
     digest::Digest,
     mount::{
-        self, MountError,
+        self,
         keeper::{Link, Orphan},
         native,
     },
     store::Store,
+    tree::Artifact,
 };
 
 /// What is kept of a mount on `dir` that could not be taken over before, if it is of the same; another goes, but for those
@@ -23,12 +24,21 @@ pub(super) fn before(
     keeper: &Link,
     dir: &Path,
     about: &About,
-) -> Result<Option<Orphan>, MountError> {
+    store: &Store,
+    artifact: &Artifact,
+) -> anyhow::Result<Option<Orphan>> {
     let Some(orphan) = keeper.find(dir)? else {
         return Ok(None);
     };
     let before = serde_json::from_slice::<About>(orphan.about()).ok();
     if before.as_ref() == Some(about) {
+        return Ok(Some(orphan));
+    }
+    if let Some(before) = before.filter(|before| before.chain == about.chain)
+        && let Ok(served) = before.digest.parse()
+        && let Some(served) = store.generation(&served)?
+        && served.shows_the_same(artifact)
+    {
         return Ok(Some(orphan));
     }
     mount::unmount(dir, true)?;

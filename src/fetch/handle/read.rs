@@ -137,8 +137,7 @@ impl Handle {
         data: &mut [u8],
     ) -> Result<(), FetchError> {
         if self.avoids_disk() && !self.copy_present(partial, bytes, data).unwrap_or(false) {
-            let why = "the disk is full, or fails";
-            return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
+            return Err(self.why_not_kept());
         }
         let mut carriers = self.demand(partial, chunk::covering(bytes))?;
         self.note(bytes, partial);
@@ -171,7 +170,9 @@ impl Handle {
             tokio::pin!(changed);
             changed.as_mut().enable();
             if self.strict() {
-                // Found wrong meanwhile.
+                // Found wrong meanwhile. A flight that is over has its chunks for as long as anybody knows
+                // it: whoever fetches them again would wait for that.
+                carriers.clear();
                 let complete = self.ensure(Class::Demand).await?;
                 use std::os::unix::fs::FileExt as _;
                 let read = complete.file().read_exact_at(out, piece.start);

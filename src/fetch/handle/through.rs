@@ -41,19 +41,31 @@ impl Handle {
     }
 
     /// Reads go to the origin for a while.
-    pub(super) fn avoid_disk(&self, error: &dyn std::fmt::Display) {
+    pub(in crate::fetch) fn avoid_disk(&self, error: &FetchError) {
         if self.avoids_disk() {
             return;
         }
         if self.engine.upgrade().is_some_and(|e| e.store.writable()) {
             tracing::warn!(object = %self.id(), path = %self.name, %error, "reads go to the origin, past the disk");
         }
-        *self.no_disk_since.lock() = Some(Instant::now());
+        *self.no_disk.lock() = Some((Instant::now(), error.clone()));
     }
 
     pub(super) fn avoids_disk(&self) -> bool {
-        let since = *self.no_disk_since.lock();
-        since.is_some_and(|since| since.elapsed() < AVOID_DISK)
+        let no_disk = self.no_disk.lock();
+        no_disk
+            .as_ref()
+            .is_some_and(|(since, _)| since.elapsed() < AVOID_DISK)
+    }
+
+    /// What the disk said last.
+    pub(super) fn why_not_kept(&self) -> FetchError {
+        let no_disk = self.no_disk.lock();
+        let said = no_disk.as_ref().map(|(_, error)| error.clone());
+        said.unwrap_or_else(|| {
+            let why = "the store could not keep it";
+            FetchError::new(self, FetchErrorKind::Disk, &why)
+        })
     }
 
     /// A place in the store for what had none.

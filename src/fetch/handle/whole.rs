@@ -17,6 +17,7 @@ use crate::{
     digest::Digest,
     fetch::{
         Class, FetchError, FetchErrorKind, Inner,
+        flight::LEAST_RATE,
         retry::{Retry, is_of_origin},
         small::Urgency,
         verify::{Verdict, judge_bytes},
@@ -56,20 +57,11 @@ impl Handle {
             State::Small | State::Held(_) => {
                 self.small(class).await?;
                 self.kept().await;
-                return self.complete().ok_or_else(|| {
-                    FetchError::new(
-                        self,
-                        FetchErrorKind::NoSpace,
-                        &"the store could not keep it",
-                    )
-                });
+                return self.complete().ok_or_else(|| self.why_not_kept());
             }
             State::Streamed => match self.find_place().await {
                 Some(partial) => partial,
-                None => {
-                    let why = "the store could not make a place for it";
-                    return Err(FetchError::new(self, FetchErrorKind::NoSpace, &why));
-                }
+                None => return Err(self.why_not_kept()),
             },
             State::Partial(partial) => partial,
         };
@@ -222,6 +214,11 @@ impl Handle {
         let mut routes_tried = 0;
         let mut data = Vec::with_capacity((bytes.end - bytes.start) as usize);
         let mut retry = Retry::new(engine.config.patience, self.trouble.gave());
+        // A small object or one FUSE request: short enough for one time limit.
+        let limit = engine.config.stall_timeout * 2;
+        // Less, and the origin is not worth its patience again.
+        let least = (LEAST_RATE as f64 * limit.as_secs_f64()) as usize;
+        let mut progress_at = 0;
         while (data.len() as u64) < bytes.end - bytes.start {
             let before = data.len();
             let route = self.route();
@@ -245,8 +242,6 @@ impl Handle {
                 }
                 Ok(())
             };
-            // A small object or one FUSE request: short enough for one time limit.
-            let limit = engine.config.stall_timeout * 2;
             let failure = match tokio::time::timeout(limit, attempt).await {
                 Ok(Ok(())) if data.len() as u64 == bytes.end - bytes.start => break,
                 Ok(Ok(())) => SourceError::new(
@@ -258,10 +253,14 @@ impl Handle {
                 Err(_) => SourceError::new(
                     SourceErrorKind::Unavailable,
                     &self.name,
-                    "no answer for too long",
+                    match data.len() > before {
+                        true => "bytes arrive too slowly",
+                        false => "no answer for too long",
+                    },
                 ),
             };
-            if data.len() > before {
+            if data.len() - progress_at >= least.max(1) {
+                progress_at = data.len();
                 retry.progress();
                 self.trouble.is_over();
             }
@@ -273,6 +272,7 @@ impl Handle {
                     self.leave(&route);
                     retry = Retry::new(engine.config.patience, self.trouble.gave());
                     data.clear();
+                    progress_at = 0;
                     continue;
                 }
                 return Err(FetchError::source(self, &failure));
@@ -383,11 +383,16 @@ impl Handle {
         self.wake();
         match stored {
             Ok(_) => Ok(()),
-            Err(Some(e)) if cannot_keep(e.kind()) && !self.strict() => {
-                self.avoid_disk(&e);
-                Ok(())
+            Err(Some(e)) => {
+                let error = FetchError::store(self, &e);
+                match cannot_keep(e.kind()) && !self.strict() {
+                    true => {
+                        self.avoid_disk(&error);
+                        Ok(())
+                    }
+                    false => Err(error),
+                }
             }
-            Err(Some(e)) => Err(FetchError::store(self, &e)),
             Err(None) => Err(FetchError::cancelled(self)),
         }
     }

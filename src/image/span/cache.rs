@@ -1,5 +1,5 @@
 //! Decoded spans: those that are here, the least recently used of which goes first, and those that
-//! are on their way, each of them once.
+//! are on their way, each of them once. When no span was asked for in a while, all that are here go.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -8,24 +8,33 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::source::{SourceError, SourceErrorKind};
+use crate::{
+    limits,
+    source::{SourceError, SourceErrorKind},
+};
+
+/// How long no span has to be asked for, so that none is kept.
+const IDLE: Duration = Duration::from_secs(20);
 
 /// The number of a layer, and the span.
 type Key = (u64, usize);
 type Arrival = Option<Result<Bytes, SourceError>>;
 
 #[derive(Clone)]
-pub(super) struct Cache(Arc<Inner>);
+pub(in crate::image) struct Cache(Arc<Inner>);
 
 struct Inner {
     /// Most bytes that are kept.
     limit: usize,
+    /// How long nobody has to ask for any, so that they go.
+    idle: Duration,
     numbers: AtomicU64,
     slots: Mutex<Slots>,
 }
@@ -37,6 +46,8 @@ struct Slots {
     order: BTreeMap<u64, Key>,
     clock: u64,
     bytes: usize,
+    /// Whether somebody sees to it that they go.
+    is_watched: bool,
 }
 
 enum Slot {
@@ -59,9 +70,14 @@ pub(super) struct Landing {
 }
 
 impl Cache {
-    pub(super) fn new(limit: usize) -> Self {
+    pub(in crate::image) fn new(limit: usize) -> Self {
+        Self::idle_after(limit, IDLE)
+    }
+
+    fn idle_after(limit: usize, idle: Duration) -> Self {
         Self(Arc::new(Inner {
             limit,
+            idle,
             numbers: AtomicU64::new(0),
             slots: Mutex::default(),
         }))
@@ -70,6 +86,34 @@ impl Cache {
     /// A number for a layer.
     pub(super) fn number(&self) -> u64 {
         self.0.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Lets go of what is kept, once it has not been used in a while.
+    fn watch(&self, slots: &mut Slots) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return;
+        };
+        if std::mem::replace(&mut slots.is_watched, true) {
+            return;
+        }
+        let (cache, mut seen) = (Arc::downgrade(&self.0), slots.clock);
+        let idle = self.0.idle;
+        runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(idle).await;
+                let Some(cache) = cache.upgrade() else { return };
+                let mut slots = cache.slots.lock();
+                if slots.clock == seen {
+                    let gone = slots.clear();
+                    slots.is_watched = false;
+                    drop(slots);
+                    drop(gone);
+                    limits::give_memory_back();
+                    return;
+                }
+                seen = slots.clock;
+            }
+        });
     }
 
     /// All of `spans`, and the promises that the caller makes for those that are neither here nor
@@ -105,6 +149,13 @@ impl Cache {
 }
 
 impl Slots {
+    /// Takes out all that are here.
+    fn clear(&mut self) -> Vec<Slot> {
+        self.bytes = 0;
+        let here = std::mem::take(&mut self.order).into_values();
+        here.filter_map(|key| self.slots.remove(&key)).collect()
+    }
+
     /// A span that is here; it was used now.
     fn touch(&mut self, key: Key) -> Option<Bytes> {
         let Some(Slot::Here { bytes, used }) = self.slots.get_mut(&key) else {
@@ -157,6 +208,11 @@ impl Landing {
         self.waiters.receiver_count() > 0
     }
 
+    /// Returns once nobody waits for it.
+    pub(super) async fn given_up(&self) {
+        self.waiters.closed().await;
+    }
+
     pub(super) fn land(mut self, arrival: Result<Bytes, SourceError>) {
         self.arrive(arrival);
     }
@@ -171,6 +227,7 @@ impl Landing {
         slots.slots.remove(&self.key);
         if let Ok(bytes) = &arrival {
             slots.keep(self.key, bytes.clone(), self.cache.0.limit);
+            self.cache.watch(&mut slots);
         }
         drop(slots);
         self.waiters.send_replace(Some(arrival));
@@ -223,5 +280,26 @@ mod tests {
         assert_eq!(missing.len(), 1);
         assert_eq!(missing[0].span(), 1);
         assert_eq!(cache.0.slots.lock().bytes, 4);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_used_is_not_kept_for_long() {
+        let cache = Cache::idle_after(100, Duration::from_millis(10));
+        let (_flights, mut missing) = cache.start(1, 0..3);
+        let promised = missing.pop().unwrap();
+        for landing in missing {
+            landing.land(Ok(Bytes::from_static(b"12345678")));
+        }
+        let empty = async || {
+            while cache.0.slots.lock().bytes > 0 {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(cache.0.slots.lock().order.len(), 0);
+        };
+        empty().await;
+        // What is on its way comes, and goes in its turn.
+        promised.land(Ok(Bytes::from_static(b"abcd")));
+        assert_eq!(cache.start(1, 0..3).1.len(), 2);
+        empty().await;
     }
 }

@@ -1,5 +1,6 @@
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use futures_util::FutureExt as _;
 use parking_lot::Mutex;
 use proptest::prelude::*;
 
@@ -17,6 +18,8 @@ struct Blobs {
     bytes: AtomicU64,
     /// Bodies end after this many bytes, if it is not 0.
     short: AtomicU64,
+    /// Bodies never end.
+    stalls: AtomicBool,
 }
 
 #[async_trait::async_trait]
@@ -53,7 +56,11 @@ impl Source for Blobs {
             .map(Bytes::copy_from_slice)
             .map(Ok)
             .collect();
-        Ok(stream::iter(frames).boxed())
+        let frames = stream::iter(frames);
+        Ok(match self.stalls.load(Ordering::Relaxed) {
+            true => frames.take(1).chain(stream::pending()).boxed(),
+            false => frames.boxed(),
+        })
     }
 }
 
@@ -104,7 +111,7 @@ impl Bed {
         let blobs = Arc::new(Blobs::default());
         let served = Bytes::from(blob.clone());
         blobs.blobs.lock().insert(index.blob.to_string(), served);
-        let source = LayerSource::new(Arc::clone(&blobs) as Arc<dyn Source>, cache);
+        let source = LayerSource::new(Arc::clone(&blobs) as Arc<dyn Source>, Memory::new(cache));
         source.add(Arc::clone(&index)).unwrap();
         Self {
             blobs,
@@ -343,7 +350,7 @@ fn a_layer_that_cannot_be_entered_is_refused() {
     let blob = zstd::encode_all(&data[..], 1).unwrap();
     let index = index_of(Compression::Zstd, &blob, Vec::new());
     assert!(!index.is_seekable());
-    let source = LayerSource::new(Arc::<Blobs>::default(), 0);
+    let source = LayerSource::new(Arc::<Blobs>::default(), Memory::new(0));
     let error = source.add(Arc::new(index)).unwrap_err();
     assert_eq!(error.kind(), crate::image::ImageErrorKind::Unsupported);
 }
@@ -372,6 +379,26 @@ fn a_reader_that_goes_away_stops_the_fetch() {
             }
         }
         panic!("nothing came");
+    });
+}
+
+#[test]
+fn a_large_span_that_nobody_waits_for_any_more_keeps_no_memory() {
+    block_on(async {
+        let blob = zstd::encode_all(&samples::noise(5 << 20, 7)[..], 1).unwrap();
+        let bed = Bed::new(Compression::Zstd, blob, Vec::new(), 0);
+        assert_eq!(bed.index.spans.len(), 1);
+        bed.blobs.stalls.store(true, Ordering::Relaxed);
+        let location = bed.location();
+        let mut read = Box::pin(bed.read(&location, 0..10));
+        let all = || bed.source.shared.memory.large_span(u64::MAX);
+        while all().now_or_never().is_some() {
+            assert!(futures_util::poll!(&mut read).is_pending());
+            tokio::task::yield_now().await;
+        }
+        drop(read);
+        let free = tokio::time::timeout(std::time::Duration::from_secs(60), all());
+        assert!(free.await.is_ok());
     });
 }
 

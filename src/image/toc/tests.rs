@@ -339,7 +339,10 @@ async fn a_table_says_what_decoding_says_and_any_file_is_read_by_it() {
             LayerIndex::decode(&index.encode().unwrap()).as_ref(),
             Ok(&*index)
         );
-        let source = LayerSource::new(Arc::clone(&origin) as Arc<dyn Source>, 1 << 20);
+        let source = LayerSource::new(
+            Arc::clone(&origin) as Arc<dyn Source>,
+            crate::image::Memory::new(1 << 20),
+        );
         source.add(Arc::clone(&index)).unwrap();
         origin.requests.lock().clear();
         let contents: HashMap<_, _> = contents().into_iter().collect();

@@ -3,7 +3,8 @@
 //! A template costs one `Warmup` of a bounded number of nodes ([`Template::nodes`]), whatever becomes of it. It goes with
 //! its workload (by the cluster's garbage collection), and when the template does not ask for anything any more. The number
 //! of nodes is only raised: what is smaller again costs nothing. Only what was made here is changed here: it has the label
-//! [`MADE`].
+//! [`MADE`]. What the API server does not take, since it is more than a `Warmup` can hold, is told in an Event on the
+//! workload, and not tried again before that asks for something else.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,6 +12,7 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt as _, stream, stream::BoxStream};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{
     Api, Client,
     api::{ApiResource, DynamicObject, ListParams},
@@ -22,11 +24,12 @@ use super::{
     super::{
         client::within,
         crd::{API_VERSION, MAX_REFERENCE, MAX_SECRETS, MAX_TERMS, Warmup},
+        events::{Notice, Subject},
         templates::{self, KINDS, Template},
         watch::{Event, Selection, follow_as},
     },
     RELIST,
-    plan::Key,
+    plan::{Action, Key},
 };
 use crate::digest::Digest;
 
@@ -58,14 +61,8 @@ pub(super) struct Ahead {
     listing: BTreeMap<String, BTreeSet<Workload>>,
     /// Kinds that were listed once.
     known: BTreeSet<String>,
-}
-
-/// What is to be done for a workload.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum Change {
-    Make(Key, Value),
-    /// With its uid.
-    Delete(Key, String),
+    /// What the API server did not take.
+    refused: BTreeMap<Key, Value>,
 }
 
 impl Ahead {
@@ -90,10 +87,37 @@ impl Ahead {
         }
     }
 
+    /// The API server does not take what is wanted by this key: what is to be told of it.
+    pub(super) fn refused(&mut self, key: Key, wanted: Value, why: &str) -> Notice {
+        let owner = &wanted["metadata"]["ownerReferences"][0];
+        let text = |field: &str| owner[field].as_str().unwrap_or_default().to_owned();
+        let notice = Notice {
+            about: Subject {
+                api_version: text("apiVersion"),
+                kind: text("kind"),
+                namespace: key.0.clone(),
+                name: text("name"),
+                uid: text("uid"),
+            },
+            warning: true,
+            reason: "WarmupRefused",
+            action: "Warmup",
+            note: format!("nothing is warmed ahead of its pods: {why}"),
+        };
+        self.refused.insert(key, wanted);
+        notice
+    }
+
     /// What is to be done, where these are there.
-    pub(super) fn changes(&self, warmups: &BTreeMap<Key, Warmup>) -> Vec<Change> {
+    pub(super) fn changes(&mut self, warmups: &BTreeMap<Key, Warmup>) -> Vec<Action> {
         let mut changes = Vec::new();
+        let wanted = &self.wanted;
+        self.refused
+            .retain(|key, refused| wanted.values().any(|w| w.get(key) == Some(refused)));
         for (key, wanted) in self.wanted.values().flatten() {
+            if self.refused.contains_key(key) {
+                continue;
+            }
             let is_there = warmups.get(key).is_some_and(|there| {
                 let asked = there
                     .metadata
@@ -108,18 +132,21 @@ impl Ahead {
                 (is_asked && is_enough) || !is_ours(there)
             });
             if !is_there {
-                changes.push(Change::Make(key.clone(), wanted.clone()));
+                let (key, warmup) = (key.clone(), wanted.clone());
+                changes.push(Action::Make { key, warmup });
             }
         }
         let wanted: BTreeSet<&Key> = self.wanted.values().flat_map(BTreeMap::keys).collect();
         for (key, warmup) in warmups.iter().filter(|(_, warmup)| is_ours(warmup)) {
-            let owners = warmup.metadata.owner_references.iter().flatten();
-            let is_known = owners
-                .into_iter()
-                .any(|owner| self.known.contains(&owner.kind));
-            if is_known && !wanted.contains(key) && warmup.metadata.deletion_timestamp.is_none() {
+            let mut owners = warmup.metadata.owner_references.iter().flatten();
+            if let Some(owner) = owners.find(|owner| self.known.contains(&owner.kind))
+                && !wanted.contains(key)
+                && warmup.metadata.deletion_timestamp.is_none()
+            {
                 let uid = warmup.metadata.uid.clone().unwrap_or_default();
-                changes.push(Change::Delete(key.clone(), uid));
+                // The list that lacked the owner may have been old.
+                let (key, owner) = (key.clone(), Some(owner.clone()));
+                changes.push(Action::Delete { key, uid, owner });
             }
         }
         changes
@@ -129,6 +156,30 @@ impl Ahead {
 fn is_ours(warmup: &Warmup) -> bool {
     let labels = warmup.metadata.labels.as_ref();
     labels.is_some_and(|labels| labels.contains_key(MADE))
+}
+
+/// What `owner` asks for now, if that is a `Warmup` by this key.
+pub(super) async fn ask(
+    client: &Client,
+    key: &Key,
+    owner: &OwnerReference,
+) -> kube::Result<Option<Seen>> {
+    let kind = KINDS.iter().find(|(_, kind, _)| *kind == owner.kind);
+    let Some((group, kind, plural)) = kind else {
+        return Ok(None);
+    };
+    let version = owner.api_version.rsplit('/').next().unwrap_or_default();
+    let resource = GroupVersionKind::gvk(group, version, kind);
+    let resource = ApiResource::from_gvk_with_plural(&resource, plural);
+    let api = Api::<DynamicObject>::namespaced_with(client.clone(), &key.0, &resource);
+    let Some(object) = within(api.get_opt(&owner.name)).await? else {
+        return Ok(None);
+    };
+    let is_it = object.metadata.uid.as_ref() == Some(&owner.uid);
+    let object = serde_json::to_value(object).map_err(kube::Error::SerdeError)?;
+    let asking = Asking::read(kind, &owner.api_version, object).map_err(kube::Error::SerdeError)?;
+    let asks = is_it && asking.wanted.contains_key(key);
+    Ok(asks.then_some(Seen::Asks(asking.workload, asking.wanted)))
 }
 
 /// What all workloads ask for, as it changes.
@@ -246,11 +297,15 @@ fn warmup(object: &Value, template: &Template) -> Option<(Key, Value)> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let (kind, metadata) = (text(&object["kind"]), &object["metadata"]);
     let (namespace, name) = (text(&metadata["namespace"]), text(&metadata["name"]));
-    let references: Vec<String> = (template.asked.references.iter().chain(&template.images))
-        .map(ToString::to_string)
-        .filter(|reference| reference.len() <= MAX_REFERENCE)
-        .take(super::super::crd::MAX_REFERENCES)
-        .collect();
+    let mut references: Vec<String> = Vec::new();
+    for reference in template.asked.references.iter().chain(&template.images) {
+        let reference = reference.to_string();
+        // Its own images may be among what it names.
+        if reference.len() <= MAX_REFERENCE && !references.contains(&reference) {
+            references.push(reference);
+        }
+    }
+    references.truncate(super::super::crd::MAX_REFERENCES);
     if references.is_empty() || template.nodes() == 0 {
         return None;
     }
@@ -368,7 +423,7 @@ mod tests {
                 deployment(replicas, reference),
             ));
             for change in ahead.changes(&there) {
-                let Change::Make(key, warmup) = change else {
+                let Action::Make { key, warmup } = change else {
                     panic!("{change:?}");
                 };
                 edits.push((replicas, warmup["spec"]["maxNodes"].as_u64().unwrap()));

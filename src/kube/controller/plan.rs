@@ -16,7 +16,7 @@ use std::{
 
 use k8s_openapi::{
     api::core::v1::Taint,
-    apimachinery::pkg::apis::meta::v1::{Condition, Time},
+    apimachinery::pkg::apis::meta::v1::{Condition, OwnerReference, Time},
     jiff::Timestamp,
 };
 
@@ -127,8 +127,12 @@ pub enum Action {
     Status { key: Key, status: Box<WarmupStatus> },
     /// Make a `Warmup`, or change it to this.
     Make { key: Key, warmup: serde_json::Value },
-    /// Delete a `Warmup` whose time is over.
-    Delete { key: Key, uid: String },
+    /// Delete a `Warmup` whose time is over, or unless this owner, when it is asked, asks for it.
+    Delete {
+        key: Key,
+        uid: String,
+        owner: Option<OwnerReference>,
+    },
 }
 
 /// What is to change of a node.
@@ -172,6 +176,7 @@ pub fn reconcile(
             actions.push(Action::Delete {
                 key: key.clone(),
                 uid,
+                owner: None,
             });
             continue;
         }

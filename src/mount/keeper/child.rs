@@ -34,6 +34,7 @@ const DYING: Duration = Duration::from_secs(5);
 pub(super) struct Child {
     make: Box<dyn FnMut() -> Command>,
     process: Option<std::process::Child>,
+    dying: Option<Dying>,
     peer: Option<u64>,
     started: bool,
     failures: u32,
@@ -45,6 +46,14 @@ pub(super) struct Child {
     /// When it is to be started.
     start: Option<Instant>,
     /// When it is to be killed.
+    kill: Option<Instant>,
+}
+
+/// A server whose connection has ended. Nothing else is started before it is dead, and nobody waits for that: it may be
+/// stuck in the kernel.
+struct Dying {
+    process: std::process::Child,
+    /// When it is to be killed: it has lost us, and cannot be let serve beside another.
     kill: Option<Instant>,
 }
 
@@ -62,6 +71,7 @@ impl Child {
         Self {
             make,
             process: None,
+            dying: None,
             peer: None,
             started: false,
             failures: 0,
@@ -75,7 +85,7 @@ impl Child {
 
     /// Whether it runs or is going to.
     pub(super) fn is_running(&self) -> bool {
-        self.process.is_some() || self.start.is_some()
+        self.process.is_some() || self.dying.is_some() || self.start.is_some()
     }
 
     pub(super) fn has_begun(&self) -> bool {
@@ -92,7 +102,8 @@ impl Child {
 
     /// When there is something to do.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.start.into_iter().chain(self.kill).min()
+        let dying = self.dying.as_ref().and_then(|dying| dying.kill);
+        [self.start, self.kill, dying].into_iter().flatten().min()
     }
 
     /// Starts or kills it, where it is time.
@@ -100,6 +111,11 @@ impl Child {
         if self.kill.is_some_and(|at| now >= at) {
             self.signal(Signal::SIGKILL);
             self.kill = None;
+        }
+        if let Some(dying) = &mut self.dying
+            && dying.kill.take_if(|at| now >= *at).is_some()
+        {
+            let _ = dying.process.kill();
         }
         if stopping {
             self.start = None;
@@ -154,22 +170,25 @@ impl Child {
     pub(super) fn died(&mut self) {
         self.peer = None;
         self.kill = None;
-        let Some(mut process) = self.process.take() else {
+        if let Some(process) = self.process.take() {
+            let kill = Some(Instant::now() + DYING);
+            self.dying = Some(Dying { process, kill });
+            self.bury();
+        }
+    }
+
+    /// Sees whether what is dying is dead; SIGCHLD says when.
+    pub(super) fn bury(&mut self) {
+        let Some(Dying { process, .. }) = &mut self.dying else {
             return;
         };
-        let begun = Instant::now();
-        let status = loop {
-            match process.try_wait() {
-                Ok(Some(status)) => break Some(status),
-                Err(_) => break None,
-                Ok(None) if begun.elapsed() > DYING => {
-                    // It has lost us, and cannot be let serve beside another.
-                    let _ = process.kill();
-                    break process.wait().ok();
-                }
-                Ok(None) => std::thread::sleep(Duration::from_millis(1)),
-            }
+        let status = match process.try_wait() {
+            Ok(None) => return,
+            Ok(status) => status,
+            Err(_) => None,
         };
+        let process = process.id();
+        self.dying = None;
         let served = self.serving.take().map(|since| since.elapsed());
         match served.is_some_and(|served| served >= SETTLED) {
             true => self.failures = 0,
@@ -177,7 +196,7 @@ impl Child {
         }
         let signal = status.and_then(|status| status.signal());
         let code = status.and_then(|status| status.code());
-        self.ended = Some((process.id(), signal, code));
+        self.ended = Some((process, signal, code));
     }
 
     /// There is something to serve, and nobody does: starts it again, now or after a pause.
@@ -218,7 +237,8 @@ impl Child {
     }
 
     fn signal(&self, signal: Signal) {
-        if let Some(process) = &self.process {
+        let dying = self.dying.as_ref().map(|dying| &dying.process);
+        for process in self.process.iter().chain(dying) {
             // Not waited for yet, so the number is still its own.
             let _ = kill(Pid::from_raw(process.id() as i32), signal);
         }
@@ -228,6 +248,30 @@ impl Child {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nobody_waits_for_one_that_does_not_die() {
+        let make = || {
+            let mut command = Command::new("sleep");
+            command.arg("1000");
+            command
+        };
+        let mut child = Child::new(Box::new(make));
+        let now = Instant::now();
+        child.tend(now, false).unwrap();
+        child.died();
+        child.revive(now);
+        assert!(child.is_running() && child.process.is_none());
+        let due = child.due().unwrap();
+        assert!(child.tend(due, false).is_none() && child.due().is_none());
+        while child.dying.is_some() {
+            child.bury();
+        }
+        assert!(!child.is_running());
+        assert_eq!(child.ended.unwrap().1, Some(libc::SIGKILL));
+        child.revive(now);
+        assert!(child.is_running());
+    }
 
     #[test]
     fn pauses_grow_and_are_bounded() {

@@ -10,14 +10,17 @@ use nix::{
     unistd::Pid,
 };
 
-use super::super::{MountError, MountErrorKind, pages, session::Session};
+use super::super::{
+    MountError, MountErrorKind, pages,
+    session::{Id, Session},
+};
 
 /// Of one session at a time; at least as many as a server asks for at once (`super::super::stale`).
 const MAX: usize = 32;
 
-/// What is under way, with the connection that each is of.
+/// What is under way, with the session that each is of.
 #[derive(Debug, Default)]
-pub(super) struct Droppers(Vec<(Pid, u32)>);
+pub(super) struct Droppers(Vec<(Pid, Id)>);
 
 impl Droppers {
     /// Starts one, which says to `report` what came of it.
@@ -30,13 +33,8 @@ impl Droppers {
         inodes: RangeInclusive<u64>,
         report: BorrowedFd<'_>,
     ) -> Result<(), MountError> {
-        let Session {
-            dir,
-            connection,
-            device,
-            ..
-        } = session;
-        if self.count(*connection) >= MAX {
+        let Session { dir, device, .. } = session;
+        if self.count(session.id()) >= MAX {
             let message = "many of its pages are being dropped already";
             return Err(MountError::new(MountErrorKind::Busy, dir, message));
         }
@@ -45,13 +43,13 @@ impl Droppers {
             let message = format!("pages cannot be dropped: {error}");
             MountError::new(MountErrorKind::Busy, dir, message)
         })?;
-        self.0.push((child, *connection));
+        self.0.push((child, session.id()));
         Ok(())
     }
 
-    /// How many drop pages of a connection.
-    pub(super) fn count(&self, connection: u32) -> usize {
-        self.0.iter().filter(|(_, of)| *of == connection).count()
+    /// How many drop pages of a session.
+    pub(super) fn count(&self, session: Id) -> usize {
+        self.0.iter().filter(|(_, of)| *of == session).count()
     }
 
     /// Forgets those that have ended.

@@ -25,7 +25,7 @@ use parking_lot::Mutex;
 use super::{
     super::{
         MountError, MountErrorKind, device,
-        session::{Device, Session},
+        session::{Device, Id, Session},
         state::State,
         table,
     },
@@ -52,7 +52,7 @@ pub(super) struct FdStore {
 
 #[derive(Debug)]
 struct Held {
-    connection: u32,
+    id: Id,
     fuse: OwnedFd,
     state: OwnedFd,
     /// A process before this one served it.
@@ -127,11 +127,13 @@ impl FdStore {
         let session = Session::mount(dir, options, about.as_bytes())?;
         let connection = session.connection;
         session.state.set_patience(self.orphan_timeout.as_secs());
+        let mut all = self.held.lock();
+        make_room(&mut all, dir, connection);
         let stored = || -> io::Result<Held> {
             let (fuse, state) = (session.device.fd()?, session.state.fd()?);
             service::store(&name(connection), &[fuse.as_fd(), state.as_fd()])?;
             Ok(Held {
-                connection,
+                id: session.id(),
                 fuse,
                 state,
                 inherited: false,
@@ -140,10 +142,11 @@ impl FdStore {
         };
         match stored() {
             Ok(held) => {
-                self.held.lock().insert(dir.to_owned(), held);
+                all.insert(dir.to_owned(), held);
                 Ok(session)
             }
             Err(error) => {
+                drop(all);
                 if let Err(error) = device::unmount(dir, true) {
                     tracing::warn!(%error, "could not unmount");
                 }
@@ -165,7 +168,7 @@ impl FdStore {
         let mut all = self.held.lock();
         let held = all.get_mut(dir).ok_or_else(|| unknown(dir))?;
         let failed = |e| MountError::system(dir, "service manager", e);
-        let name = hold_name(held.connection);
+        let name = hold_name(held.id.connection);
         if !held._holds.is_empty() {
             // Those of the process before have had their time.
             service::forget(&name).map_err(failed)?;
@@ -178,31 +181,41 @@ impl FdStore {
         Ok(())
     }
 
-    pub(super) fn end(&self, dir: &Path, connection: u32) {
+    pub(super) fn end(&self, dir: &Path, id: Id) {
         let mut all = self.held.lock();
-        // Another may have been mounted there since.
-        if all
-            .get(dir)
-            .is_some_and(|held| held.connection == connection)
-        {
+        // Another may have been mounted there since, or elsewhere with the same number.
+        if all.get(dir).is_some_and(|held| held.id == id) {
             all.remove(dir);
+            forget(id.connection);
         }
-        drop(all);
-        forget(connection);
     }
 
     pub(super) fn abort(&self, dir: &Path) -> Result<(), MountError> {
-        let held = self.held.lock().remove(dir).ok_or_else(|| unknown(dir))?;
-        forget(held.connection);
-        device::end(dir, held.connection)
+        let mut all = self.held.lock();
+        let held = all.remove(dir).ok_or_else(|| unknown(dir))?;
+        forget(held.id.connection);
+        drop(all);
+        device::end(dir, held.id.connection)
     }
+}
+
+/// Forgets what a new session takes the place of, or has the number of, since that one has ended: what is said of its end
+/// later is not to be taken for the new one's, which is kept under the same name.
+fn make_room(all: &mut BTreeMap<PathBuf, Held>, dir: &Path, connection: u32) {
+    all.retain(|there, held| {
+        let stays = there != dir && held.id.connection != connection;
+        if !stays {
+            forget(held.id.connection);
+        }
+        stays
+    });
 }
 
 impl Held {
     fn session(&self, dir: &Path) -> io::Result<Session> {
         Ok(Session {
             dir: dir.to_owned(),
-            connection: self.connection,
+            connection: self.id.connection,
             device: Arc::new(Device::new(self.fuse.try_clone()?)),
             state: Arc::new(State::open(self.state.try_clone()?)?),
         })
@@ -310,7 +323,7 @@ fn recover(connection: u32, parts: Parts) -> io::Result<Option<(PathBuf, Held)>>
     }
     let mounted = table::find(&dir)?.is_some_and(|found| found.connection == connection);
     let held = Held {
-        connection,
+        id: Id::new(connection, &opened),
         fuse,
         state,
         inherited: true,
@@ -337,5 +350,45 @@ pub(super) fn available() -> Result<(), MountError> {
             "NOTIFY_SOCKET is not set: agent.fdstore is for a service of systemd, with Type=notify and \
              FileDescriptorStoreMax=",
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn held(connection: u32) -> Held {
+        let state = State::create(b"", b"", Path::new("/")).unwrap();
+        Held {
+            id: Id::new(connection, &state),
+            fuse: std::fs::File::open("/dev/null").unwrap().into(),
+            state: state.fd().unwrap(),
+            inherited: false,
+            _holds: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_session_is_not_that_of_another_with_its_number() {
+        let (a, b) = (Path::new("/a"), Path::new("/b"));
+        let (old, new) = (held(50), held(50));
+        let (ended, lives) = (old.id, new.id);
+        let mut all = BTreeMap::from([(a.to_owned(), old), (b.to_owned(), held(51))]);
+        make_room(&mut all, Path::new("/c"), 52);
+        assert_eq!(all.len(), 2);
+        make_room(&mut all, b, 50);
+        assert!(all.is_empty(), "{all:?}");
+        all.insert(b.to_owned(), new);
+        let store = FdStore {
+            held: Mutex::new(all),
+            orphan_timeout: Duration::ZERO,
+            life: None,
+        };
+        for dir in [a, b] {
+            store.end(dir, ended);
+            assert_eq!(store.sessions().len(), 1);
+        }
+        store.end(b, lives);
+        assert!(store.sessions().is_empty());
     }
 }

@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::{
     super::{MountError, MountErrorKind, clean, device, session::Session, table},
     refuse::Refuser,
-    wire::Answer,
+    wire::{Answer, Which},
 };
 
 /// An answer with descriptors.
@@ -54,9 +54,12 @@ impl Held {
         Ok((Answer::Session { connection }, vec![fuse, state]))
     }
 
-    /// Whether it is the session of this connection, or where none is given, the one that `dir` shows.
-    pub(super) fn is(&self, dir: &Path, connection: Option<u32>) -> bool {
-        let meant = connection.map_or(!self.detached, |number| number == self.session.connection);
+    /// Whether it is this session, or where that is not said, the one that `dir` shows.
+    pub(super) fn is(&self, dir: &Path, which: Which) -> bool {
+        let meant = match which.connection {
+            Some(_) => which.fits(self.session.id()),
+            None => !self.detached,
+        };
         meant && self.session.dir == dir
     }
 
@@ -98,5 +101,38 @@ pub(super) fn take_away(held: Held) {
     };
     if let Err(error) = done {
         tracing::warn!(%error, "could not unmount");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::{
+        super::super::{session::Device, state::State},
+        *,
+    };
+
+    #[test]
+    fn one_mounted_since_with_the_number_of_another_is_not_that() {
+        let dir = Path::new("/a");
+        let held = |connection| {
+            let fd = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+            let session = Session {
+                dir: dir.into(),
+                connection,
+                device: Arc::new(Device::new(fd)),
+                state: Arc::new(State::create(b"", b"", dir).unwrap()),
+            };
+            Held::new(session, 1)
+        };
+        let (mut old, new) = (held(50), held(50));
+        old.detached = true;
+        let which = |held: &Held| Which::from(held.session.id());
+        assert!(old.is(dir, which(&old)) && new.is(dir, which(&new)));
+        assert!(!old.is(dir, which(&new)) && !new.is(dir, which(&old)));
+        assert!(!new.is(Path::new("/b"), which(&new)));
+        let unsaid = Which::default();
+        assert!(new.is(dir, unsaid) && !old.is(dir, unsaid));
     }
 }

@@ -4,7 +4,6 @@
 //! mounted. One that was too slow to answer takes the server for dead, and is told that it is not.
 
 use std::{
-    collections::BTreeMap,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Weak},
@@ -15,7 +14,7 @@ use parking_lot::Mutex;
 use super::{
     super::{
         MountError, MountErrorKind,
-        session::{Device, Session},
+        session::{Device, Id, Session},
         state::State,
     },
     talk::Talk,
@@ -27,8 +26,34 @@ pub(super) struct Line {
     /// None: the keeper has started this process, and has no successor.
     path: Option<PathBuf>,
     talk: Mutex<Arc<Talk>>,
-    /// By connection.
-    served: Mutex<BTreeMap<u32, Served>>,
+    served: Mutex<Serving>,
+}
+
+/// What this process serves, in the order in which it began.
+#[derive(Debug, Default)]
+struct Serving(Vec<(Id, Served)>);
+
+impl Serving {
+    fn begin(&mut self, session: &Session) {
+        self.end(session.id());
+        let served = Served {
+            dir: session.dir.clone(),
+            device: Arc::downgrade(&session.device),
+            state: Arc::clone(&session.state),
+            holds: Arc::default(),
+        };
+        self.0.push((session.id(), served));
+    }
+
+    /// The newest on `dir`: those before it are detached.
+    fn newest(&mut self, dir: &Path) -> Option<&mut Served> {
+        let mut all = self.0.iter_mut().rev();
+        all.find_map(|(_, served)| (served.dir == dir).then_some(served))
+    }
+
+    fn end(&mut self, id: Id) {
+        self.0.retain(|(one, _)| *one != id);
+    }
 }
 
 /// What this process serves, and its keeper has.
@@ -65,13 +90,7 @@ impl Line {
 
     pub(super) fn take(&self, session: &Session) -> Result<(), MountError> {
         self.talk().take(&session.dir)?;
-        let served = Served {
-            dir: session.dir.clone(),
-            device: Arc::downgrade(&session.device),
-            state: Arc::clone(&session.state),
-            holds: Arc::default(),
-        };
-        self.served.lock().insert(session.connection, served);
+        self.served.lock().begin(session);
         Ok(())
     }
 
@@ -80,22 +99,20 @@ impl Line {
         let copies = fds.iter().map(|fd| fd.try_clone_to_owned());
         let copies = copies.collect::<Result<Vec<_>, _>>();
         let copies = copies.map_err(|e| MountError::system(dir, "keeper", e))?;
-        // The newest there: those before it are detached.
-        let mut served = self.served.lock();
-        if let Some(served) = served.values_mut().rfind(|served| served.dir == dir) {
+        if let Some(served) = self.served.lock().newest(dir) {
             served.holds = Arc::new(copies);
         }
         Ok(())
     }
 
-    pub(super) fn left(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
-        self.served.lock().remove(&connection);
-        self.talk().left(dir, connection)
+    pub(super) fn left(&self, dir: &Path, id: Id) -> Result<(), MountError> {
+        self.served.lock().end(id);
+        self.talk().left(dir, id)
     }
 
-    pub(super) fn end(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
-        self.served.lock().remove(&connection);
-        self.talk().end(dir, connection)
+    pub(super) fn end(&self, dir: &Path, id: Id) -> Result<(), MountError> {
+        self.served.lock().end(id);
+        self.talk().end(dir, id)
     }
 
     pub(super) fn revive(&self) -> Result<(), MountError> {
@@ -107,11 +124,11 @@ impl Line {
         let path = self.path.as_deref().ok_or_else(gone)?;
         let talk = Talk::connect(path, before.leaves())?;
         let kept = talk.sessions()?;
-        let served = self.served.lock().clone();
-        for (connection, served) in served {
+        let served = self.served.lock().0.clone();
+        for (id, served) in served {
             let dir = &served.dir;
             let has = match kept.iter().find(|kept| kept.dir() == dir) {
-                Some(kept) => Some((kept, talk.show(dir)?.connection == connection)),
+                Some(kept) => Some((kept, talk.show(dir)?.id() == id)),
                 None => None,
             };
             let done = match has {
@@ -121,7 +138,7 @@ impl Line {
                     dir,
                     "another process serves it",
                 )),
-                _ => give(&talk, connection, &served),
+                _ => give(&talk, id.connection, &served),
             };
             match done {
                 Ok(()) => tracing::info!(dir = %dir.display(), "goes on being kept"),
@@ -143,4 +160,41 @@ fn give(talk: &Talk, connection: u32, served: &Served) -> Result<(), MountError>
     talk.give(&served.dir, connection, device.as_fd(), state.as_fd())?;
     let holds: Vec<_> = served.holds.iter().map(|fd| fd.as_fd()).collect();
     talk.hold(&served.dir, &holds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session(dir: &str, connection: u32) -> Session {
+        let fd = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        Session {
+            dir: dir.into(),
+            connection,
+            device: Arc::new(Device::new(fd)),
+            state: Arc::new(State::create(b"", b"", Path::new(dir)).unwrap()),
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_session_is_not_that_of_another_with_its_number() {
+        let (old, new) = (session("/a", 50), session("/b", 50));
+        let mut serving = Serving::default();
+        serving.begin(&old);
+        serving.begin(&new);
+        serving.end(old.id());
+        assert!(serving.newest(Path::new("/a")).is_none());
+        assert!(serving.newest(Path::new("/b")).is_some());
+        // What was mounted last has the lower number here.
+        let newest = session("/b", 49);
+        serving.begin(&newest);
+        let found = serving.newest(Path::new("/b")).unwrap();
+        assert_eq!(found.state.number(), newest.state.number());
+        // The same one once more.
+        let again = State::open(new.state.fd().unwrap()).unwrap();
+        let state = Arc::new(again);
+        let again = Session { state, ..new };
+        serving.begin(&again);
+        assert_eq!(serving.0.len(), 2);
+    }
 }

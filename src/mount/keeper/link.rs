@@ -7,8 +7,14 @@ use std::{
     time::Duration,
 };
 
+use zeroize::Zeroizing;
+
 use super::{
-    super::{MountError, MountErrorKind, device, session::Session, table},
+    super::{
+        MountError, MountErrorKind, device,
+        session::{Id, Session},
+        table,
+    },
     fdstore::{self, FdStore},
     line::Line,
     wire::Kept,
@@ -35,6 +41,13 @@ impl Orphan {
     /// What it serves, as its first server said.
     pub fn about(&self) -> &[u8] {
         &self.about
+    }
+
+    /// What the server before told only the next one ([`Mount::remember`]).
+    ///
+    /// [`Mount::remember`]: super::super::Mount::remember
+    pub fn secret(&self) -> Option<Zeroizing<Vec<u8>>> {
+        self.session.state.secret().ok().flatten()
     }
 
     /// Whether it is what its directory shows. One that was detached may go on elsewhere, but whoever looks there sees
@@ -193,7 +206,7 @@ impl Link {
     /// there is none that could.
     pub(in super::super) fn drop_pages(
         &self,
-        at: (&Path, u32),
+        at: (&Path, Id),
         inodes: RangeInclusive<u64>,
         report: BorrowedFd<'_>,
     ) -> Result<bool, MountError> {
@@ -212,19 +225,19 @@ impl Link {
     }
 
     /// This process serves the session on `dir` no more; the next one may.
-    pub(in super::super) fn left(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
+    pub(in super::super) fn left(&self, dir: &Path, id: Id) -> Result<(), MountError> {
         match &self.0 {
-            Way::Keeper(line) => line.left(dir, connection),
+            Way::Keeper(line) => line.left(dir, id),
             Way::Manager(_) => Ok(()),
         }
     }
 
     /// The mount on `dir` is gone.
-    pub(in super::super) fn end(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
+    pub(in super::super) fn end(&self, dir: &Path, id: Id) -> Result<(), MountError> {
         match &self.0 {
-            Way::Keeper(line) => line.end(dir, connection),
+            Way::Keeper(line) => line.end(dir, id),
             Way::Manager(store) => {
-                store.end(dir, connection);
+                store.end(dir, id);
                 Ok(())
             }
         }

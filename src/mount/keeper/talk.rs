@@ -20,7 +20,7 @@ use tokio::sync::mpsc::Sender;
 use super::{
     super::{
         MountError, MountErrorKind, device,
-        session::{Device, Session},
+        session::{Device, Id, Session},
         state::State,
     },
     wire::{Answer, Dir, Kept, PROTOCOL, Request},
@@ -217,19 +217,19 @@ impl Talk {
     }
 
     /// This process serves the session on `dir` no more; the next one may.
-    pub(super) fn left(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
+    pub(super) fn left(&self, dir: &Path, id: Id) -> Result<(), MountError> {
         let request = Request::Left {
             dir: Dir(dir.into()),
-            connection: Some(connection),
+            which: id.into(),
         };
         self.tell(dir, &request, &[])
     }
 
     /// The mount on `dir` is gone.
-    pub(super) fn end(&self, dir: &Path, connection: u32) -> Result<(), MountError> {
+    pub(super) fn end(&self, dir: &Path, id: Id) -> Result<(), MountError> {
         let request = Request::End {
             dir: Dir(dir.into()),
-            connection: Some(connection),
+            which: id.into(),
         };
         self.tell(dir, &request, &[])
     }
@@ -274,7 +274,7 @@ impl Talk {
     /// [`MountErrorKind::Busy`] where it has too much of that in hand; [`MountErrorKind::System`] where it is gone.
     pub(super) fn drop_pages(
         &self,
-        (dir, connection): (&Path, u32),
+        (dir, id): (&Path, Id),
         inodes: RangeInclusive<u64>,
         report: BorrowedFd<'_>,
     ) -> Result<bool, MountError> {
@@ -283,7 +283,7 @@ impl Talk {
         }
         let request = Request::Drop {
             dir: Dir(dir.into()),
-            connection,
+            which: id.into(),
             first: *inodes.start(),
             last: *inodes.end(),
         };

@@ -11,7 +11,7 @@ use std::{
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 use serde::{Deserialize, Serialize};
 
-use super::super::{MountError, MountErrorKind};
+use super::super::{MountError, MountErrorKind, session::Id};
 
 /// Of the messages below. A keeper speaks with servers of exactly this.
 pub const PROTOCOL: u32 = 1;
@@ -46,18 +46,17 @@ pub(super) enum Request {
     Hold {
         dir: Dir,
     },
-    /// This server serves the session on `dir` no more; another will. The connection tells it from one that was
-    /// mounted there since; earlier versions do not say it.
+    /// This server serves the session on `dir` no more; another will.
     Left {
         dir: Dir,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        connection: Option<u32>,
+        #[serde(flatten)]
+        which: Which,
     },
     /// The mount on `dir` is gone, and nobody is to serve it again.
     End {
         dir: Dir,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        connection: Option<u32>,
+        #[serde(flatten)]
+        which: Which,
     },
     /// This server serves the session on `dir`, and the keeper that had it is gone: have it from now on. With the fds of the
     /// connection and of the state. Only to a keeper that [`Answer::Welcome`] says it of.
@@ -73,10 +72,41 @@ pub(super) enum Request {
     /// (`pages`). Only of a keeper that [`Answer::Welcome`] says it of.
     Drop {
         dir: Dir,
-        connection: u32,
+        #[serde(flatten)]
+        which: Which,
         first: u64,
         last: u64,
     },
+}
+
+/// Which session of a mount point is meant, as far as the server says it: there may be one that was mounted since, with the
+/// number of the connection before.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Which {
+    /// The earliest versions do not say it. They mean what is seen there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) connection: Option<u32>,
+    /// Earlier versions do not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) memory: Option<u64>,
+}
+
+impl Which {
+    /// Whether it may be this session.
+    pub(super) fn fits(self, id: Id) -> bool {
+        self.connection
+            .is_none_or(|connection| connection == id.connection)
+            && self.memory.is_none_or(|memory| memory == id.memory)
+    }
+}
+
+impl From<Id> for Which {
+    fn from(id: Id) -> Self {
+        Self {
+            connection: Some(id.connection),
+            memory: Some(id.memory),
+        }
+    }
 }
 
 /// What a keeper answers.
@@ -201,6 +231,27 @@ mod tests {
         drop(one);
         let gone = receive::<Request>(other.as_fd(), MsgFlags::empty());
         assert!(gone.unwrap().is_none());
+    }
+
+    #[test]
+    fn sessions_are_told_apart_as_far_as_a_server_says() {
+        let id = |connection, memory| Id { connection, memory };
+        let says = |text: &str| match serde_json::from_str(text).unwrap() {
+            Request::Left { which, .. } => which,
+            other => panic!("{other:?}"),
+        };
+        let first = says(r#"{"Left":{"dir":"/a"}}"#);
+        assert!(first.fits(id(5, 1)) && first == Which::default());
+        let before = says(r#"{"Left":{"dir":"/a","connection":5}}"#);
+        assert!(before.fits(id(5, 1)) && before.fits(id(5, 2)) && !before.fits(id(6, 1)));
+        let left = Request::Left {
+            dir: Dir("/a".into()),
+            which: id(5, u64::MAX).into(),
+        };
+        let text = serde_json::to_string(&left).unwrap();
+        assert!(text.contains(r#""connection":5,"#), "{text}");
+        let now = says(&text);
+        assert!(now.fits(id(5, u64::MAX)) && !now.fits(id(5, 1)) && !now.fits(id(6, u64::MAX)));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Indexes of layers: in the store, beside the image in the registry, in the layers themselves.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::StreamExt as _;
 
@@ -13,7 +13,7 @@ use crate::{
     },
     node::{Node, NodeError, blocking, joined},
     reference::{Locator, Reference},
-    source::{Layer, Layered, Source, SourceError, SourceErrorKind},
+    source::{Layer, Layered, Source, SourceError, SourceErrorKind, asked, patiently},
     store::{ImageLayer, Import, Store, StoreError, StoreErrorKind, layers_of},
     tree::{Artifact, Location},
 };
@@ -25,6 +25,8 @@ pub(in crate::node) const INDEX_MEDIA_TYPE: &str = "application/vnd.hearth.layer
 /// The digest of the layer that an index belongs to.
 pub(in crate::node) const LAYER_ANNOTATION: &str = "dev.hearth.layer";
 
+/// How long a registry is asked what is beside an image: mostly nothing, and with a mirror that is down it cannot say so.
+const BESIDE: Duration = Duration::from_secs(1);
 /// Largest index taken from a registry, in bytes.
 const MAX_INDEX: u64 = 256 << 20;
 
@@ -71,6 +73,46 @@ impl Maker {
 }
 
 impl Known {
+    /// What is kept of the layer `blob`, whoever it is good for; `None` where that is no index of it.
+    fn kept(store: &Store, blob: &Digest) -> Result<Option<Self>, StoreError> {
+        let bytes = store.index(blob)?.unwrap_or_default();
+        let Some((&mark, encoded)) = bytes.split_first() else {
+            return Ok(None);
+        };
+        let Some(maker) = Maker::of(mark) else {
+            return Ok(None);
+        };
+        let encoded = match maker {
+            Maker::Found => encoded.get(32..).unwrap_or_default(),
+            _ => encoded,
+        };
+        let index = LayerIndex::decode(encoded).ok();
+        let index = index.filter(|index| index.blob == *blob);
+        Ok(index.map(|index| Self {
+            index: Arc::new(index),
+            maker,
+        }))
+    }
+
+    /// What stands before it in the store, where it was found for `reference`.
+    pub(super) fn mark(&self, reference: &str) -> Vec<u8> {
+        let mut mark = vec![self.maker as u8];
+        if self.maker == Maker::Found {
+            mark.extend_from_slice(repository(reference).as_bytes());
+        }
+        mark
+    }
+
+    /// Whether both cannot be true.
+    pub(super) fn contradicts(&self, other: &Self) -> bool {
+        let is_table = |known: &Self| matches!(known.maker, Maker::Table | Maker::CheckedTable);
+        match (is_table(self), is_table(other)) {
+            (true, _) => toc::difference(&self.index, &other.index).is_some(),
+            (false, true) => toc::difference(&other.index, &self.index).is_some(),
+            (false, false) => !self.index.agrees_with(&other.index),
+        }
+    }
+
     /// What it says otherwise than the layer, of which unpacking gave `own`.
     pub(super) fn refuted_by(&self, own: &LayerIndex) -> Option<String> {
         match self.maker {
@@ -121,7 +163,7 @@ pub(super) fn were_unpacked(store: &Store, layers: &[ImageLayer]) -> Result<bool
 }
 
 /// What an index that was found beside an image is good for: images of the same repository.
-fn repository(reference: &str) -> Digest {
+pub(super) fn repository(reference: &str) -> Digest {
     let name = match reference.parse() {
         Ok(Reference {
             locator: Locator::Oci(oci),
@@ -203,7 +245,7 @@ impl Node {
     }
 
     /// What `layer` of `reference` unpacks to is `found`, and not what was said: forgets all that was
-    /// built on that, and writes it down.
+    /// built on that, and writes it down. An index that says so stays.
     pub(super) async fn keep_refuted(
         &self,
         reference: &str,
@@ -220,26 +262,32 @@ impl Node {
             if store.image(&reference)?.is_none() {
                 store.forget_resolution(&reference)?;
             }
-            let bytes = [&[REFUTED][..], found.as_bytes()].concat();
-            store.put_index(&blob, &bytes)
+            match Known::kept(&store, &blob)? {
+                Some(kept) if kept.index.diff_id == found => Ok(()),
+                _ => store.put_index(&blob, &[&[REFUTED][..], found.as_bytes()].concat()),
+            }
         });
         Ok(kept.await?)
     }
 
-    /// Puts the index of a layer of `reference` into the store that unpacking it gave.
-    pub(super) async fn keep_own_index(
+    /// Puts an index of a layer of `reference` into the store that unpacking it gave, or has shown to be true.
+    pub(super) async fn keep_checked_index(
         &self,
         reference: &str,
         known: &Known,
     ) -> Result<(), NodeError> {
-        let store = Arc::clone(self.store());
-        let (blob, diff_id) = (known.index.blob, known.index.diff_id);
+        let (store, known_here) = (Arc::clone(self.store()), known.clone());
         if store.writable() {
             blocking(move || {
-                let mark = store.index_mark(&blob)?.and_then(Maker::of);
-                match mark.is_some_and(|maker| !maker.is_checked()) {
-                    true => forget_liars(&store, &blob, &diff_id),
-                    false => Ok(()),
+                let LayerIndex { blob, diff_id, .. } = &*known_here.index;
+                let mark = store.index_mark(blob)?.and_then(Maker::of);
+                if mark.is_none_or(Maker::is_checked) {
+                    return Ok(());
+                }
+                forget_liars(&store, blob, diff_id)?;
+                match Known::kept(&store, blob)? {
+                    Some(kept) if !kept.contradicts(&known_here) => Ok(()),
+                    _ => forget_parts(&store, blob),
                 }
             })
             .await?;
@@ -248,12 +296,9 @@ impl Node {
     }
 
     /// Puts an index of a layer of `reference` into the store.
-    pub(super) async fn keep_index(&self, reference: &str, known: &Known) -> Result<(), NodeError> {
+    async fn keep_index(&self, reference: &str, known: &Known) -> Result<(), NodeError> {
         let (store, index) = (Arc::clone(self.store()), Arc::clone(&known.index));
-        let mut bytes = vec![known.maker as u8];
-        if known.maker == Maker::Found {
-            bytes.extend_from_slice(repository(reference).as_bytes());
-        }
+        let mut bytes = known.mark(reference);
         bytes.extend(known.index.encode().map_err(|source| NodeError::Image {
             reference: format!("the index of layer {}", index.blob),
             source,
@@ -284,7 +329,9 @@ impl Node {
         if self.believes_none() || known.iter().all(Option::is_some) {
             return Ok(());
         }
-        let beside: Vec<Layer> = match origin.attached(&layered.manifest, ARTIFACT_TYPE).await {
+        let attached = origin.attached(&layered.manifest, ARTIFACT_TYPE);
+        let attached = patiently(self.patience().min(BESIDE), attached);
+        let beside: Vec<Layer> = match attached.await {
             Ok(beside) => beside.into_iter().flat_map(|one| one.blobs).collect(),
             Err(error) => {
                 tracing::warn!(%error, "could not look for an index beside the image");
@@ -295,6 +342,16 @@ impl Node {
             if known.is_some() || layer.as_file.is_some() {
                 continue;
             }
+            let (store, blob) = (Arc::clone(self.store()), layer.blob);
+            let kept = blocking(move || Known::kept(&store, &blob)).await?;
+            if let (Some(kept), Some(said)) = (&kept, layer.diff_id)
+                && kept.index.diff_id != said
+            {
+                // One of the two images lies: unpacking the layer shows which.
+                let image = &layered.reference;
+                tracing::warn!(image, layer = %layer.blob, "what it unpacks to is disputed: no index of it is used");
+                continue;
+            }
             let blob = beside.iter().find(|blob| {
                 let of = blob.annotations.get(LAYER_ANNOTATION);
                 blob.media_type == INDEX_MEDIA_TYPE
@@ -302,7 +359,7 @@ impl Node {
             });
             let found = match (blob, layer.diff_id) {
                 (Some(blob), _) => {
-                    let index = read_index(origin, blob, layer).await;
+                    let index = asked(|| read_index(origin, blob, layer)).await;
                     index.map(|index| Some((index, Maker::Found)))
                 }
                 (None, Some(diff_id)) => {
@@ -312,7 +369,7 @@ impl Node {
                         diff_id,
                         annotations: &layer.annotations,
                     };
-                    let toc = layer.fetch(&**origin).await;
+                    let toc = asked(|| layer.fetch(&**origin)).await;
                     toc.map(|toc| toc.map(|toc| (toc.index, Maker::Table)))
                 }
                 (None, None) => Ok(None),
@@ -323,6 +380,12 @@ impl Node {
                         index: Arc::new(index),
                         maker,
                     };
+                    if kept.is_some_and(|kept| kept.contradicts(&found)) {
+                        let (store, blob) = (Arc::clone(self.store()), layer.blob);
+                        if store.writable() {
+                            blocking(move || forget_parts(&store, &blob)).await?;
+                        }
+                    }
                     self.keep_index(&layered.reference, &found).await?;
                     *known = Some(found);
                 }
@@ -337,7 +400,7 @@ impl Node {
             .await
     }
 
-    fn believes_none(&self) -> bool {
+    pub(super) fn believes_none(&self) -> bool {
         self.engine.config().verify == VerifyPolicy::Strict
     }
 }
@@ -376,7 +439,7 @@ async fn read_index(
 
 /// The index of `layer` from what is kept of it, for an image of the repository `home`; the error
 /// is its diff id, where that is known to be another.
-fn read_kept(
+pub(super) fn read_kept(
     bytes: &[u8],
     layer: &Layer,
     home: &Digest,
@@ -427,6 +490,21 @@ fn forget_liars(store: &Store, blob: &Digest, diff_id: &Digest) -> Result<(), St
             (image.layers.iter()).any(|layer| layer.blob == *blob && layer.diff_id != *diff_id);
         if lies {
             store.forget_resolution(&image.reference)?;
+        }
+    }
+    Ok(())
+}
+
+/// Forgets what was made of the index of a layer that another contradicts, but for whole images: a look at the record of
+/// one shows whether it is what the indexes say by now.
+fn forget_parts(store: &Store, blob: &Digest) -> Result<(), StoreError> {
+    for record in store.records()? {
+        let reference = &record.reference;
+        if store.image(reference)?.is_none()
+            && let Some((_, artifact)) = store.artifact(reference)?
+            && layers_of(&artifact.objects).contains(blob)
+        {
+            store.forget_resolution(reference)?;
         }
     }
     Ok(())

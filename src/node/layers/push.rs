@@ -3,7 +3,10 @@
 use super::{Known, Maker, Pace, indexes, profile::PROFILE_MEDIA_TYPE};
 use crate::{
     digest::Digest,
-    node::{Node, NodeError, Progress},
+    node::{
+        Node, NodeError, Progress,
+        meaning::{Purpose, is_in_layers},
+    },
     reference::Reference,
     source::{AttachedBlob, Attachment, Layer, SourceError, SourceErrorKind},
 };
@@ -38,12 +41,13 @@ impl Node {
             reference: reference.to_string(),
             source,
         };
-        let mut resolved = self.resolve_showing(reference, progress).await?;
+        let purpose = Purpose::Read(progress);
+        let mut resolved = self.resolve_for(reference, purpose).await?;
         // Of a model that is here nothing but its files is looked at.
-        if resolved.layers.is_none() {
+        if resolved.layers.is_none() && is_in_layers(&resolved.artifact) {
             let source = self.sources.open(reference).map_err(failed)?;
-            if let Some(layered) = source.layered(reference).await.map_err(failed)? {
-                let again = self.resolve_layered(reference, layered, &source, Some(progress));
+            if let Some(layered) = source.layers(reference).await.map_err(failed)? {
+                let again = self.resolve_layered(reference, layered, &source, purpose);
                 resolved = again.await?.unwrap_or(resolved);
             }
         }
@@ -61,16 +65,9 @@ impl Node {
             .map(|(layer, known)| (layer, Some(known)))
             .collect();
         if !unmade.is_empty() {
-            let import = self.begin_import().await?;
-            self.pull(
-                &reference.to_string(),
-                &unmade,
-                &layers.origin,
-                &import,
-                progress,
-                Pace::Full,
-            )
-            .await?;
+            let name = reference.to_string();
+            let pulled = self.pull_within(&name, &unmade, &layers.origin, progress, Pace::Full);
+            drop(pulled.await?);
         }
         let mut report = PushedIndexes {
             manifest: String::new(),

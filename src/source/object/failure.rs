@@ -24,9 +24,9 @@ const CERTIFICATES: &str =
     "name the certificate authority of this server in SSL_CERT_FILE or, for S3, AWS_CA_BUNDLE";
 const ARCHIVED: &str = "restore the object from its archive tier first";
 
-/// What `error` means for `what`. `resolving`: it is asked by a person or a plan, so that missing
-/// credentials are final, while in the middle of a transfer the provider of credentials is likely
-/// to be down for a moment.
+/// What `error` means for `what`. `resolving`: it is asked by a person or a plan, so that credentials which
+/// are missing are final, while in the middle of a transfer their provider is likely to be down for a moment.
+/// Nobody there to connect to means that there are none: the last resort is a service of the cloud's machines.
 pub(super) fn explain(what: String, error: &Error, probe: &Probe, resolving: bool) -> SourceError {
     let answer = probe.answer();
     let http = cause::<HttpError>(error);
@@ -53,13 +53,20 @@ pub(super) fn explain(what: String, error: &Error, probe: &Probe, resolving: boo
             )
         }
         (None, http) => {
-            let kind = match http {
-                Some(_) if !resolving => SourceErrorKind::Unavailable,
+            let status = provider_status(error);
+            let kind = match (http, status) {
+                (_, Some(429)) => SourceErrorKind::Throttled,
+                (_, Some(500..)) => SourceErrorKind::Unavailable,
+                (Some(http), _) if !resolving || http.kind() != HttpErrorKind::Connect => {
+                    SourceErrorKind::Unavailable
+                }
                 _ => SourceErrorKind::Denied,
             };
-            let cause = http
-                .map(|http| format!(": {}", innermost(http)))
-                .unwrap_or_default();
+            let cause = match (http, status) {
+                (Some(http), _) => format!(": {}", innermost(http)),
+                (None, Some(status)) => format!(": their provider answered {status}"),
+                (None, None) => String::new(),
+            };
             (
                 kind,
                 format!("cannot get credentials{cause}"),
@@ -140,6 +147,13 @@ fn code(error: &Error) -> Option<String> {
     let (code, _) = rest.split_once("</Code>")?;
     let plain = code.len() <= 64 && code.bytes().all(|c| c.is_ascii_alphanumeric());
     plain.then(|| code.to_owned())
+}
+
+/// The status that a provider of credentials answered with, in the words of `object_store`.
+fn provider_status(error: &Error) -> Option<u16> {
+    let text = error.to_string();
+    let (_, rest) = text.split_once("status code: ")?;
+    rest.get(..3)?.parse().ok()
 }
 
 fn cause<'e, E: StdError + 'static>(error: &'e (dyn StdError + 'static)) -> Option<&'e E> {

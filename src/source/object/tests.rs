@@ -20,6 +20,18 @@ const SECRET: &str = "wJalrXUtnFEMI-SECRET";
 /// Answers each connection with what `answer` makes of the request's head; an answer is the whole
 /// text sent. The source talks to it as the bucket `b`.
 fn origin(answer: impl Fn(&str) -> String + Send + 'static) -> ObjectSource {
+    origin_opened(answer, |builder, _| {
+        builder
+            .with_access_key_id("AKIDSECRET")
+            .with_secret_access_key(SECRET)
+    })
+}
+
+/// As [`origin`]; `keys` says which keys open it, given its URL.
+fn origin_opened(
+    answer: impl Fn(&str) -> String + Send + 'static,
+    keys: impl FnOnce(AmazonS3Builder, &str) -> AmazonS3Builder,
+) -> ObjectSource {
     install_tls();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let host = listener.local_addr().unwrap().to_string();
@@ -34,11 +46,10 @@ fn origin(answer: impl Fn(&str) -> String + Send + 'static) -> ObjectSource {
     });
     let config: Config =
         toml::from_str("request_timeout_seconds = 2\nstall_timeout_seconds = 1").unwrap();
-    let store = AmazonS3Builder::new()
-        .with_endpoint(format!("http://{host}"))
+    let url = format!("http://{host}");
+    let store = keys(AmazonS3Builder::new(), &url)
+        .with_endpoint(&url)
         .with_bucket_name("b")
-        .with_access_key_id("AKIDSECRET")
-        .with_secret_access_key(SECRET)
         .with_config(
             AmazonS3ConfigKey::Client(ClientConfigKey::AllowHttp),
             "true",
@@ -276,6 +287,29 @@ fn page(keys: &[(&str, u64)], token: Option<&str>) -> String {
 
 async fn resolve(source: &ObjectSource) -> Result<Artifact, SourceError> {
     source.resolve(&"s3://b/p/".parse().unwrap()).await
+}
+
+#[tokio::test]
+async fn credentials_that_cannot_be_had_just_now_are_not_refused() {
+    use SourceErrorKind as Kind;
+    for (kind, status) in [
+        (Kind::Unavailable, "503 Service Unavailable"),
+        (Kind::Throttled, "429 Too Many Requests"),
+        (Kind::Denied, "404 Not Found"),
+    ] {
+        // The metadata service of a machine in the cloud.
+        let source = origin_opened(
+            move |_| response(status, "", ""),
+            |builder, url| builder.with_metadata_endpoint(url),
+        );
+        let error = resolve(&source).await.unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains(&status[..3]), "{error}");
+        assert!(
+            error.to_string().contains("cannot get credentials"),
+            "{error}"
+        );
+    }
 }
 
 #[tokio::test]

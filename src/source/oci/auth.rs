@@ -4,13 +4,16 @@
 //! Invariants: one token serves all requests to a repository; it is fetched by one of them while the
 //! others wait (or go on with the old one as long as that lives), shortly before it expires or once
 //! it is refused; credentials go to the registry they are for, or to the token server it names, over
-//! https (plain http only where the registry itself is reached so, or on this machine); nothing of
-//! them is shown. In memory only.
+//! https (plain http only on this machine, or where a registry elsewhere is reached so because the
+//! configuration says it); nothing of them is shown. In memory only.
 
 mod challenge;
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -26,7 +29,7 @@ use zeroize::Zeroizing;
 
 pub(super) use self::challenge::Challenge;
 use super::{
-    credentials::{Credential, Keychain, Place},
+    credentials::{Credential, Found, Keychain, Place},
     is_loopback,
 };
 use crate::{
@@ -70,6 +73,18 @@ pub(super) struct Grant {
     made: Instant,
     /// When it should be renewed, and when it ends.
     life: Option<(Instant, Instant)>,
+    /// Which of several credentials it came by, and whether there is another after that.
+    nth: usize,
+    more: bool,
+    /// It has opened something.
+    is_good: AtomicBool,
+}
+
+impl Grant {
+    /// Whether other credentials may do better.
+    fn is_one_of_several(&self) -> bool {
+        self.more && !self.is_good.load(Ordering::Relaxed)
+    }
 }
 
 /// How to send the next request.
@@ -126,6 +141,12 @@ impl Pass<'_> {
     pub(super) fn auth(&self) -> Option<&Auth> {
         self.grant.as_ref()?.auth.as_ref()
     }
+
+    /// Whether it was tried first of several.
+    pub(super) fn is_one_of_several(&self) -> bool {
+        let grant = self.grant.as_ref();
+        grant.is_some_and(|grant| grant.is_one_of_several())
+    }
 }
 
 impl Session {
@@ -164,7 +185,9 @@ impl Session {
 
     /// Takes note that the request was let in.
     pub(super) fn entered(&self, pass: &Pass<'_>) {
-        if pass.grant.is_none() {
+        if let Some(grant) = &pass.grant {
+            grant.is_good.store(true, Ordering::Relaxed);
+        } else {
             let mut now = self.now.lock();
             if now.is_none() {
                 *now = Some(Arc::new(Grant {
@@ -173,6 +196,9 @@ impl Session {
                     origin: String::new(),
                     made: Instant::now(),
                     life: None,
+                    nth: 0,
+                    more: false,
+                    is_good: AtomicBool::new(true),
                 }));
             }
         }
@@ -191,10 +217,12 @@ impl Session {
         let known = pass.grant.as_ref();
         let challenge = match (&refused.challenge, known) {
             (Some(challenge), _) if refused.status == StatusCode::UNAUTHORIZED => challenge.clone(),
-            (_, Some(known)) if known.made.elapsed() >= OLD => match &known.challenge {
-                Some(challenge) => challenge.clone(),
-                None => return Ok(None),
-            },
+            (_, Some(known)) if known.made.elapsed() >= OLD || known.is_one_of_several() => {
+                match &known.challenge {
+                    Some(challenge) => challenge.clone(),
+                    None => return Ok(None),
+                }
+            }
             _ => return Ok(None),
         };
         let grant = match known {
@@ -208,7 +236,7 @@ impl Session {
                 let found = self.now.lock().clone();
                 match found {
                     Some(found) => found,
-                    None => self.get_in(gate, challenge, false, since).await?,
+                    None => self.get_in(gate, challenge, None, since).await?,
                 }
             }
         };
@@ -235,24 +263,34 @@ impl Session {
         }
         let was_refused = challenge.is_some();
         match challenge.or_else(|| old.challenge.clone()) {
-            Some(challenge) => self.get_in(gate, challenge, was_refused, since).await,
+            Some(challenge) => {
+                let before = Some((&**old, was_refused));
+                self.get_in(gate, challenge, before, since).await
+            }
             None => Ok(Arc::clone(old)),
         }
     }
 
-    /// Gets in, unless another failed to since `since`.
+    /// Gets in, unless another failed to since `since`. `before`: what was granted, and whether it was
+    /// refused.
     async fn get_in(
         &self,
         gate: Gate<'_>,
         challenge: Challenge,
-        afresh: bool,
+        before: Option<(&Grant, bool)>,
         since: Instant,
     ) -> Result<Arc<Grant>, SourceError> {
         let failure = self.failure.lock().clone();
         if let Some((_, error)) = failure.filter(|(when, _)| *when >= since) {
             return Err(error);
         }
-        match gate.get_in(challenge, afresh).await {
+        let (tried, afresh) = match before {
+            None => (0, false),
+            Some((before, true)) if before.is_one_of_several() => (before.nth + 1, true),
+            Some((before, true)) if !before.is_good.load(Ordering::Relaxed) => (0, true),
+            Some((before, refused)) => (before.nth, refused),
+        };
+        match gate.get_in(challenge, afresh, tried).await {
             Ok(grant) => {
                 let grant = Arc::new(grant);
                 *self.now.lock() = Some(Arc::clone(&grant));
@@ -282,12 +320,32 @@ impl Gate<'_> {
     /// # Errors
     /// As [`Session::renew`].
     pub(super) async fn enter(&self, challenge: Challenge) -> Result<Option<Auth>, SourceError> {
-        Ok(self.get_in(challenge, false).await?.auth)
+        Ok(self.get_in(challenge, false, 0).await?.auth)
     }
 
-    /// Meets `challenge`. `afresh`: what was remembered has just been refused.
-    async fn get_in(&self, challenge: Challenge, afresh: bool) -> Result<Grant, SourceError> {
-        let found = self.keychain.find(self.place, afresh).await;
+    /// Meets `challenge`, with the credentials after the first `tried`. `afresh`: what was remembered has
+    /// just been refused.
+    async fn get_in(
+        &self,
+        challenge: Challenge,
+        afresh: bool,
+        mut tried: usize,
+    ) -> Result<Grant, SourceError> {
+        loop {
+            let found = self.keychain.find(self.place, afresh, tried).await;
+            match self.get_in_with(&found, challenge.clone(), tried).await {
+                Err(error) if found.more && error.kind() == Kind::Denied => tried += 1,
+                got => return got,
+            }
+        }
+    }
+
+    async fn get_in_with(
+        &self,
+        found: &Found,
+        challenge: Challenge,
+        nth: usize,
+    ) -> Result<Grant, SourceError> {
         let host = host_of(self.base);
         let what = format!("credentials for {host}");
         let denied = |why: String| SourceError::new(Kind::Denied, &what, why).with_hint(HINT);
@@ -303,6 +361,9 @@ impl Gate<'_> {
                     let margin = (life / 10).min(Duration::from_secs(30));
                     (made + life - margin, made + life)
                 }),
+                nth,
+                more: found.more,
+                is_good: AtomicBool::new(false),
             }
         };
         let unusable = || {
@@ -337,8 +398,10 @@ impl Gate<'_> {
             };
         };
         let realm_host = host_of(realm);
-        let is_plain = realm.scheme() == "http";
-        if is_plain && self.base.scheme() != "http" && !is_loopback(&realm_host) {
+        // That a registry on this machine is spoken to without TLS says nothing of the network.
+        let is_meant =
+            self.base.scheme() == "http" && !self.base.host_str().is_some_and(is_loopback);
+        if realm.scheme() == "http" && !is_meant && !is_loopback(&realm_host) {
             return Err(SourceError::new(
                 Kind::Invalid,
                 what,

@@ -58,6 +58,8 @@ pub(super) struct Found {
     pub(super) credential: Option<Credential>,
     /// Where it is from, or where it was looked for.
     pub(super) origin: String,
+    /// Whether there is another to try where this one is refused.
+    pub(super) more: bool,
 }
 
 /// All places where credentials may be. Cheap to clone.
@@ -67,7 +69,7 @@ pub(crate) struct Keychain(Arc<Places>);
 #[derive(Debug)]
 struct Places {
     /// Before all files.
-    own: Option<Secret>,
+    own: Vec<Secret>,
     files: Vec<PathBuf>,
     providers: Option<Arc<Providers>>,
 }
@@ -84,7 +86,7 @@ impl Keychain {
     pub(crate) fn new(config: &Config) -> Self {
         let env = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
         Self(Arc::new(Places {
-            own: None,
+            own: Vec::new(),
             files: files(config, &env),
             providers: Providers::new(&config.oci).map(Arc::new),
         }))
@@ -92,7 +94,7 @@ impl Keychain {
 
     /// These places, and before them what `keys` hold; nothing else where they are alone.
     pub(crate) fn with(&self, keys: &Keys) -> Self {
-        if keys.registries.is_none() && !keys.alone {
+        if keys.registries.is_empty() && !keys.alone {
             return self.clone();
         }
         let (files, providers) = match keys.alone {
@@ -106,15 +108,16 @@ impl Keychain {
         }))
     }
 
-    /// Looks for credentials. `afresh`: those that are remembered have been refused. Does not fail:
-    /// what cannot be read may not be needed; `origin` tells of it.
-    pub(super) async fn find(&self, place: &Place, afresh: bool) -> Found {
+    /// Looks for credentials, the first of them but for `tried`. `afresh`: those that are remembered have
+    /// been refused. Does not fail: what cannot be read may not be needed; `origin` tells of it.
+    pub(super) async fn find(&self, place: &Place, afresh: bool, tried: usize) -> Found {
         let (places, wanted) = (Arc::clone(&self.0), place.clone());
         // Reads files, runs programs.
-        let found = tokio::task::spawn_blocking(move || places.find(&wanted, afresh)).await;
+        let found = tokio::task::spawn_blocking(move || places.find(&wanted, afresh, tried)).await;
         found.unwrap_or_else(|_| Found {
             credential: None,
             origin: "the search for credentials was broken off".to_owned(),
+            more: false,
         })
     }
 
@@ -134,33 +137,42 @@ impl Keychain {
 }
 
 impl Places {
-    fn find(&self, place: &Place, afresh: bool) -> Found {
+    fn find(&self, place: &Place, afresh: bool, tried: usize) -> Found {
+        const OWN: &str = "the credentials that came with the request";
         let mut looked = Vec::new();
-        if let Some(own) = &self.own {
-            const OWN: &str = "the credentials that came with the request";
+        let mut direct = Vec::new();
+        for own in &self.own {
             match choices(own.expose().as_bytes(), place) {
                 Ok(found) => {
-                    let direct = found.into_iter().find_map(|choice| match choice {
+                    let found = found.into_iter().find_map(|choice| match choice {
                         Choice::Direct(credential) => Some(credential),
                         Choice::Helper { .. } => None,
                     });
-                    if direct.is_some() {
-                        return Found {
-                            credential: direct,
-                            origin: format!("tried {OWN}"),
-                        };
+                    match found {
+                        Some(found) => direct.push(found),
+                        None => looked.push(OWN.to_owned()),
                     }
-                    looked.push(OWN.to_owned());
                 }
                 Err(problem) => looked.push(format!("{OWN}: it {problem}")),
             }
         }
+        if !direct.is_empty() {
+            // Fewer than before, perhaps.
+            let at = tried.min(direct.len() - 1);
+            return Found {
+                more: at + 1 < direct.len(),
+                credential: Some(direct.swap_remove(at)),
+                origin: format!("tried {OWN}"),
+            };
+        }
+        let found = |(credential, origin)| Found {
+            credential: Some(credential),
+            origin,
+            more: false,
+        };
         for file in &self.files {
             match from_file(file, place) {
-                Ok(Some((credential, origin))) => {
-                    let credential = Some(credential);
-                    return Found { credential, origin };
-                }
+                Ok(Some(known)) => return found(known),
                 Ok(None) => looked.push(file.display().to_string()),
                 Err(problem) => {
                     tracing::warn!("credentials: {problem}");
@@ -170,10 +182,7 @@ impl Places {
         }
         if let Some(providers) = &self.providers {
             match providers.find(place, afresh) {
-                Ok(Some((credential, origin))) => {
-                    let credential = Some(credential);
-                    return Found { credential, origin };
-                }
+                Ok(Some(known)) => return found(known),
                 Ok(None) => looked.push(providers.name()),
                 Err(problem) => {
                     tracing::warn!("credentials: {problem}");
@@ -188,6 +197,7 @@ impl Places {
                 place.registry,
                 looked.join(", ")
             ),
+            more: false,
         }
     }
 }
@@ -304,11 +314,11 @@ mod tests {
         };
         let find = |files: Vec<PathBuf>| {
             let places = Places {
-                own: None,
+                own: Vec::new(),
                 files,
                 providers: None,
             };
-            places.find(&place, false)
+            places.find(&place, false, 0)
         };
         let broken = write(
             "broken",

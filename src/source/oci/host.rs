@@ -35,6 +35,8 @@ const SLOWER: &str =
     "wait, or log in (docker login): registries allow less to those they do not know";
 /// Longest answer to whether it is a registry, in bytes.
 const MAX_GREETING: u64 = 1 << 20;
+/// Most credentials tried for one request.
+const MAX_RENEWALS: usize = 16;
 /// Most failures remembered.
 const MAX_FAILURES: usize = 1024;
 
@@ -150,7 +152,7 @@ impl Host {
     ) -> Result<Got, SourceError> {
         let gate = self.gate("pull");
         let mut pass = self.session.pass(gate).await?;
-        let mut renewed = false;
+        let mut renewals = 0;
         loop {
             let refused = Mutex::new(None);
             let inspect = |status: StatusCode, headers: &HeaderMap| {
@@ -210,10 +212,10 @@ impl Host {
             else {
                 return Err(error);
             };
-            if renewed {
+            if renewals > 0 && (renewals >= MAX_RENEWALS || !pass.is_one_of_several()) {
                 return Err(self.session.denied(gate, error));
             }
-            renewed = true;
+            renewals += 1;
             pass = match self.session.renew(gate, pass, &refused).await? {
                 Some(pass) => pass,
                 None => return Err(self.session.denied(gate, error)),

@@ -244,10 +244,9 @@ fn endpoint(
     let is_whole = settings.override_path.unwrap_or(false) || path.ends_with("/v2");
     base.set_path(&if is_whole { path } else { format!("{path}/v2") });
     base.set_fragment(None);
-    let can = |name: &str| match &settings.capabilities {
-        None => true,
-        Some(named) => named.iter().any(|n| n.eq_ignore_ascii_case(name)),
-    };
+    // As containerd has it, an empty list says as much as none.
+    let named = settings.capabilities.as_deref().unwrap_or_default();
+    let can = |name: &str| named.is_empty() || named.iter().any(|n| n.eq_ignore_ascii_case(name));
     let (pull, resolve, push) = (can("pull"), can("resolve"), can("push"));
     let near = |name: &String| file.parent().unwrap_or(Path::new("/")).join(name);
     let mut tls = Tls {
@@ -399,6 +398,7 @@ mod tests {
               something_new = 3
             [host."https://h.example/v2/proxy"]
               override_path = true
+              capabilities = []
             [host."b.example/sub/"]
         "#;
         assert_eq!(

@@ -13,8 +13,9 @@
 //! tool unpacks them, members of tars being relative to the root; configurations of manifests are
 //! no files. A file that is a layer of its own is an object named by the layer's digest. A file in
 //! a plain tar is a slice of the layer, found by its header; the headers are read by range, before
-//! the layer could be verified (`node` compares them once it was). Compressed tars have to be
-//! unpacked: [`layered`] then says so for the whole model.
+//! the layer could be verified (`node` compares them once it was). Compressed tars, and those
+//! with too many members or sparse ones, have to be unpacked: [`layered`] says so for the whole model,
+//! and [`model_of`] makes of what was unpacked what would have been read in place.
 //!
 //! A modelcar is an ordinary image, which KServe also runs beside the server, so `oci://…` means
 //! all of it; `?path=models` chooses the model.
@@ -23,7 +24,7 @@
 
 mod layers;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
@@ -31,16 +32,16 @@ use self::layers::{Content, Part};
 use super::{
     Manifest, Registry,
     manifest::{is_image_config, is_image_layer},
-    tarwalk::{Member, MemberKind, TarWalk},
+    tarwalk::{Member, MemberKind, TarError, TarWalk},
 };
 use crate::{
     digest::ObjectId,
     reference::{OciRef, Reference},
     source::{
-        Layer, Layered, SourceError, SourceErrorKind as Kind,
+        Layer, LayerFile, Layered, SourceError, SourceErrorKind as Kind,
         listing::{Listed, Listing, Whole, short},
     },
-    tree::{Artifact, Location},
+    tree::{self, Artifact, Location, Recipe},
 };
 
 /// Tars looked into at a time.
@@ -60,7 +61,8 @@ pub(super) fn image_root(manifest: &Manifest, oci: &OciRef) -> Option<String> {
     is_image.then(|| oci.path.clone())
 }
 
-/// The layers of a model that has to be unpacked; `None` where it is none, or nothing known.
+/// The layers of a model, if it has to be unpacked or `all` are asked for; `None` where it is none, or
+/// nothing known.
 ///
 /// # Errors
 /// As [`resolve`].
@@ -69,12 +71,13 @@ pub(super) async fn layered(
     reference: &Reference,
     oci: &OciRef,
     manifest: &Manifest,
+    all: bool,
 ) -> Result<Option<Layered>, SourceError> {
     let what = oci.to_string();
     let Some(parts) = layers::parts(registry, &what, manifest).await? else {
         return Ok(None);
     };
-    if !parts.iter().any(Part::is_compressed) {
+    if !all && !parts.iter().any(Part::is_compressed) {
         return Ok(None);
     }
     let config = &manifest.image.config;
@@ -90,17 +93,23 @@ pub(super) async fn layered(
             .and_then(|digest| digest.parse().ok()),
         annotations: part.annotations,
         as_file: match part.content {
-            Content::File { path, .. } => Some(path),
+            Content::File { path, mode, mtime } => Some(LayerFile {
+                path,
+                mtime,
+                executable: mode & 0o111 != 0,
+            }),
             Content::Tar(_) | Content::Unpack => None,
         },
     };
     Ok(Some(Layered {
         reference: reference.to_string(),
         manifest: manifest.digest,
+        index: None,
         config,
         platform: None,
         root: oci.path.clone(),
         layers: parts.into_iter().map(layer).collect(),
+        is_model: true,
     }))
 }
 
@@ -121,7 +130,8 @@ pub(super) async fn resolve(
         return Ok(None);
     };
     if let Some(part) = parts.iter().find(|part| part.is_compressed()) {
-        return Err(part.error(&what, "is compressed: it has to be unpacked first"));
+        let error = part.error(&what, "is compressed: it has to be unpacked first");
+        return Err(error.in_layers());
     }
     let mut files = Files {
         what: &what,
@@ -158,9 +168,17 @@ async fn walk(
     most: usize,
 ) -> Result<Vec<Member>, SourceError> {
     let mut walk = TarWalk::new(part.size, most);
-    let failed = |error: super::tarwalk::TarError| {
-        part.error(what, &error.to_string())
-            .with_hint("push the model again, its files as layers of their own")
+    let failed = |error: TarError| {
+        let failed = part
+            .error(what, &error.to_string())
+            .with_hint("push the model again, its files as layers of their own");
+        match error {
+            TarError::TooMany(most) if most < MAX_MEMBERS => {
+                failed.with_hint("raise source.max_entries")
+            }
+            _ if error.is_of_place() => failed.in_layers(),
+            _ => failed,
+        }
     };
     while let Some(range) = walk.wants().map_err(failed)? {
         let bytes = layers::read(registry, part, range).await?;
@@ -213,41 +231,45 @@ impl Files<'_> {
         };
         let mut places = HashMap::new();
         for member in members {
+            let place = match &member.kind {
+                MemberKind::File { offset, size } => Some((*offset, *size)),
+                MemberKind::Hardlink { target } => places.get(target.as_str()).copied(),
+                MemberKind::Dir | MemberKind::Symlink { .. } => None,
+            };
+            if let Some(place) = place {
+                // Also of what is not wanted: a link may lead there.
+                places.insert(member.path.as_str(), place);
+            }
             let Some(path) = below(self.root, &member.path) else {
                 self.listing.skip();
                 continue;
             };
-            let place = match &member.kind {
-                MemberKind::File { offset, size } => (*offset, *size),
-                MemberKind::Hardlink { target } => match places.get(target.as_str()) {
-                    Some(place) => *place,
-                    None => {
+            match &member.kind {
+                MemberKind::File { .. } => {}
+                MemberKind::Hardlink { target } => {
+                    if place.is_none() {
                         let (link, target) = (short(path), short(target));
                         let why =
                             format!("{link:?} is a link to {target:?}, which is not before it");
                         return Err(part.error(self.what, &why));
                     }
-                },
+                }
                 MemberKind::Dir => {
                     if !path.is_empty() && !self.filtered {
                         let added = self.listing.add_dir(path);
                         added.map_err(|error| error.because(part.name()))?;
                     }
-                    continue;
                 }
                 MemberKind::Symlink { target } => {
-                    if !stays_inside(&member.path, target) {
-                        let (link, target) = (short(path), short(target));
-                        let why = format!("{link:?} is a symlink to {target:?}, out of the model");
-                        return Err(part.error(self.what, &why));
-                    }
+                    check_symlink(self.what, &member.path, target)
+                        .map_err(|error| error.because(part.name()))?;
                     let added = self.listing.add_symlink(path, target);
                     added.map_err(|error| error.because(part.name()))?;
-                    continue;
                 }
+            }
+            let Some((offset, size)) = place else {
+                continue;
             };
-            places.insert(member.path.as_str(), place);
-            let (offset, size) = place;
             let listed = Listed {
                 path,
                 size,
@@ -265,6 +287,99 @@ impl Files<'_> {
         }
         Ok(())
     }
+}
+
+/// The artifact of a model of whose layers `merged` came: what [`resolve`] would have made of it, had it
+/// been readable in place. Owners, other attributes and other bits of modes than that for executing are not
+/// kept, nor that files are hard links.
+///
+/// # Errors
+/// What no model has, as in [`resolve`]: devices, pipes, symlinks out of it, names that are not UTF-8.
+pub(crate) fn model_of(
+    reference: &Reference,
+    layered: &Layered,
+    merged: &Artifact,
+) -> Result<Artifact, SourceError> {
+    let what = &layered.reference;
+    let invalid = |why: String| SourceError::new(Kind::Invalid, what, why);
+    let filtered = !reference.filter.is_empty() || !layered.root.is_empty();
+    // Which are no slices of a tar.
+    let files: HashSet<String> = (layered.layers.iter())
+        .filter(|layer| layer.as_file.is_some())
+        .map(|layer| layer.blob.to_string())
+        .collect();
+    let mut listing = Listing::new(reference, layered.manifest.to_string())?;
+    let mut dirs = vec![(0, String::new())];
+    while let Some((dir, above)) = dirs.pop() {
+        for entry in merged.tree.entries(dir).unwrap_or_default() {
+            let name = std::str::from_utf8(&entry.name)
+                .map_err(|_| invalid(format!("{above:?} has a name that is not UTF-8")))?;
+            let full = match above.as_str() {
+                "" => name.to_owned(),
+                above => format!("{above}/{name}"),
+            };
+            let Some(inode) = merged.tree.get(entry.inode) else {
+                continue;
+            };
+            if let tree::Kind::Dir { .. } = inode.kind {
+                dirs.push((entry.inode, full.clone()));
+            }
+            let Some(path) = below(&layered.root, &full) else {
+                continue;
+            };
+            match &inode.kind {
+                tree::Kind::Dir { .. } if filtered => {}
+                tree::Kind::Dir { .. } => listing.add_dir(path)?,
+                tree::Kind::File { object } => {
+                    let Some(object) = merged.objects.get(*object as usize) else {
+                        continue;
+                    };
+                    let Recipe::Raw(mut location) = object.recipe.clone() else {
+                        continue;
+                    };
+                    if let Some((blob, _)) = location.path.split_once('#')
+                        && files.contains(blob)
+                    {
+                        location.path = blob.to_owned();
+                        location.generation = None;
+                    }
+                    listing.add(Listed {
+                        path,
+                        size: object.size,
+                        id: object.id,
+                        git_sha1: None,
+                        location,
+                        mtime: inode.meta.mtime.0,
+                        executable: inode.meta.mode & 0o111 != 0,
+                    })?;
+                }
+                tree::Kind::Symlink { target } => {
+                    let target = std::str::from_utf8(target).map_err(|_| {
+                        let link = short(&full);
+                        invalid(format!("{link:?} is a link to a name that is not UTF-8"))
+                    })?;
+                    check_symlink(what, &full, target)?;
+                    listing.add_symlink(path, target)?;
+                }
+                _ => {
+                    let path = short(&full);
+                    let why = format!("{path:?} is a device or pipe, which no model has");
+                    return Err(invalid(why));
+                }
+            }
+        }
+    }
+    listing.finish()
+}
+
+/// Refuses a symlink that leads out of the model.
+fn check_symlink(what: &str, path: &str, target: &str) -> Result<(), SourceError> {
+    if stays_inside(path, target) {
+        return Ok(());
+    }
+    let (link, target) = (short(path), short(target));
+    let why = format!("{link:?} is a symlink to {target:?}, out of the model");
+    Err(SourceError::new(Kind::Invalid, what, why))
 }
 
 /// `path` as it is in directory `root`; `None` where it is not in there.

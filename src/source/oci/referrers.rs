@@ -101,26 +101,22 @@ impl Registry {
     ) -> Result<Option<(OciImageIndex, bool)>, SourceError> {
         let kind: String = url::form_urlencoded::byte_serialize(kind.as_bytes()).collect();
         let path = format!("referrers/{subject}?artifactType={kind}");
-        match self.get(what, &path, &Want::Manifest(MAX_LIST, None)).await {
-            Ok(Got::Document(document)) => {
-                let index = serde_json::from_slice(&document.body).map_err(|error| {
-                    let why = short(&error.to_string());
-                    let message = format!("its list of referrers is malformed: {why}");
-                    SourceError::new(Kind::Invalid, what, message)
-                })?;
-                return Ok(Some((index, true)));
-            }
+        let failed = match self.get(what, &path, &Want::Manifest(MAX_LIST, None)).await {
+            Ok(Got::Document(document)) => return Ok(Some((list(what, &document.body)?, true))),
             Ok(_) => return Err(super::unexpected(what)),
-            Err(error) if is_unknown(&error) => {}
+            Err(error) if is_unknown(&error) => None,
+            // It may be a mirror that is down, before a registry that knows no such lists.
+            Err(error) if error.kind() == Kind::Unavailable => Some(error),
             Err(error) => return Err(error),
-        }
-        match self.manifest(&fallback_tag(subject)).await {
-            Ok(bytes) => match manifest::parse(what, &bytes)? {
+        };
+        match (self.manifest(&fallback_tag(subject)).await, failed) {
+            (Ok(bytes), _) => match manifest::parse(what, &bytes)? {
                 Document::Index(index) => Ok(Some((index, false))),
                 Document::Image(_) => Ok(None),
             },
-            Err(error) if error.kind() == Kind::NotFound => Ok(None),
-            Err(error) => Err(error),
+            (Err(_), Some(failed)) => Err(failed),
+            (Err(error), None) if error.kind() == Kind::NotFound => Ok(None),
+            (Err(error), None) => Err(error),
         }
     }
 
@@ -364,6 +360,15 @@ fn is_unknown(error: &SourceError) -> bool {
     matches!(error.kind(), Kind::NotFound | Kind::Invalid)
 }
 
+/// A list of referrers, as a registry gives it.
+fn list(what: &str, body: &[u8]) -> Result<OciImageIndex, SourceError> {
+    serde_json::from_slice(body).map_err(|error| {
+        let why = short(&error.to_string());
+        let message = format!("its list of referrers is malformed: {why}");
+        SourceError::new(Kind::Invalid, what, message)
+    })
+}
+
 /// Where the list is kept that the registry does not keep.
 fn fallback_tag(subject: &Digest) -> String {
     subject.to_string().replace(':', "-")
@@ -401,6 +406,18 @@ mod tests {
             assert_eq!(error.kind(), kind);
             assert!(!format!("{error:?}").contains("geheim"), "{error}");
         }
+    }
+
+    #[test]
+    fn the_corpus() {
+        crate::corpus::replay("corpus/manifest", |input| {
+            for entry in list("x", input)
+                .into_iter()
+                .flat_map(|index| index.manifests)
+            {
+                let _ = descriptor("x", "a manifest", &entry.digest, entry.size);
+            }
+        });
     }
 
     #[test]

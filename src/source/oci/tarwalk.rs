@@ -35,10 +35,22 @@ pub(crate) enum TarError {
         path: String,
         why: &'static str,
     },
+    #[error("the tar has {path:?} at byte {at}, a sparse file, which cannot be read in place")]
+    Sparse { at: u64, path: String },
     #[error("the tar has more than {0} members")]
     TooMany(usize),
     #[error("the tar has too many or too scattered members to be read in place")]
     TooScattered,
+}
+
+impl TarError {
+    /// Whether the tar may be good for all that: who reads all of it can have its files.
+    pub(crate) const fn is_of_place(&self) -> bool {
+        matches!(
+            self,
+            Self::Sparse { .. } | Self::TooMany(_) | Self::TooScattered
+        )
+    }
 }
 
 /// One member of a tar.
@@ -248,7 +260,7 @@ impl TarWalk {
             }
             b'5' => MemberKind::Dir,
             b'3' | b'4' | b'6' => return Err(refuse("a device or pipe, which no model has")),
-            b'S' => return Err(refuse("a sparse file, which cannot be read in place")),
+            b'S' => return Err(self.sparse(&path)),
             _ => return Err(refuse("a member of an unknown kind")),
         };
         let mtime = match extensions.mtime {
@@ -307,7 +319,8 @@ impl TarWalk {
                 self.next.mtime = seconds.and_then(|v| v.parse().ok());
             }
             _ if key.starts_with(b"GNU.sparse.") => {
-                return Err(self.damaged("it has a sparse file, which cannot be read in place"));
+                let path = self.next.path.as_deref().unwrap_or_default();
+                return Err(self.sparse(&String::from_utf8_lossy(path)));
             }
             _ => {}
         }
@@ -352,6 +365,13 @@ impl TarWalk {
 
     fn number(&self, field: &[u8], why: &'static str) -> Result<u64, TarError> {
         number(field).ok_or_else(|| self.damaged(why))
+    }
+
+    fn sparse(&self, path: &str) -> TarError {
+        TarError::Sparse {
+            at: self.at,
+            path: path.chars().take(200).collect(),
+        }
     }
 
     const fn damaged(&self, why: &'static str) -> TarError {

@@ -20,7 +20,7 @@ use super::{Tier, TierVerify};
 use crate::{
     digest::Digest,
     disk::{AlignedBuf, Open, Span, lock_file},
-    store::{Result, Store, StoreError, hash_file, run_dir},
+    store::{Result, Store, StoreError, hash_file, layout::FileLock, run_dir},
 };
 
 /// How often it is looked.
@@ -29,7 +29,7 @@ const WATCH: Duration = Duration::from_secs(5);
 const PIECE: usize = 1 << 20;
 /// Longest sleep between two looks whether to go on.
 const NAP: Duration = Duration::from_millis(500);
-/// How long a verification is good for, where that is not for ever.
+/// How long a verification is good for, where that is not for ever; one that could not read everything, too.
 const AGAIN: Duration = Duration::from_secs(24 * 60 * 60);
 /// Parts that the objects of a store are in, by their first two digits.
 const SHARDS: u16 = 256;
@@ -41,6 +41,24 @@ struct Verified {
     shards: u16,
     /// When the last pass was over, in seconds since the epoch.
     finished_at: Option<u64>,
+    /// Objects, and directories of them, that could not be read in this pass, or in the last one.
+    #[serde(default)]
+    unreadable: u64,
+}
+
+impl Verified {
+    /// The pass goes on, or a new one begins. After one that could not read everything there is none that was over
+    /// until that is.
+    const fn begin(&mut self) {
+        if self.shards == 0 && self.unreadable > 0 {
+            (self.unreadable, self.finished_at) = (0, None);
+        }
+    }
+
+    /// When all of it was last read.
+    fn at(&self) -> Option<u64> {
+        self.finished_at.filter(|_| self.unreadable == 0)
+    }
 }
 
 /// Sleeps so that no more is read in a second than is allowed.
@@ -120,68 +138,106 @@ impl Store {
             return Ok(());
         };
         let mut known = self.verified(&path);
-        let now = || {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH);
-            now.map_or(0, |now| now.as_secs())
-        };
         if let Some(finished_at) = known.finished_at
             && known.shards == 0
-            && (tier.config.verify == TierVerify::Once
+            && ((tier.config.verify == TierVerify::Once && known.unreadable == 0)
                 || now() < finished_at.saturating_add(AGAIN.as_secs()))
         {
             return Ok(());
         }
-        let dir = run_dir(&self.root).map(|run| run.join("verified"));
-        let dir = dir.map_err(|error| StoreError::io(path.display(), &error))?;
-        self.make_dir(&dir)?;
-        let lock = self.disk.open(&path.with_extension("lock"), Open::Create)?;
-        let mine = lock_file(lock.file(), Span::Exclusive, false)
-            .map_err(|error| StoreError::io(path.display(), &error))?;
-        if !mine {
+        known.begin();
+        let Some(_lock) = self.lock_verified(&path)? else {
             return Ok(());
-        }
+        };
         let mut pace = Pace::new(tier.config.verify_rate.0);
-        // As long as somebody else has the store open, and the disk is there.
+        // As long as somebody else has the store open, and this disk is there.
+        let Some(id) = tier.id() else {
+            return Ok(());
+        };
         let go_on = || {
             self.look_at_tiers(false);
-            Arc::strong_count(self) > 1 && tier.is_ready()
+            Arc::strong_count(self) > 1 && tier.id().as_ref() == Some(&id)
         };
         while known.shards < SHARDS {
             let shard = format!("objects/sha256/{:02x}", known.shards);
             let shard = tier.store.root.join(shard);
-            let mut names = self.disk.list(&shard)?;
+            let mut names = self.disk.list(&shard).unwrap_or_else(|error| {
+                tier.failed(&error.into());
+                known.unreadable += 1;
+                Vec::new()
+            });
             names.sort();
             for name in names {
                 let digest = name.to_str().and_then(|name| Digest::from_hex(name).ok());
                 let Some(digest) = digest else { continue };
-                if !tier.or_nothing(self.trusts(tier, &digest)) {
-                    continue;
+                if !go_on() {
+                    return Ok(());
                 }
                 let path = shard.join(name);
-                match hash_direct(&path, |bytes| pace.take(bytes, go_on)) {
+                let found = match self.trusts(tier, &digest) {
+                    Ok(false) => continue,
+                    Ok(true) => hash_direct(&path, |bytes| pace.take(bytes, go_on))
+                        .map_err(|error| StoreError::io(path.display(), &error)),
+                    Err(error) => Err(error),
+                };
+                match found {
                     Ok(None) => return Ok(()),
                     Ok(Some(found)) if found != digest => {
                         tracing::error!(path = %path.display(), %found, "an object on a tier is damaged: it is not read from there again");
                         self.distrust(tier, &digest)?;
                     }
                     Ok(Some(_)) => {}
-                    // It may be readable when the disk is attached again.
-                    Err(error) => tier.failed(&StoreError::io(path.display(), &error)),
+                    Err(error) => {
+                        tier.failed(&error);
+                        known.unreadable += 1;
+                    }
                 }
+            }
+            // Of a disk that is detached nothing is found, which says nothing of it.
+            self.look_at_tiers(true);
+            if !go_on() {
+                return Ok(());
             }
             known.shards += 1;
             self.write_durably(&path, &crate::store::layout::json(&known)?)?;
         }
-        let known = Verified {
-            shards: 0,
-            finished_at: Some(now()),
-        };
+        known.shards = 0;
+        known.finished_at = Some(now());
         self.write_durably(&path, &crate::store::layout::json(&known)?)
     }
 
-    /// When a tier was last read through.
-    pub(super) fn verified_at(&self, tier: &Tier) -> Option<u64> {
-        self.verified(&self.verified_path(tier)?).finished_at
+    /// All of a tier was read through just now, by somebody who was asked to.
+    pub(in crate::store) fn note_verified(&self, tier: &Tier) -> Result<()> {
+        if let Some(path) = self.verified_path(tier)
+            && let Some(_lock) = self.lock_verified(&path)?
+        {
+            let known = Verified {
+                finished_at: Some(now()),
+                ..Verified::default()
+            };
+            self.write_durably(&path, &crate::store::layout::json(&known)?)?;
+        }
+        Ok(())
+    }
+
+    /// Held by who reads a tier through in the background; none where somebody else does.
+    fn lock_verified(&self, path: &Path) -> Result<Option<FileLock>> {
+        let dir = run_dir(&self.root).map(|run| run.join("verified"));
+        let dir = dir.map_err(|error| StoreError::io(path.display(), &error))?;
+        self.make_dir(&dir)?;
+        let lock = self.disk.open(&path.with_extension("lock"), Open::Create)?;
+        let mine = lock_file(lock.file(), Span::Exclusive, false)
+            .map_err(|error| StoreError::io(path.display(), &error))?;
+        Ok(mine.then(|| FileLock::new(lock)))
+    }
+
+    /// When all of a tier was last read through; and what of it could not be read since.
+    pub(super) fn verified_at(&self, tier: &Tier) -> (Option<u64>, u64) {
+        let Some(path) = self.verified_path(tier) else {
+            return (None, 0);
+        };
+        let known = self.verified(&path);
+        (known.at(), known.unreadable)
     }
 
     /// What cannot be read was never verified.
@@ -195,6 +251,11 @@ impl Store {
         let name = format!("run/verified/{}.json", tier.key()?);
         Some(self.root.join(name))
     }
+}
+
+fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| now.as_secs())
 }
 
 /// The SHA-256 of a file, from the disk: neither what is cached nor what others want cached takes part.
@@ -255,6 +316,23 @@ mod tests {
             assert_eq!(read, len as u64);
         }
         assert_eq!(hash_direct(&path, |_| false).unwrap(), None);
+    }
+
+    #[test]
+    fn what_could_not_be_read_is_not_verified_while_it_is_read_again() {
+        let mut known = Verified {
+            finished_at: Some(1),
+            ..Verified::default()
+        };
+        known.begin();
+        known.shards += 1;
+        assert_eq!(known.at(), Some(1));
+        (known.shards, known.unreadable) = (0, 1);
+        assert_eq!(known.at(), None);
+        known.begin();
+        known.shards += 1;
+        known.begin();
+        assert_eq!((known.at(), known.unreadable), (None, 0));
     }
 
     #[test]

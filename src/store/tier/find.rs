@@ -81,7 +81,11 @@ impl Store {
     /// What it is called, and the directories that it means now.
     fn places(&self, config: &TierConfig) -> (PathBuf, Result<Vec<PathBuf>, String>) {
         match (&config.path, &config.label) {
-            (Some(path), _) if is_glob(&path.to_string_lossy()) => {
+            // What is there under this very name is no glob.
+            (Some(path), _)
+                if is_glob(&path.to_string_lossy())
+                    && !matches!(self.disk.stat(path), Ok(Some(_))) =>
+            {
                 (path.clone(), self.expand(path))
             }
             (Some(path), _) => (path.clone(), Ok(vec![path.clone()])),

@@ -1,24 +1,11 @@
 //! Power failure at every operation on the disk.
 
 use super::*;
-use crate::store::sim::{Left, SimDisk};
-
-/// Volumes whose records must be there, and those that may or may not, since they are being made or removed. Any other
-/// must not be there.
-#[derive(Debug, Clone, Default)]
-struct Expected {
-    there: Vec<&'static str>,
-    changing: Vec<&'static str>,
-}
+use crate::store::sim::{Crashes, SimDisk};
 
 /// Makes every change once, and says before each what must hold until it is acknowledged.
-async fn live(bed: &mut Bed, now: &Mutex<Expected>) {
-    let say = |there: &[&'static str], changing: &[&'static str]| {
-        *now.lock().unwrap() = Expected {
-            there: there.into(),
-            changing: changing.into(),
-        };
-    };
+async fn live(bed: &mut Bed, crashes: &Crashes) {
+    let say = |there: &[&'static str], changing: &[&'static str]| crashes.say(there, changing);
     bed.start().await;
     say(&[], &["v"]);
     let one = bed.publish("v", "a");
@@ -57,28 +44,13 @@ fn made() -> String {
 #[tokio::test]
 async fn what_was_acknowledged_survives_a_power_failure_at_any_point() {
     let dir = tempfile::tempdir().unwrap();
-    let disk = SimDisk::new(1);
-    let expected = Arc::new(Mutex::new(Expected::default()));
-    let images = Arc::new(Mutex::new(Vec::new()));
-    let disk = Arc::new(disk);
+    let disk = Arc::new(SimDisk::new(1));
     let mut bed = Bed::on(disk.clone());
-    disk.before_each({
-        let (root, dir) = (bed.dir.path().to_owned(), dir.path().to_owned());
-        let (expected, images) = (Arc::clone(&expected), Arc::clone(&images));
-        move |image, what| {
-            let mut images = images.lock().unwrap();
-            for left in [Left::Nothing, Left::All, Left::Some(images.len() as u64)] {
-                let to = dir.join(format!("image-{}", images.len()));
-                image.build(&root, &to, left, left);
-                images.push((to, expected.lock().unwrap().clone(), what.to_owned()));
-            }
-        }
-    });
-    live(&mut bed, &expected).await;
+    let crashes = Crashes::of(&disk, bed.dir.path(), dir.path());
+    live(&mut bed, &crashes).await;
     disk.end();
-    let images = std::mem::take(&mut *images.lock().unwrap());
-    assert!(images.len() > 60, "{}", images.len());
-    for (image, expected, what) in images {
+    let owner = |volume: &str| format!("csi-{}", &Digest::of(volume.as_bytes()).hex()[..32]);
+    let check = async |image: &Path, _: &_| {
         let (models, store) = (Arc::new(Made::default()), image.join("store"));
         let settings = Settings {
             store: store.clone(),
@@ -88,20 +60,14 @@ async fn what_was_acknowledged_survives_a_power_failure_at_any_point() {
         let driver = Driver::open(settings, models.clone(), marks).await;
         drop(driver.unwrap());
         let (owners, _) = models.state().swept.clone().unwrap();
-        let owner = |volume: &str| format!("csi-{}", &Digest::of(volume.as_bytes()).hex()[..32]);
-        let created = store.join(format!("run/csi/created/{}.json", made()));
         let mut found: Vec<_> = ["v", "w"]
             .into_iter()
             .filter(|volume| owners.contains(&owner(volume)))
             .collect();
         assert_eq!(owners.len(), found.len());
+        let created = store.join(format!("run/csi/created/{}.json", made()));
         found.extend(created.exists().then_some("made"));
-        let at = format!(
-            "{found:?} after power failed before {what} in {}: {expected:?}",
-            image.display()
-        );
-        assert!(expected.there.iter().all(|n| found.contains(n)), "{at}");
-        let may = |n: &&str| expected.there.contains(n) || expected.changing.contains(n);
-        assert!(found.iter().all(may), "{at}");
-    }
+        found
+    };
+    crashes.check(check).await;
 }

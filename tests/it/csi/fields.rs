@@ -225,8 +225,8 @@ fn wrongs(bed: &Bed) -> Vec<(Change, &'static str)> {
             "for a registry source it takes .dockerconfigjson",
         ),
         (
-            Box::new(|a| drop(a.secrets.insert("token".into(), "x".repeat(5000)))),
-            "secrets is longer",
+            Box::new(|a| drop(a.secrets.insert("token".into(), "x".repeat(65_536)))),
+            "secrets are longer",
         ),
         (
             Box::new(|a| drop(a.publish_context.insert("x".into(), "x".repeat(5000)))),

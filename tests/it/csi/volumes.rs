@@ -1,8 +1,7 @@
 //! Volumes that come and go.
 
-use std::time::Duration;
-
 use super::*;
+use crate::store::failing::FailingDisk;
 
 #[tokio::test]
 async fn a_volume_is_published_and_unpublished_as_often_as_one_likes() {
@@ -166,7 +165,11 @@ async fn complete_volumes_are_published_when_they_are() {
     context.insert("mode".into(), "complete".into());
     // The kubelet gives up after two minutes and asks again: what was begun goes on.
     let mut node = bed.node();
-    let waiting = node.node_publish_volume(asked.clone());
+    let mut waiting = Box::pin(node.node_publish_volume(asked.clone()));
+    while bed.models.state().users.is_empty() {
+        let early = tokio::time::timeout(Duration::from_millis(5), &mut waiting).await;
+        assert!(early.is_err());
+    }
     let late = tokio::time::timeout(Duration::from_millis(300), waiting).await;
     assert!(late.is_err());
     assert_eq!(bed.marks.get().len(), 0);
@@ -255,7 +258,7 @@ async fn a_volume_whose_pod_is_gone_does_not_come_back() {
     bed.marks.mounted.lock().unwrap().clear();
     std::fs::remove_dir(&pod).unwrap();
     bed.restart().await;
-    for _ in 0..500 {
+    for _ in 0..6000 {
         if bed.models.state().pins.len() == 1 && bed.marks.get().len() == 1 {
             break;
         }
@@ -324,6 +327,50 @@ async fn calls_at_once_do_what_one_does() {
 }
 
 #[tokio::test]
+async fn targets_of_a_volume_do_not_wait_for_each_other() {
+    let bed = Bed::new().await;
+    // The origin does not answer the first pod of a claim.
+    let hang = async || {
+        let hold = Arc::new(tokio::sync::Notify::new());
+        *bed.models.hold.lock().unwrap() = Some(Arc::clone(&hold));
+        let (mut node, asked) = (bed.node(), bed.publish("v", "late"));
+        let late = tokio::spawn(async move { node.node_publish_volume(asked).await });
+        while bed.models.hold.lock().unwrap().is_some() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        (hold, late)
+    };
+    let come_and_go = async || {
+        for n in 0..20 {
+            let asked = bed.publish("v", &format!("t{n}"));
+            bed.published(asked).await.unwrap();
+        }
+        assert_eq!(
+            (bed.marks.get().len(), bed.models.state().pins.len()),
+            (20, 1)
+        );
+        for n in 0..20 {
+            let target = bed.target(&format!("t{n}"));
+            bed.unpublished("v", &target).await.unwrap();
+        }
+    };
+    let (hold, late) = hang().await;
+    come_and_go().await;
+    hold.notify_one();
+    late.await.unwrap().unwrap();
+    assert_eq!(bed.models.state().pins.len(), 1, "the late one needs it");
+    bed.unpublished("v", &bed.target("late")).await.unwrap();
+    bed.assert_empty();
+    // Nobody keeps the pin where the late one comes to nothing.
+    let (hold, late) = hang().await;
+    come_and_go().await;
+    bed.models.state().fails = Some(ModelErrorKind::Denied);
+    hold.notify_one();
+    late.await.unwrap().unwrap_err();
+    bed.assert_empty();
+}
+
+#[tokio::test]
 async fn two_volumes_do_not_fight_for_a_target() {
     let bed = Bed::new().await;
     let gate = bed.models.gate.write().await;
@@ -358,12 +405,11 @@ async fn the_next_process_goes_on() {
     bed.published(bed.publish("v", "a")).await.unwrap();
     bed.published(bed.publish("w", "b")).await.unwrap();
     let before = bed.marks.get();
-    // Its mounts are gone with it, and a record is half written.
+    // Its mounts are gone with it, and it was killed while it wrote.
     bed.models.state().users.clear();
     bed.marks.mounted.lock().unwrap().clear();
-    let records = bed.dir.path().join("store/run/csi/published");
+    let records = bed.records();
     std::fs::write(records.join("x.new"), "{").unwrap();
-    std::fs::write(records.join("y.json"), "{").unwrap();
     bed.restart().await;
     let settings = bed.settings();
     let second = Driver::open(settings, bed.models.clone(), bed.marks.clone()).await;
@@ -371,16 +417,80 @@ async fn the_next_process_goes_on() {
     assert!(second.contains("another process"), "{second}");
     let (owners, models) = bed.models.state().swept.clone().unwrap();
     assert_eq!((owners.len(), models.len()), (2, 1));
-    for _ in 0..500 {
-        if bed.marks.get() == before {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert_eq!(bed.marks.get(), before);
-    std::fs::remove_file(records.join("y.json")).unwrap();
+    bed.wait_for(|bed| bed.marks.get() == before).await;
     bed.unpublished("v", &bed.target("a")).await.unwrap();
     bed.unpublished("w", &bed.target("b")).await.unwrap();
+    bed.assert_empty();
+}
+
+/// What the volume of a record that cannot be read has stays, until it is published or unpublished again.
+#[tokio::test]
+async fn a_record_that_cannot_be_read_ends_nothing() {
+    let disk = FailingDisk::new();
+    let mut bed = Bed::on(Arc::new(disk.clone()));
+    bed.start().await;
+    for (volume, target) in [("v", "a"), ("w", "b")] {
+        let published = bed.published(bed.publish(volume, target)).await;
+        published.unwrap();
+    }
+    let record = bed.record_of("v", "a");
+    let good = std::fs::read(&record).unwrap();
+    let flipped = |at: usize| {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        bad
+    };
+    // Where it is still the record of something; where it is none; as good as another's; and as nothing at all.
+    let generation = String::from_utf8_lossy(&good).find("sha256:").unwrap() + 9;
+    let other = std::fs::read(bed.record_of("w", "b")).unwrap();
+    for bad in [
+        flipped(generation),
+        flipped(0),
+        other,
+        Vec::new(),
+        good.clone(),
+    ] {
+        std::fs::write(&record, &bad).unwrap();
+        if bad == good {
+            disk.bad_file(&record);
+        }
+        bed.models.state().swept = None;
+        bed.restart().await;
+        assert_eq!(bed.models.state().swept, None);
+        let stats = bed.stats("v", &bed.target("a")).await.unwrap();
+        let condition = stats.volume_condition.unwrap();
+        assert!(condition.abnormal);
+        assert!(condition.message.contains("damaged"), "{condition:?}");
+        bed.stats("w", &bed.target("b")).await.unwrap();
+        assert_eq!(bed.marks.get().len(), 2);
+    }
+    // The kubelet asks for it again.
+    bed.published(bed.publish("v", "a")).await.unwrap();
+    bed.restart().await;
+    let swept = bed.models.state().swept.clone();
+    assert_eq!(swept.unwrap().0.len(), 2);
+    std::fs::write(&record, "{").unwrap();
+    bed.restart().await;
+    bed.unpublished("v", &bed.target("a")).await.unwrap();
+    assert_eq!(bed.marks.get().len(), 1);
+    assert!(!record.exists());
+}
+
+/// A volume that cannot be brought back is tried again, as long as it is published.
+#[tokio::test]
+async fn what_could_not_be_brought_back_is_tried_again() {
+    let mut bed = Bed::new().await;
+    bed.published(bed.publish("v", "a")).await.unwrap();
+    let before = bed.marks.get();
+    bed.models.state().users.clear();
+    bed.marks.mounted.lock().unwrap().clear();
+    bed.models.state().fails = Some(ModelErrorKind::Failed);
+    bed.models.state().failed = 0;
+    bed.restart().await;
+    bed.wait_for(|bed| bed.models.state().failed > 1).await;
+    bed.models.state().fails = None;
+    bed.wait_for(|bed| bed.marks.get() == before).await;
+    bed.unpublished("v", &bed.target("a")).await.unwrap();
     bed.assert_empty();
 }
 
@@ -476,6 +586,11 @@ async fn classes_make_volumes() {
 async fn secrets_are_used_and_never_written() {
     let bed = Bed::new().await;
     let mut asked = bed.publish("v", "a");
+    // Tokens can be long, and files of registries hold many.
+    let long = format!("hf_{}", "x".repeat(20_000));
+    asked.secrets = map(&[("token", &long)]);
+    bed.published(asked.clone()).await.unwrap();
+    assert_eq!(bed.models.state().token.as_deref(), Some(&*long));
     asked.secrets = map(&[("token", "hf_geheim\n")]);
     bed.published(asked.clone()).await.unwrap();
     assert_eq!(bed.models.state().token.as_deref(), Some("hf_geheim"));

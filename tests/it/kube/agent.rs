@@ -47,7 +47,6 @@ async fn a_pod_starts_a_prefetch_and_its_end_unpins() {
         "users": [{"name": "c", "user": {}}],
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "c"}}],
     });
-    std::fs::write(path("kubeconfig"), kubeconfig.to_string()).unwrap();
     let config = format!(
         "[agent]\nsocket = {:?}\n[admin]\nenabled = false\n[kube]\nenabled = true\n[kube.api]\nkubeconfig = {:?}\n",
         path("agent.sock"),
@@ -75,9 +74,25 @@ async fn a_pod_starts_a_prefetch_and_its_end_unpins() {
             .arg(path("store"))
             .args(["agent", "--node-name", "n1"])
             .stdout(Stdio::null())
+            .stderr(std::fs::File::create(path("log")).unwrap())
             .spawn()
             .unwrap(),
     );
+    let log = || std::fs::read_to_string(path("log")).unwrap();
+    // The kubelet has not joined the cluster yet, and then its certificate has not come.
+    until("it waits", || log().contains("cannot be used")).await;
+    let mut early = kubeconfig.clone();
+    for field in ["client-certificate", "client-key"] {
+        early["users"][0]["user"][field] = json!(path("none.pem"));
+    }
+    // Never half of one.
+    let write = |config: &serde_json::Value| {
+        std::fs::write(path("new"), config.to_string()).unwrap();
+        std::fs::rename(path("new"), path("kubeconfig")).unwrap();
+    };
+    write(&early);
+    until("it waits on", || log().contains("none.pem")).await;
+    write(&kubeconfig);
     let pinned = || {
         let out = Command::new(env!("CARGO_BIN_EXE_hearth"))
             .arg("--store")

@@ -1,6 +1,8 @@
 //! Values compared with the schemas of our own custom resources, as the API server would; but unknown fields are
 //! mistakes, and not dropped.
 
+use std::sync::LazyLock;
+
 use regex::Regex;
 use serde_json::Value;
 
@@ -44,7 +46,23 @@ pub(crate) fn check(schema: &Value, value: &Value, at: &str, wrong: &mut Vec<Str
         }
     }
     if let Some(items) = value.as_array() {
-        if items.len() > limit("maxItems") {
+        let least = schema["minItems"].as_u64().unwrap_or(0) as usize;
+        let identity = |item: &Value| match schema["x-kubernetes-list-type"].as_str() {
+            Some("set") => Some(item.to_string()),
+            Some("map") => {
+                let keys = schema["x-kubernetes-list-map-keys"].as_array().unwrap();
+                let keys = keys.iter().map(|key| &item[key.as_str().unwrap()]);
+                Some(format!("{:?}", keys.collect::<Vec<_>>()))
+            }
+            _ => None,
+        };
+        let mut seen = std::collections::BTreeSet::new();
+        for twice in items.iter().filter_map(identity) {
+            if !seen.insert(twice.clone()) {
+                wrong.push(format!("{at}: {twice} more than once"));
+            }
+        }
+        if items.len() > limit("maxItems") || items.len() < least {
             wrong.push(format!("{at}: {} items", items.len()));
         }
         for (index, item) in items.iter().enumerate() {
@@ -81,4 +99,33 @@ pub(crate) fn of(kind: &str) -> Value {
         .find(|definition| definition["spec"]["names"]["kind"] == kind)
         .unwrap();
     definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"].clone()
+}
+
+/// What the API server would say of an object that a client writes.
+pub(crate) fn admit(resource: &str, object: &Value) -> Result<(), String> {
+    static SCHEMAS: LazyLock<[(&str, Value); 2]> =
+        LazyLock::new(|| [("warmups", of("Warmup")), ("nodecaches", of("NodeCache"))]);
+    let known = SCHEMAS.iter().find(|(known, _)| *known == resource);
+    let mut wrong = Vec::new();
+    if let Some((_, schema)) = known {
+        check(schema, &without_nulls(object.clone()), "", &mut wrong);
+    }
+    match wrong.is_empty() {
+        true => Ok(()),
+        false => Err(wrong.join(", ")),
+    }
+}
+
+pub(crate) fn without_nulls(value: Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let fields = fields.into_iter().filter(|(_, value)| !value.is_null());
+            Value::Object(
+                fields
+                    .map(|(name, value)| (name, without_nulls(value)))
+                    .collect(),
+            )
+        }
+        other => other,
+    }
 }

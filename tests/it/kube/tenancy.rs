@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
+    time::Duration,
 };
 
 use hearth::{
@@ -29,7 +30,7 @@ struct Bed {
 }
 
 impl Bed {
-    async fn new(config: TenancyConfig) -> Self {
+    async fn new(tenancy: TenancyConfig) -> Self {
         let origin = Scripted::start(|seen| {
             let closed = seen.path() == "/closed";
             // user:geheim
@@ -42,10 +43,14 @@ impl Bed {
         .await;
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("store"), &store::Config::default()).unwrap();
-        let engine = Engine::new(Arc::clone(&store), fetch::Config::default());
+        let config = fetch::Config {
+            patience: Duration::from_millis(100),
+            ..fetch::Config::default()
+        };
+        let engine = Engine::new(Arc::clone(&store), config);
         let sources = Sources::new(source::Config::default());
         Self {
-            node: Node::new(engine, sources).with_tenancy(config),
+            node: Node::new(engine, sources).with_tenancy(tenancy),
             _dir: dir,
             store,
             origin,
@@ -131,6 +136,24 @@ async fn what_came_by_credentials_is_shown_to_who_has_some() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pod_is_brought_what_its_namespace_may_see() {
+    let bed = Bed::new(TenancyConfig::default()).await;
+    let content = PodContent::new(bed.node.clone());
+    let ours = bed.wish("p1", "ours", "/closed", password("geheim"));
+    content.bring(&ours).await.unwrap();
+    for keys in [None, password("falsch")] {
+        let theirs = bed.wish("p2", "theirs", "/closed", keys);
+        let denied = content.bring(&theirs).await.unwrap_err();
+        assert_eq!(denied.kind(), ContentErrorKind::Denied, "{denied}");
+    }
+    // Nor is it kept for them, or told how large it is.
+    assert_eq!(content.owners().await, ["pod-p1".to_owned()].into());
+    assert_eq!(bed.node.tenancy().used("theirs"), 0);
+    let theirs = bed.wish("p2", "theirs", "/closed", password("geheim"));
+    content.bring(&theirs).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_the_node_has_is_for_all_who_may_use_its_credentials() {
     let config = TenancyConfig {
         node_credentials: vec!["ours".to_owned()],
@@ -175,6 +198,15 @@ async fn quotas_are_per_namespace_and_given_back() {
         error.to_string().contains("namespace n may keep 8 bytes"),
         "{error}"
     );
+    // Nor without a pin; what fits counts while it is brought, and not after.
+    let unpinned = |name: &str, namespace: &str| Wish {
+        pin: false,
+        ..bed.wish("p5", namespace, name, None)
+    };
+    let error = content.bring(&unpinned("/other", "n")).await.unwrap_err();
+    assert_eq!(error.kind(), ContentErrorKind::NoSpace);
+    content.bring(&unpinned("/open", "else")).await.unwrap();
+    assert_eq!(bed.node.tenancy().used("else"), 0);
     content
         .bring(&bed.wish("p3", "big", "/other", None))
         .await
@@ -220,6 +252,12 @@ async fn what_a_warmup_brings_is_its_namespaces_own() {
 
     assert_eq!(tenancy.used("ours"), 7);
     let refused = warm("u3", "small", "/open", None).await.unwrap_err();
+    assert_eq!(refused.reason, "OverQuota", "{refused}");
+    let once = Order {
+        owner: None,
+        ..order("u3", bed.wish("", "small", "/open", None))
+    };
+    let refused = warmer.warm(&once, &progress).await.unwrap_err();
     assert_eq!(refused.reason, "OverQuota", "{refused}");
     warm("u1", "ours", "/open", None).await.unwrap();
     assert_eq!(tenancy.used("ours"), 12);

@@ -69,7 +69,7 @@ impl<S: Stream<Item = Event<Pod>>> Known<S> {
                 self.take().await;
             }
         };
-        let in_time = tokio::time::timeout(Duration::from_secs(30), known).await;
+        let in_time = tokio::time::timeout(Duration::from_secs(120), known).await;
         assert!(in_time.is_ok(), "{:?} instead of {wanted:?}", self.pods);
     }
 }

@@ -51,19 +51,21 @@ async fn a_token_is_renewed_before_it_ends() {
     let mut held = Held::default();
     let layer = data(100);
     held.blob(&layer);
-    let guarded = Guarded::new(held, 1);
+    let guarded = Guarded::new(held, 3);
     let answers = guarded.clone();
     let server = Scripted::start(move |seen| answers.answer(seen)).await;
     let settings = Settings::new();
     let source = settings.open(&format!("oci://{}/team/app:1", server.address));
     let blob = digest(&layer);
     for round in 1..4 {
+        if round > 1 {
+            tokio::time::sleep(Duration::from_millis(3050)).await;
+        }
         let reads = (0..8_u64).map(|n| read(&source, &blob, n..n + 1));
         for found in join_all(reads).await {
             found.unwrap();
         }
         assert_eq!(guarded.granted.load(Ordering::SeqCst), round);
-        tokio::time::sleep(Duration::from_millis(1050)).await;
     }
     let refused = server
         .take_log()
@@ -213,5 +215,81 @@ async fn basic_credentials_and_what_refusals_say() {
         assert_eq!(error.kind(), kind, "{error}");
         assert!(error.to_string().contains(word), "{error}");
         assert!(!shown(&error).contains(SECRET));
+    }
+    // That the registry on this machine is asked without TLS is no leave to send passwords elsewhere so.
+    server.now(|_| {
+        let challenge = "www-authenticate: Bearer realm=\"http://auth.example/token\"";
+        Reply::new(&format!("401 Unauthorized\n{challenge}"), "")
+    });
+    let error = layered(&good.open(&reference), &reference)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), Kind::Invalid, "{error}");
+    assert!(error.to_string().contains("without https"), "{error}");
+}
+
+/// Several pull secrets, as a pod may have: each is tried, whoever refuses it.
+#[tokio::test]
+async fn of_several_credentials_each_is_tried() {
+    let mut held = Held::default();
+    held.image("1", "amd64", &[data(100)]);
+    let login = |user: &str| {
+        let auth = format!("{user}:{SECRET}");
+        format!(
+            "Basic {}",
+            base64::Engine::encode(&base64::engine::general_purpose::STANDARD, auth)
+        )
+    };
+    for asks_for in ["a password", "a token", "a token that is not refused"] {
+        let (held, good) = (held.clone(), login("good"));
+        let logins: Vec<_> = ["one", "two", "good"].map(login).into();
+        let server = Scripted::start(move |seen| {
+            let (host, sent) = (seen.header("host").unwrap(), seen.header("authorization"));
+            let token = |user: &str| format!("Bearer {SECRET}-{user}");
+            let is_in = sent == Some(&good) || sent == Some(&token("2"));
+            let number = logins.iter().position(|login| sent == Some(login));
+            let challenge = match asks_for {
+                "a password" => "Basic realm=\"r\"".to_owned(),
+                _ => format!("Bearer realm=\"http://{host}/token\",service=\"reg\""),
+            };
+            match (seen.path(), number) {
+                ("/token", Some(number)) if number == 2 || asks_for.ends_with("refused") => {
+                    let body = json!({ "token": format!("{SECRET}-{number}") });
+                    Reply::new("200 OK\ncontent-type: application/json", body.to_string())
+                }
+                ("/token", _) => Reply::new("401 Unauthorized", ""),
+                _ if is_in => held.answer(seen),
+                _ => Reply::new(
+                    &format!("401 Unauthorized\nwww-authenticate: {challenge}"),
+                    "",
+                ),
+            }
+        })
+        .await;
+        let host = server.address.to_string();
+        let reference = format!("oci://{host}/team/app:1");
+        let open = |users: &[&str]| {
+            let registries = users.iter().map(|user| {
+                let file = json!({ "auths": { &host: { "username": user, "password": SECRET } } });
+                Secret::new(file.to_string())
+            });
+            let keys = Keys {
+                registries: registries.collect(),
+                ..Keys::default()
+            };
+            let sources = Sources::new(Settings::new().config());
+            let sources = sources.with_credentials(Credentials::new(keys));
+            sources.open(&reference.parse().unwrap()).unwrap()
+        };
+        let source = open(&["one", "two", "good"]);
+        layered(&source, &reference).await.unwrap();
+        // It goes on with the one that was good.
+        server.take_log();
+        source.manifest("1").await.unwrap();
+        assert_eq!(server.take_log().len(), 1, "{asks_for}");
+        let error = layered(&open(&["one", "two"]), &reference).await;
+        let error = error.unwrap_err();
+        assert_eq!(error.kind(), Kind::Denied, "{asks_for}: {error}");
+        assert!(server.take_log().len() <= 6, "{asks_for}");
     }
 }

@@ -10,7 +10,7 @@ use super::*;
 use crate::store::sim::SimDisk;
 
 /// An archive of one file.
-fn archive(name: &str, content: &[u8]) -> Vec<u8> {
+pub(super) fn archive(name: &str, content: &[u8]) -> Vec<u8> {
     let mut block = [0; 512];
     block[..name.len()].copy_from_slice(name.as_bytes());
     block[100..107].copy_from_slice(b"0000644");
@@ -25,11 +25,9 @@ fn archive(name: &str, content: &[u8]) -> Vec<u8> {
     tar
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_image_that_is_removed_before_it_is_held_is_resolved_again() {
-    let content = data(200_000);
-    let tar = archive("weights", &content);
-    let mut held = Held::default();
+/// An image of one file, in a layer that is not compressed.
+pub(super) fn plain_image(held: &mut Held, tag: &str, content: &[u8]) {
+    let tar = archive("weights", content);
     let config = json!({
         "architecture": "amd64", "os": "linux",
         "rootfs": { "type": "layers", "diff_ids": [digest(&tar)] },
@@ -41,7 +39,14 @@ async fn an_image_that_is_removed_before_it_is_held_is_resolved_again() {
     let document = json!({
         "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": [layer],
     });
-    held.manifest("1", &document);
+    held.manifest(tag, &document);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_that_is_removed_before_it_is_held_is_resolved_again() {
+    let content = data(200_000);
+    let mut held = Held::default();
+    plain_image(&mut held, "1", &content);
     let server = Scripted::start(move |seen| held.answer(seen)).await;
     let settings = Settings::new();
     let reference = format!("oci://{}/team/app:1?platform=linux/amd64", server.address);

@@ -188,6 +188,40 @@ async fn a_mirror_that_fails_is_left_out_for_a_while() {
     );
 }
 
+/// An index is found under its tag, whatever a mirror that is down might have said of the list.
+#[tokio::test]
+async fn a_mirror_that_is_down_hides_nothing_that_is_attached() {
+    const KIND: &str = "application/vnd.example";
+    let mut held = Held::default();
+    let image = held.image("1", "amd64", &[data(1000)]);
+    let mut blob = held.blob(b"attached");
+    blob["mediaType"] = "text/plain".into();
+    let mut attached = held.manifest(
+        "",
+        &json!({
+            "schemaVersion": 2, "mediaType": OCI_MANIFEST, "artifactType": KIND,
+            "config": blob, "layers": [blob], "subject": image,
+        }),
+    );
+    attached["artifactType"] = KIND.into();
+    let subject = image["digest"].as_str().unwrap();
+    let list = json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [attached] });
+    held.manifest(&subject.replace(':', "-"), &list);
+    let mirror = Scripted::start(|_| Reply::new("503 Service Unavailable", "")).await;
+    let registry = Scripted::start(move |seen| held.answer(seen)).await;
+    let host = registry.address.to_string();
+    let text = format!("[host.\"http://{}\"]", mirror.address);
+    let settings = Settings::new().hosts(&(host.replace(':', "_") + "_"), &text);
+    let source = settings.open(&format!("oci://{host}/team/app:1"));
+    let subject = subject.parse().unwrap();
+    let found = source.attached(&subject, KIND).await.unwrap();
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0].blobs[0].blob, Digest::of(b"attached"));
+    // Of what has none it is not known then.
+    let error = source.attached(&Digest::of(b"other"), KIND).await;
+    assert_eq!(error.unwrap_err().kind(), Kind::Unavailable);
+}
+
 #[tokio::test]
 async fn a_mirror_with_other_bytes_does_not_stand_in_the_way() {
     let mut held = Held::default();
@@ -288,7 +322,7 @@ async fn a_mirror_does_not_ask_itself() {
             read(source, &blob, 0..layer.len() as u64).await.unwrap()
         };
         // Another program on this node, which has the same hosts.
-        let limit = Duration::from_secs(15);
+        let limit = Duration::from_secs(60);
         let asked = tokio::time::timeout(limit, async { all(&settings.open(&reference)).await });
         assert!(asked.await.expect("it asks itself") == layer);
         assert!(counted().0 > before.0);

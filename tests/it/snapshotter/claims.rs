@@ -44,7 +44,7 @@ impl Node {
 
     /// Waits until exactly these are mounted.
     async fn wait_for(&self, chains: &[Digest]) {
-        for _ in 0..500 {
+        for _ in 0..6000 {
             if self.mounted() == chains {
                 return;
             }
@@ -318,6 +318,28 @@ async fn a_node_that_cannot_say_leaves_it_to_containerd_and_lost_roots_are_error
     assert!(failed.message().contains("does not know"), "{failed}");
     bed.remove("a/3/container").await.unwrap();
     bed.remove(&name).await.unwrap();
+}
+
+/// What a process before had mounted may be taken over later than it is asked for.
+#[tokio::test]
+async fn a_root_that_is_not_back_at_once_has_its_user_all_the_same() {
+    let mut bed = Bed::with(Node::knowing(&[chain(1)])).await;
+    bed.unpack("a/1/x", "", chain(1)).await;
+    let name = chain(1).to_string();
+    bed.prepare("a/2/container", &name).await.unwrap();
+    let after = Node::knowing(&[chain(1)]);
+    *after.down.lock() = true;
+    bed.restart(after.clone()).await;
+    while after.hints.lock().is_none() {
+        tokio::task::yield_now().await;
+    }
+    assert!(after.mounted().is_empty());
+    *after.down.lock() = false;
+    bed.prepare("a/3/container", &name).await.unwrap();
+    bed.remove("a/3/container").await.unwrap();
+    assert_eq!(after.mounted(), [chain(1)], "the first stands on it");
+    bed.remove("a/2/container").await.unwrap();
+    assert!(after.mounted().is_empty());
 }
 
 #[tokio::test]

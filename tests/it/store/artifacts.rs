@@ -14,7 +14,12 @@ use hearth::{
 };
 
 /// Records an artifact and stores its contents.
-fn warm(store: &Arc<Store>, reference: &str, contents: &[&[u8]], located: bool) -> Artifact {
+pub(super) fn warm(
+    store: &Arc<Store>,
+    reference: &str,
+    contents: &[&[u8]],
+    located: bool,
+) -> Artifact {
     let artifact = artifact(reference, contents, located);
     store.record(&artifact).unwrap();
     let objects = artifact.objects.iter().zip(contents);
@@ -46,11 +51,11 @@ fn object_path(store: &Store, bytes: &[u8]) -> PathBuf {
         .join(hex)
 }
 
-fn is_complete(store: &Store, object: &Object) -> bool {
+pub(super) fn is_complete(store: &Store, object: &Object) -> bool {
     store.complete(&object.id).unwrap().is_some()
 }
 
-fn collect_to(store: &Store, target: u64) -> hearth::store::CollectReport {
+pub(super) fn collect_to(store: &Store, target: u64) -> hearth::store::CollectReport {
     let options = CollectOptions {
         target_bytes: Some(target),
         dry_run: false,
@@ -368,6 +373,27 @@ fn a_flipped_bit_is_found_and_repaired() {
     let scope = VerifyScope::References(&references);
     let report = store.verify(scope, false, |_| true).unwrap();
     assert_eq!(report.missing, references);
+}
+
+#[test]
+fn an_object_that_cannot_be_opened_is_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let (a, b) = (content(1, 100), content(2, 100));
+    warm(&store, "ref", &[&a, &b], false);
+    let path = object_path(&store, &a);
+    fs::remove_file(&path).unwrap();
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    for repair in [false, true] {
+        let report = store.verify(VerifyScope::All, repair, |_| true).unwrap();
+        assert_eq!((report.objects, report.damaged.len()), (2, 1));
+        let damage = &report.damaged[0];
+        assert_eq!((&damage.path, damage.removed), (&path, repair));
+        assert!(damage.what.contains("cannot be read"), "{damage:?}");
+        assert_eq!(damage.references, ["ref"]);
+    }
+    let report = store.verify(VerifyScope::All, false, |_| true).unwrap();
+    assert_eq!((report.objects, report.damaged.len()), (1, 0));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     images::image,
-    sim::{Left, SimDisk},
+    sim::{SimDisk, kinds},
     *,
 };
 use hearth::{
@@ -40,6 +40,8 @@ struct Expected {
     /// Artifacts that are there with all their content; or, if they need not be there, that are not
     /// there or are so with all their content.
     kept: Vec<(Artifact, [Vec<u8>; 2], bool)>,
+    /// What guards may note, by reference, and whether they are acknowledged.
+    guards: Vec<(&'static str, &'static str, bool)>,
     /// Whether the store itself was acknowledged.
     made: bool,
     /// Whether the scenario is at work on what other tests look at.
@@ -60,15 +62,7 @@ fn at_every_crash(scenario: impl FnOnce(Arc<dyn Disk>, &Path, &Arc<Mutex<Expecte
             return;
         }
         points += 1;
-        let kinds = [
-            (Left::Nothing, Left::Nothing),
-            (Left::All, Left::Nothing),
-            (Left::Nothing, Left::All),
-            (Left::All, Left::All),
-            (Left::Some(points), Left::Some(points)),
-            (Left::Some(points + 7777), Left::All),
-        ];
-        for (names, data) in kinds {
+        for (names, data) in kinds(points) {
             image.build(&from, &scratch, names, data);
             let case = format!("point {points}, before {what}, left {names:?} {data:?}");
             check(&scratch, &shared.lock().unwrap(), &case);
@@ -199,6 +193,11 @@ fn check_kept(store: &Arc<Store>, expected: &Expected, case: &str) {
             found.is_none_or(|found| found == *image),
             "{case}: a torn root"
         );
+    }
+    for (reference, note, acknowledged) in &expected.guards {
+        let found = store.guarded(reference).unwrap();
+        assert!(found.is_some() || !acknowledged, "{case}: a guard is lost");
+        assert!(found.is_none_or(|found| found == *note), "{case}: torn");
     }
     if expected.kept.is_empty() {
         return;
@@ -445,6 +444,20 @@ fn pins_and_roots_survive_power_failures() {
     });
 }
 
+/// In directories that are made for the first of them.
+#[test]
+fn guards_survive_power_failures() {
+    at_every_crash(|disk, root, expected| {
+        let store = make(disk, root, expected);
+        for (reference, note) in [("hf://a/b", "sha256:of the node"), ("s3://c", "")] {
+            let guards = || expected.lock().unwrap();
+            guards().guards.push((reference, note, false));
+            store.guard(reference, || Ok(note.to_owned())).unwrap();
+            guards().guards.last_mut().unwrap().2 = true;
+        }
+    });
+}
+
 /// By the watermarks, and by name: what goes goes as a whole, what is pinned or held stays.
 #[test]
 fn evictions_survive_power_failures() {
@@ -515,7 +528,7 @@ fn evictions_survive_power_failures() {
 fn a_warm_survives_power_failures() {
     use hearth::{
         fetch::{self, Engine},
-        node::{Node, Progress},
+        node::{Meaning, Node, Progress},
         source::{self, Sources},
     };
     let origin = tempfile::tempdir().unwrap();
@@ -534,7 +547,9 @@ fn a_warm_survives_power_failures() {
         runtime.block_on(async {
             let engine = Engine::new(Arc::clone(&store), fetch::Config::default());
             let node = Node::new(engine, Sources::new(source::Config::default()));
-            let artifact = node.inspect(&reference).await.unwrap();
+            let Meaning::Files(artifact) = node.inspect(&reference).await.unwrap() else {
+                panic!("files");
+            };
             let ids: Vec<_> = artifact.objects.iter().map(|o| o.id).collect();
             {
                 let mut expected = expected.lock().unwrap();

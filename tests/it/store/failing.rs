@@ -74,6 +74,11 @@ impl FailingDisk {
         *self.0.bad.lock().unwrap() = Some((bytes, until_written));
     }
 
+    /// A file that cannot be read until another takes its place.
+    pub(crate) fn bad_file(&self, path: &Path) {
+        *self.0.bad_file.lock().unwrap() = Some(path.to_owned());
+    }
+
     /// A file system that shows what was freed only when it was asked some times since.
     pub(crate) fn frees_late(&self, free: u64, asked: u32, then: u64) {
         *self.0.free.lock().unwrap() = Some((free, asked, then));
@@ -293,6 +298,7 @@ impl Goods {
 
     /// Does everything that changes a store; may be done again.
     fn store(&self, store: &Arc<Store>) -> Result<(), StoreError> {
+        store.guard("hf://a/b", || Ok("own".into()))?;
         store.record(&self.known)?;
         let _hold = store.hold("hf://a/b")?;
         store.pin("hf://a/b", "test")?;
@@ -336,6 +342,10 @@ impl Goods {
         assert_eq!(report.damaged, [], "{case}");
         let root = std::fs::read(store.root_image(&self.known.digest())).ok();
         assert!(root.is_none_or(|found| found == self.small[0]), "{case}");
+        let guard = store.guarded("hf://a/b").unwrap();
+        let is_recorded = store.artifact("hf://a/b").unwrap().is_some();
+        assert!(guard.is_some() || !is_recorded, "{case}");
+        assert!(guard.is_none_or(|note| note == "own"), "{case}");
         let id = self.known.objects[0].id;
         if store.complete(&id).unwrap().is_none() {
             let partial = store.partial(&id, self.large.len() as u64).unwrap();
@@ -464,7 +474,7 @@ fn chunk_words_that_cannot_be_read_are_made_anew() {
         .path()
         .join("partial")
         .join(id.to_string().replace(':', "-"));
-    *disk.0.bad_file.lock().unwrap() = Some(stem.with_extension("live"));
+    disk.bad_file(&stem.with_extension("live"));
     // Who has it open already goes on; another process does without.
     let error = open().partial(&id, bytes.len() as u64).unwrap_err();
     assert_eq!(error.kind(), StoreErrorKind::Io);

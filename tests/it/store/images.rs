@@ -18,6 +18,7 @@ pub(super) fn image(reference: &str, layers: &[&str]) -> ImageRecord {
     ImageRecord {
         reference: reference.into(),
         manifest: Digest::of(format!("manifest {reference}").as_bytes()),
+        index: Some(Digest::of(format!("index {reference}").as_bytes())),
         config: Digest::of(format!("config {reference}").as_bytes()),
         platform: "linux/amd64".into(),
         layers: layers.collect(),

@@ -184,6 +184,38 @@ fn a_partial_open_elsewhere_notices_that_it_was_finished() {
 }
 
 #[test]
+fn asking_how_much_is_here_leaves_no_file_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (open(dir.path()), open(dir.path()));
+    let done = AtomicBool::new(false);
+    let turn = AtomicU32::new(0);
+    let named = |turn: u32| ObjectId::located("z", &turn.to_string(), MIB as u64);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Relaxed) {
+                two.present_bytes(&named(turn.load(Relaxed)), MIB as u64);
+            }
+        });
+        let bytes = content(8, MIB);
+        for now in 0..300 {
+            turn.store(now, Relaxed);
+            let partial = one.partial(&named(now), MIB as u64).unwrap();
+            fill(&partial, &bytes, WriteMode::Cached);
+            partial
+                .finish(Digest::of(&bytes), partial.generation())
+                .unwrap();
+        }
+        done.store(true, Relaxed);
+    });
+    let left: Vec<_> = fs::read_dir(one.root().join("partial"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .filter(|name| !name.to_string_lossy().ends_with("lock"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
 fn discarded_chunks_are_absent_for_all() {
     let dir = tempfile::tempdir().unwrap();
     let (one, two) = (open(dir.path()), open(dir.path()));

@@ -438,3 +438,79 @@ impl DiskFile for SimFile {
         self.inner.read_at(buf, offset)
     }
 }
+
+/// What a power failure may leave of names and of data.
+pub(crate) fn kinds(point: u64) -> [(Left, Left); 6] {
+    [
+        (Left::Nothing, Left::Nothing),
+        (Left::All, Left::Nothing),
+        (Left::Nothing, Left::All),
+        (Left::All, Left::All),
+        (Left::Some(point), Left::Some(point)),
+        (Left::Some(point + 7777), Left::All),
+    ]
+}
+
+/// Names of which nothing else matters: those that must be there, and those that may or may not, since they are being
+/// made or removed. Any other must not be there.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Names {
+    pub(crate) there: Vec<&'static str>,
+    pub(crate) changing: Vec<&'static str>,
+}
+
+impl Names {
+    fn check(&self, found: &[&str], at: &str) {
+        let at = format!("{found:?} {at}: {self:?}");
+        assert!(self.there.iter().all(|n| found.contains(n)), "{at}");
+        let may = |n: &&str| self.there.contains(n) || self.changing.contains(n);
+        assert!(found.iter().all(may), "{at}");
+    }
+}
+
+/// What a power failure at any operation would leave of a directory, with the names that are said to be there then.
+#[derive(Default)]
+pub(crate) struct Crashes {
+    now: Arc<Mutex<Names>>,
+    left: Arc<Mutex<Vec<(PathBuf, Names, String)>>>,
+}
+
+impl Crashes {
+    /// Keeps what is left of `from` in `to`, from now on.
+    pub(crate) fn of(disk: &SimDisk, from: &Path, to: &Path) -> Self {
+        let this = Self::default();
+        let (now, left) = (Arc::clone(&this.now), Arc::clone(&this.left));
+        let (from, to) = (from.to_owned(), to.to_owned());
+        let mut points = 0;
+        disk.before_each(move |image, what| {
+            points += 1;
+            for (names, data) in kinds(points) {
+                let mut left = left.lock().unwrap();
+                let to = to.join(format!("image-{}", left.len()));
+                image.build(&from, &to, names, data);
+                let at = format!("after power failed before {what}, left {names:?} {data:?}");
+                left.push((to, now.lock().unwrap().clone(), at));
+            }
+        });
+        this
+    }
+
+    /// Says what must hold until it is said anew.
+    pub(crate) fn say(&self, there: &[&'static str], changing: &[&'static str]) {
+        *self.now.lock().unwrap() = Names {
+            there: there.into(),
+            changing: changing.into(),
+        };
+    }
+
+    /// Checks the names that `found` finds in each.
+    pub(crate) async fn check<'a>(self, mut found: impl AsyncFnMut(&Path, &Names) -> Vec<&'a str>) {
+        let left = std::mem::take(&mut *self.left.lock().unwrap());
+        assert!(left.len() > 120, "{}", left.len());
+        for (image, names, at) in left {
+            let found = found(&image, &names).await;
+            names.check(&found, &format!("{at} in {}", image.display()));
+            fs::remove_dir_all(&image).unwrap();
+        }
+    }
+}

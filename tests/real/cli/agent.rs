@@ -17,7 +17,7 @@ use std::{
 use nix::sys::signal::Signal;
 
 use super::{
-    csi::{Csi, connections, wait_for},
+    csi::{Csi, closed, connections, password, wait_for},
     survive::Reader,
     *,
 };
@@ -131,6 +131,36 @@ impl Client {
     }
 }
 
+/// A volume with a secret goes on before the secret is told again, also for a namespace that may use nothing of the node's.
+#[test]
+fn keys_of_volumes_outlive_the_process() {
+    let (_passwords, mut web) = closed();
+    let origin = web.gate();
+    let mut agent = Agent::with("[tenancy]\nnode_credentials = []\n");
+    for name in ["killed", "upgraded"] {
+        let model = web.model(name, 8, 1);
+        let namespace = ("csi.storage.k8s.io/pod.namespace", "theirs");
+        let mut asked = agent.csi.asked(name, &[("source", &model), namespace]);
+        asked.secrets = password();
+        // Hardly anything of it is here.
+        origin.hold_after(1 << 20);
+        agent.csi.try_publish(asked.clone()).unwrap();
+        match name {
+            "killed" => {
+                agent.csi.stop(Signal::SIGKILL);
+                agent.csi.start();
+            }
+            _ => agent.upgrade(),
+        }
+        origin.release();
+        assert_same(&asked.target_path, &web.path(name));
+    }
+    for name in ["killed", "upgraded"] {
+        agent.csi.unpublish(name);
+    }
+    agent.csi.assert_empty();
+}
+
 #[test]
 fn one_process_has_all_faces() {
     let web = Web::slow("4m");
@@ -179,6 +209,103 @@ fn a_face_that_cannot_start_is_named() {
     fs::write(&path, "[admin]\nenabled = false\n").unwrap();
     let said = bed.fails(&format!("--config {} agent", path.display()));
     assert!(said.contains("no face is enabled"), "{said}");
+}
+
+/// A container of a pod with nothing but its volumes to write to: the agent in it, until it serves everything and can be
+/// asked to hand over.
+const POD: &str = r"
+import json, os, signal, subprocess, sys, time, urllib.request
+root, hearth, volumes, line = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+mount = lambda *how: subprocess.run(['mount', *how], check=True)
+subprocess.run(['ip', 'link', 'set', 'lo', 'up'], check=True)
+mount('--bind', root, root)
+for there in ['usr', 'etc/ssl', 'proc', 'dev']:
+    mount('--rbind', '/' + there, root + '/' + there)
+mount('--bind', hearth, root + '/hearth')
+mount('-o', 'remount,bind,ro', root)
+for volume in volumes:
+    mount('-t', 'tmpfs', '-o', 'mode=2777,gid=65532', 'none', root + volume)
+nobody = ['setpriv', '--reuid=65532', '--regid=65532', '--groups=65532', '--inh-caps=-all', '--bounding-set=-all', '--no-new-privs']
+said = {'PATH': '/usr/sbin:/usr/bin', 'POD_NAME': 'p', 'POD_NAMESPACE': 'hearth-system'}
+agent = subprocess.Popen(['chroot', root, *nobody, '/hearth', *line], env=said)
+def ready():
+    try:
+        with urllib.request.urlopen('http://127.0.0.1:5701/readyz') as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+while not (ready() and os.path.exists(root + '/var/lib/hearth/run/agent.sock')):
+    assert agent.poll() is None, agent.returncode
+    time.sleep(0.02)
+agent.send_signal(signal.SIGTERM)
+sys.exit(agent.wait())
+";
+
+#[test]
+fn pods_without_rights_run_as_their_manifests_say() {
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("daemonset/base");
+    for name in ["controller", "provisioner"] {
+        let text = fs::read_to_string(base.join(format!("{name}.yaml"))).unwrap();
+        let documents: Vec<Value> = serde_saphyr::from_multiple(&text).unwrap();
+        let pod = &documents[0]["spec"]["template"]["spec"];
+        assert_eq!(pod["securityContext"]["runAsUser"], 65532);
+        let container = &pod["containers"][0];
+        let mounts = container["volumeMounts"].as_array().unwrap();
+        let mounts = mounts.iter().filter(|mount| mount["readOnly"] != true);
+        let volumes: Vec<&str> = mounts.map(|m| m["mountPath"].as_str().unwrap()).collect();
+        let bed = Bed::new();
+        let root = bed.path("root");
+        for dir in ["usr", "etc/ssl", "proc", "dev", "etc/hearth"] {
+            fs::create_dir_all(root.join(dir)).unwrap();
+        }
+        for volume in &volumes {
+            fs::create_dir_all(root.join(&volume[1..])).unwrap();
+        }
+        for link in ["bin", "lib", "lib64"] {
+            std::os::unix::fs::symlink(format!("usr/{link}"), root.join(link)).unwrap();
+        }
+        fs::write(root.join("hearth"), "").unwrap();
+        let mut config = fs::read_to_string(base.join(format!("config/{name}.toml"))).unwrap();
+        config += "\n[kube.api]\nkubeconfig = '/etc/hearth/kubeconfig'\n";
+        fs::write(root.join("etc/hearth/config.toml"), config).unwrap();
+        // Nobody answers there: it waits.
+        let kubeconfig = serde_json::json!({
+            "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}],
+            "users": [{"name": "c", "user": {}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "c"}}],
+        });
+        fs::write(root.join("etc/hearth/kubeconfig"), kubeconfig.to_string()).unwrap();
+        let volumes = serde_json::to_string(&volumes).unwrap();
+        let line = container["args"].to_string();
+        let hearth = env!("CARGO_BIN_EXE_hearth");
+        let inner = python(POD, &[root.to_str().unwrap(), hearth, &volumes, &line]);
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--net", "--propagation", "private"]);
+        command.arg(inner.get_program()).args(inner.get_args());
+        Done::of(&mut command).ok();
+    }
+}
+
+#[test]
+fn an_agent_that_nobody_can_ask_to_hand_over_serves() {
+    let bed = Bed::new();
+    let path = bed.path("config.toml");
+    let (admin, mirror) = (servers::free_port(), servers::free_port());
+    let text = config(&bed, admin, mirror);
+    let door = bed.path("agent.sock").display().to_string();
+    // Nobody can make a directory there.
+    fs::write(&path, text.replace(&door, "/proc/none/agent.sock")).unwrap();
+    let agent = bed.start(&format!("--config {} agent", path.display()));
+    let ready = || get(admin, "/readyz").is_ok_and(|(status, _)| status == 200);
+    wait_for("ready", ready);
+    agent.signal(Signal::SIGTERM);
+    let done = agent.done();
+    assert!(
+        done.err
+            .contains("no other agent can take over from this one"),
+        "{done:?}"
+    );
 }
 
 #[test]
@@ -284,7 +411,9 @@ fn one_that_cannot_take_over_leaves_the_old_one_serving() {
 /// A volume that is to be complete is waited for at the old agent, and then at the new one.
 #[test]
 fn who_waits_for_a_whole_volume_asks_the_new_agent_again() {
-    let web = Web::slow("512k");
+    let mut web = Web::new();
+    let origin = web.gate();
+    origin.hold_after(1 << 20);
     let model = web.model("m", 4, 1);
     let mut agent = Agent::new();
     let asked = agent
@@ -299,6 +428,7 @@ fn who_waits_for_a_whole_volume_asks_the_new_agent_again() {
     agent.upgrade();
     let told = waiting.join().unwrap().unwrap_err();
     assert_eq!(told.code(), tonic::Code::Unavailable, "{told}");
+    origin.release();
     let asked = agent
         .csi
         .asked("v", &[("source", &model), ("mode", "complete")]);
@@ -334,8 +464,9 @@ print(ask({'Hello': {'protocol': 1, 'version': '0.1', 'store': 's'}}))
 print(ask('HandOver'))
 print(repr(ask(b'nonsense')))
 "#;
-    // An agent of a later version, which leaves what this one does not know.
-    const LATER: &str = r#"
+    // An agent of a later version, which leaves what this one does not know; then one of an earlier version, which leaves
+    // less than this one would.
+    const OTHERS: &str = r#"
 import json, os, socket, sys
 s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 s.bind(sys.argv[1]); s.listen(1)
@@ -345,7 +476,12 @@ for states in ({'session': 2}, {'session': 1, 'dreams': 1}):
     assert 'Hello' in json.loads(c.recv(1 << 20))
     c.send(json.dumps({'Welcome': {'version': '9.9', 'process': 1, 'states': states, 'kept': True, 'network': 1}}).encode())
     assert c.recv(1 << 20) == b'', 'asked for more'
-print('done')
+c, _ = s.accept()
+assert 'Hello' in json.loads(c.recv(1 << 20))
+c.send(json.dumps({'Welcome': {'version': '0.0.1', 'process': 1, 'states': {'store': 1, 'session': 1}, 'kept': True, 'network': 1}}).encode())
+assert json.loads(c.recv(1 << 20)) == 'HandOver'
+c.send(json.dumps({'Yours': []}).encode())
+assert json.loads(c.recv(1 << 20)) == 'Serving'
 "#;
     let mut agent = Agent::new();
     let door = agent.csi.bed.path("agent.sock");
@@ -359,10 +495,10 @@ print('done')
     agent.upgrade();
     agent.csi.stop(Signal::SIGTERM);
 
-    let mut later = python(LATER, &[door.to_str().unwrap()]);
-    let mut later = later.stdout(Stdio::piped()).spawn().unwrap();
+    let mut others = python(OTHERS, &[door.to_str().unwrap()]);
+    let mut others = others.stdout(Stdio::piped()).spawn().unwrap();
     let mut word = [0; 8];
-    later
+    others
         .stdout
         .as_mut()
         .unwrap()
@@ -378,7 +514,10 @@ print('done')
         said.contains("state (dreams) of format 1, this version knows none"),
         "{said}"
     );
-    assert!(later.wait().unwrap().success());
+    agent.csi.start();
+    assert!(others.wait().unwrap().success());
+    assert_eq!(agent.get("/readyz").0, 200);
+    agent.upgrade();
 }
 
 /// The keeper is killed: the agent goes on and says that it is not ready; the next keeper has all of its mounts, and so has

@@ -26,6 +26,23 @@ fn a_mount_survives_its_server() {
         (&8.into(), &0.into(), &0.into())
     );
     assert!(said["operations"].as_u64().unwrap() > 500, "{said}");
+    assert!(
+        said["kills_while_arriving"].as_u64().unwrap() >= 2,
+        "{said}"
+    );
+}
+
+/// Killed and upgraded in turns.
+#[test]
+fn an_agent_is_killed_again_and_again() {
+    let small = ["--mib", "12", "--small", "60", "--workers", "1"];
+    let many = ["--agent-kills", "4", "--upgrades", "1", "--seed", "7"];
+    let said = script("survive", &[&many[..], &small].concat());
+    assert_eq!(
+        (&said["kills"], &said["wrong"], &said["errors"]),
+        (&4.into(), &0.into(), &0.into())
+    );
+    assert!(said["operations"].as_u64().unwrap() > 500, "{said}");
 }
 
 #[test]
@@ -46,5 +63,7 @@ fn an_agent_is_upgraded_in_place() {
 fn half_a_minute_of_everything() {
     let said = script("soak", &["0.5", "--seed", "7"]);
     assert_eq!(said["problems"], serde_json::json!([]));
+    assert_eq!(said["keeper"], true, "{said}");
+    assert!(said["server killed"].as_u64().unwrap() > 0, "{said}");
     assert!(said["operations"].as_u64().unwrap() > 100, "{said}");
 }

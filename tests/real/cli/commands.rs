@@ -371,7 +371,12 @@ fn every_scheme_stores_equal_content_once() {
     }
     let done = bed.run(&format!("warm hf://org/my-model@{}", commit.unwrap()));
     assert_eq!((done.code, done.err.as_str()), (Some(0), ""));
-    let error = bed.fails("warm hf://org/other");
+    let config = bed.path("config.toml");
+    fs::write(&config, "[fetch]\npatience_seconds = 1\n").unwrap();
+    let error = bed.fails(&format!(
+        "--config {} warm hf://org/other",
+        config.display()
+    ));
     assert!(
         error.contains("error: cannot resolve hf://org/other") && error.contains("127.0.0.1"),
         "{error}"
@@ -391,9 +396,12 @@ fn every_scheme_stores_equal_content_once() {
 #[test]
 fn progress_fits_its_reader() {
     let bed = Bed::new();
-    let web = Web::slow("600k");
+    let web = Web::slow("350k");
     let model = web.model("m", 4, 1);
-    let done = bed.run(&format!("warm {model}"));
+    // A chunk in two seconds, all of it in ten.
+    let config = bed.path("config.toml");
+    fs::write(&config, "[fetch]\nmax_connections = 1\n").unwrap();
+    let done = bed.run(&format!("--config {} warm {model}", config.display()));
     let lines: Vec<_> = done.err.lines().collect();
     assert!(!lines.is_empty(), "a plain line every five seconds");
     for line in &lines {
@@ -445,7 +453,8 @@ fn progress_fits_its_reader() {
 #[test]
 fn the_store_keeps_its_size() {
     let bed = Bed::new();
-    let web = Web::slow("2m");
+    let mut web = Web::new();
+    let origin = web.gate();
     let [a, b, c] = [1, 2, 3].map(|seed| {
         let name = format!("m{seed}");
         write_model(&web.path(&name), 8, 1, seed);
@@ -492,19 +501,29 @@ fn the_store_keeps_its_size() {
         "what was refused is not listed"
     );
     bed.ok(&format!("unpin {c}"));
+    let before = origin.passed();
+    origin.hold_after(1 << 20);
     let warm = bed.start(&format!("{flag} warm {b}"));
-    while web
-        .asked()
-        .iter()
-        .all(|a| a.method != "GET" || !a.path.contains("tokenizer"))
-    {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    mounts::wait_until("fetched", || origin.passed() > before);
     let error = bed.fails(&format!("rm {b}"));
     assert!(
         error.contains("is in use") && error.contains("\nhint: "),
         "{error}"
     );
+    origin.release();
     warm.done().ok();
-    assert_eq!(known(), [a, b]);
+    assert_eq!(known(), [a.as_str(), b.as_str()]);
+    bed.ok(&format!("unpin {a}"));
+
+    // However full it is, only what is named goes: all of that, although another name is wrong.
+    fs::write(&config, "[store]\nmax_bytes = \"4MiB\"\n").unwrap();
+    let before = bed.objects().len();
+    let unknown = web.url("unknown");
+    let done = bed.run(&format!("{flag} rm {b} {unknown}"));
+    assert_eq!(done.code, Some(1), "{done:?}");
+    let error = format!("error: {unknown} is not in the store");
+    assert!(done.err.contains(&error), "{done:?}");
+    assert!(done.out.contains(&format!("removed: {b}\n")), "{done:?}");
+    assert_eq!(known(), [a]);
+    assert!(bed.objects().len() < before, "its content is gone");
 }

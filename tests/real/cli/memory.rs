@@ -1,6 +1,12 @@
 //! The memory that hearth takes where there is little: a cgroup of 512 MiB.
 
+use std::io::Write as _;
+
+use hearth::digest::Digest;
+use serde_json::json;
+
 use super::*;
+use crate::pushed::{MANIFEST, Registry, tar};
 
 const LIMIT_BYTES: u64 = 512 << 20;
 
@@ -140,4 +146,50 @@ fn four_pulls_and_two_hundred_readers_fit_into_512_mib() {
         group.most() >> 20,
         LIMIT_BYTES >> 20
     );
+}
+
+/// Pushes an image of two layers that decode to a little more than the window of 128 MiB that they ask for, as
+/// `zstd --long=27` makes them. Each layer is another one.
+fn push_with_long_windows(bed: &Bed, registry: &Registry, number: u64) -> String {
+    let kind = "application/vnd.oci.image";
+    let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
+    for layer in 0..2 {
+        let file = fs::File::create(bed.path("zeros")).unwrap();
+        file.set_len((130 << 20) + 512 * (2 * number + layer))
+            .unwrap();
+        let plain = tar(&bed.path(""), &[], &["zeros"]);
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(27).unwrap();
+        encoder.write_all(&plain).unwrap();
+        let blob = encoder.finish().unwrap();
+        layers.push(registry.blob("long", &format!("{kind}.layer.v1.tar+zstd"), &blob));
+        diff_ids.push(Digest::of(&plain).to_string());
+    }
+    let config = json!({
+        "architecture": "amd64", "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
+    });
+    let config = config.to_string();
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": MANIFEST, "layers": layers,
+        "config": registry.blob("long", &format!("{kind}.config.v1+json"), config.as_bytes()),
+    });
+    let tag = format!("t{number}");
+    registry.manifest("long", &tag, &manifest);
+    registry.reference("long", &tag)
+}
+
+/// A few KiB that want a GiB of windows.
+#[test]
+fn four_images_with_long_windows_at_once_fit_into_512_mib() {
+    let (bed, registry) = (Bed::new(), Registry::start());
+    let images: Vec<String> = (0..4)
+        .map(|number| push_with_long_windows(&bed, &registry, number))
+        .collect();
+    let group = Group::new();
+    let warm = bed.command(&format!("warm {}", images.join(" ")));
+    Done::of(&mut group.put(&warm)).ok();
+    assert_eq!(group.killed(), 0);
+    bed.ok("verify --all");
+    println!("at most {} MiB", group.most() >> 20);
 }

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::{
     oci_models::{Model, Push, layouts},
-    pushed::{MANIFEST, Registry, gzip, tar},
+    pushed::{INDEX, MANIFEST, Registry, gzip, tar},
 };
 
 use super::*;
@@ -184,4 +184,52 @@ print(hashlib.sha256(os.pread(f, 5000, os.fstat(f).st_size - 5000)).hexdigest())
     assert_same(&dir, &model);
     assert_eq!(read().trim(), right);
     bed.ok(&format!("umount {dir}"));
+}
+
+#[test]
+fn of_several_platforms_one_is_chosen() {
+    let (registry, bed) = (Registry::start(), Bed::new());
+    let mut manifests = Vec::new();
+    for arch in ["amd64", "arm64"] {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("arch"), arch).unwrap();
+        let layer = tar(dir.path(), &[], &["arch"]);
+        let config = json!({"architecture": arch, "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": [Digest::of(&layer).to_string()]}});
+        let config = config.to_string();
+        let kind = |what: &str| format!("application/vnd.oci.image.{what}");
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": MANIFEST,
+            "config": registry.blob("many", &kind("config.v1+json"), config.as_bytes()),
+            "layers": [registry.blob("many", &kind("layer.v1.tar"), &layer)],
+        });
+        let digest = registry.manifest("many", arch, &manifest).to_string();
+        let size = serde_json::to_vec(&manifest).unwrap().len();
+        manifests.push(
+            json!({"mediaType": MANIFEST, "digest": digest, "size": size,
+            "platform": {"os": "linux", "architecture": arch}}),
+        );
+    }
+    let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests});
+    registry.manifest("many", "v1", &index);
+    let reference = registry.reference("many", "v1");
+    for arch in ["amd64", "arm64"] {
+        let chosen = format!("{reference}?platform=linux/{arch}");
+        let flag = format!("--platform linux/{arch}");
+        let image = bed.json(&format!("inspect {flag} {reference} --json"));
+        assert_eq!(image["platform"], format!("linux/{arch}"));
+        assert_eq!(image["reference"], chosen);
+        bed.ok(&format!("warm {flag} {reference} {chosen}"));
+        let dir = bed.mount_dir(arch);
+        bed.ok(&format!("mount {flag} {reference} {dir}"));
+        let found = Done::of(&mut tool("cat", &[&format!("{dir}/arch")])).ok();
+        assert_eq!(found, arch);
+        bed.ok(&format!("umount {dir}"));
+    }
+    let error = bed.fails(&format!(
+        "warm --platform linux/arm64 {reference}?platform=linux/386"
+    ));
+    assert!(error.contains("contradict each other"), "{error}");
+    let error = bed.fails("inspect --platform linux/arm64 file:///none");
+    assert!(error.contains("is for oci:// references"), "{error}");
 }

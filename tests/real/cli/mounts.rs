@@ -21,7 +21,7 @@ fn is_mounted(dir: &str) -> bool {
 pub(super) fn wait_until(what: &str, done: impl Fn() -> bool) {
     let begun = Instant::now();
     while !done() {
-        assert!(begun.elapsed() < Duration::from_secs(30), "not {what}");
+        assert!(begun.elapsed() < HANG, "not {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -54,11 +54,7 @@ fn a_mount_lives_in_the_background_and_leaves_nothing() {
     );
     let begun = Instant::now();
     assert_eq!(Done::of(&mut tool("bash", &["-c", &line])).ok(), "");
-    assert!(
-        begun.elapsed() < Duration::from_secs(20),
-        "{:?}",
-        begun.elapsed()
-    );
+    assert!(begun.elapsed() < HANG, "{:?}", begun.elapsed());
     Done::of(&mut tool("flock", &["-n", lock.to_str().unwrap(), "true"])).ok();
 
     let status = bed.json(&format!("status {dir} --json"));
@@ -346,8 +342,12 @@ fn a_user_mounts_by_the_helper() {
 
 #[test]
 fn who_is_interrupted_gets_no_mount() {
-    const SLOW: &str = "import sys, time, http.server as h\nclass S(h.SimpleHTTPRequestHandler):\n \
-                        def do_GET(self):\n  time.sleep(1)\n  super().do_GET()\n\
+    // It says that it was asked, and answers when it may.
+    const SLOW: &str = "import os, sys, time, http.server as h\n\
+                        class S(h.SimpleHTTPRequestHandler):\n \
+                        def do_GET(self):\n  open('../asked', 'w').close()\n  \
+                        while not os.path.exists('../go'): time.sleep(0.01)\n  \
+                        super().do_GET()\n\
                         h.ThreadingHTTPServer(('127.0.0.1', int(sys.argv[1])), S).serve_forever()";
     let bed = Bed::new();
     let root = bed.path("root");
@@ -361,7 +361,7 @@ fn who_is_interrupted_gets_no_mount() {
     });
     let dir = bed.mount_dir("mnt");
     let mount = bed.start(&format!("mount {}/ {dir}", slow.url()));
-    std::thread::sleep(Duration::from_millis(500));
+    wait_until("asked", || bed.path("asked").exists());
     mount.signal(Signal::SIGINT);
     assert_ne!(mount.done().code, Some(0));
     // The process in the background notices when it has resolved: then it is gone.
@@ -374,6 +374,7 @@ fn who_is_interrupted_gets_no_mount() {
         found.status.success()
     };
     assert!(serves(), "it was interrupted too late");
+    fs::write(bed.path("go"), "").unwrap();
     wait_until("gone", || !serves());
     assert!(!is_mounted(&dir));
     wait_until("cleaned", || traces(&bed).is_empty());
@@ -382,10 +383,13 @@ fn who_is_interrupted_gets_no_mount() {
 #[test]
 fn a_umount_half_way_keeps_what_has_arrived() {
     let bed = Bed::new();
-    let web = Web::slow("400k");
+    let mut web = Web::slow("400k");
+    let origin = web.gate();
     let model = web.model("m", 12, 2);
     let size = total_size(&web.path("m"));
     let dir = bed.mount_dir("mnt");
+    // More than that and a part of a chunk on each connection, and less than all.
+    origin.hold_after(41 << 19);
     bed.ok(&format!("mount {model} {dir}"));
     let here = || {
         bed.json(&format!("status {dir} --json"))["present_bytes"]
@@ -403,11 +407,12 @@ fn a_umount_half_way_keeps_what_has_arrived() {
         .as_u64()
         .unwrap();
     assert!(kept > 4 << 20 && kept < size, "{kept}");
-    std::thread::sleep(Duration::from_millis(500));
-    web.forget();
+    origin.settle();
     // Killed half way, it is no different.
+    let before = origin.passed();
+    origin.hold_after(1 << 20);
     bed.ok(&format!("mount {model} {dir}"));
-    std::thread::sleep(Duration::from_millis(300));
+    wait_until("on the way", || origin.passed() > before);
     let pid = bed.json(&format!("status {dir} --json"))["pid"]
         .as_u64()
         .unwrap();
@@ -415,16 +420,13 @@ fn a_umount_half_way_keeps_what_has_arrived() {
     nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
     assert_ended(pid.as_raw() as u64);
     bed.ok(&format!("umount {dir}"));
+    origin.release();
     bed.ok(&format!("mount {model} {dir}"));
     assert_same(&dir, &web.path("m"));
     bed.wait_complete(&dir);
     bed.ok(&format!("umount {dir}"));
-    assert!(
-        web.sent() < size - kept + (10 << 20),
-        "{} of {}",
-        web.sent(),
-        size - kept
-    );
+    let sent = origin.passed() - before;
+    assert!(sent < size - kept + (10 << 20), "{sent} of {}", size - kept);
     bed.ok("verify --all");
 }
 

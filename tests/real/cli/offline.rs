@@ -35,6 +35,8 @@ fn starts_without(
         let config = bed.path("config.toml");
         let text = "[fetch]\npatience_seconds = 60\n[source]\nconnect_timeout_seconds = 3\n";
         fs::write(&config, text).unwrap();
+        let hasty = bed.path("hasty.toml");
+        fs::write(&hasty, text.replace("60", "1")).unwrap();
         let flags = format!("--config {}", config.display());
         let dir = bed.mount_dir("mnt");
         bed.ok(&format!("{flags} warm {}", warm.0));
@@ -56,7 +58,10 @@ fn starts_without(
         assert_same(&dir, warm.1);
         bed.ok(&format!("umount {dir}"));
         // What was never here cannot be mounted, and the error says what the origin does.
-        let error = bed.fails(&format!("{flags} mount {lazy}never {dir}"));
+        let error = bed.fails(&format!(
+            "--config {} mount {lazy}never {dir}",
+            hasty.display()
+        ));
         assert!(
             error.contains("127.0.0.1") && error.contains("hint: "),
             "{error}"

@@ -2,14 +2,21 @@
 
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 
-use super::*;
+use super::{csi::wait_for, *};
 
-/// Connects to a unix socket, sends argv[2], and prints how many bytes came back.
+/// Connects to a unix socket, of streams or of packets, sends argv[2], and prints how many bytes came back.
 const CONNECT: &str = r#"
-import socket, sys
-s = socket.socket(socket.AF_UNIX)
-s.settimeout(20)
-s.connect(sys.argv[1])
+import errno, socket, sys
+def connect(kind):
+    s = socket.socket(socket.AF_UNIX, kind)
+    s.settimeout(20)
+    s.connect(sys.argv[1])
+    return s
+try:
+    s = connect(socket.SOCK_STREAM)
+except OSError as error:
+    if error.errno != errno.EPROTOTYPE: raise
+    s = connect(socket.SOCK_SEQPACKET)
 try:
     if sys.argv[2]: # who answers without being asked may have closed by now
         s.sendall(bytes.fromhex(sys.argv[2]))
@@ -96,7 +103,7 @@ fn the_snapshotter_answers_nobody_but_root() {
     let _running = bed.start(&format!("snapshotter --address {at} --root {root_at}"));
     let begun = Instant::now();
     while !socket.exists() {
-        assert!(begun.elapsed() < Duration::from_secs(60));
+        assert!(begun.elapsed() < HANG);
         std::thread::sleep(Duration::from_millis(10));
     }
     assert_eq!(mode(&socket), 0o600);
@@ -107,6 +114,31 @@ fn the_snapshotter_answers_nobody_but_root() {
     open_up(&socket, bed.dir.path());
     assert!(answered(&socket, HELLO, 0) > 0);
     assert_eq!(answered(&socket, HELLO, 65534), 0);
+}
+
+#[test]
+fn keeper_and_agent_hand_nothing_to_others() {
+    let bed = Bed::new();
+    let (keeper, agent) = (bed.path("run/keeper.sock"), bed.path("run/agent.sock"));
+    let _keeper = bed.start(&format!("keeper --socket {}", keeper.display()));
+    let config = bed.path("config.toml");
+    let text = format!(
+        "[agent]\nsocket = '{}'\nnode_name = 'n'\n[admin]\nenabled = false\n\
+         [mirror]\nenabled = true\naddress = '127.0.0.1:{}'\n",
+        agent.display(),
+        servers::free_port()
+    );
+    fs::write(&config, text).unwrap();
+    let _agent = bed.start(&format!("--config {} agent", config.display()));
+    let hello = r#"{"Hello":{"protocol":1,"version":"x","store":"y"}}"#;
+    let hello: String = hello.bytes().map(|byte| format!("{byte:02x}")).collect();
+    for socket in [keeper, agent] {
+        wait_for("listens", || socket.exists());
+        assert_eq!(mode(&socket), 0o600);
+        open_up(&socket, bed.dir.path());
+        assert!(answered(&socket, &hello, 0) > 0, "{}", socket.display());
+        assert_eq!(answered(&socket, &hello, 65534), 0, "{}", socket.display());
+    }
 }
 
 /// `SECURITY.md` says which capability is for what.

@@ -32,7 +32,9 @@ fn assert_not_kept(dir: &Path, secrets: &[&str]) {
 #[test]
 fn signatures_and_passwords_of_urls_stay_secret() {
     let bed = Bed::new();
-    let web = Web::new();
+    let web = Web::with(&format!(
+        "location ~ safetensors$ {{ if ($args !~ {SIGNATURE}) {{ return 403; }} }}"
+    ));
     web.model("m", 8, 1);
     let file = "m/model-00001-of-00001.safetensors";
     let port = web.server.port;
@@ -56,6 +58,10 @@ fn signatures_and_passwords_of_urls_stay_secret() {
     }
     let log = fs::read_to_string(web.logs.path().join("access")).unwrap();
     assert!(log.contains(SIGNATURE), "it was used: {log}");
+    // What is damaged is fetched again as it was given: without its signature it is refused.
+    faults::flip(&bed.objects()[0]);
+    let done = quiet(&bed, &format!("verify --repair {url}"), &secrets);
+    assert!(done.out.contains("1 damaged, repaired"), "{done:?}");
     quiet(&bed, "list --json", &secrets);
     let done = quiet(
         &bed,

@@ -174,7 +174,7 @@ impl Service {
         let begun = Instant::now();
         while !self.is_ready() {
             let boot = || fs::read_to_string(self.csi.bed.path("boot")).unwrap_or_default();
-            let late = begun.elapsed() > Duration::from_secs(60);
+            let late = begun.elapsed() > HANG;
             assert!(!late, "{}\n{}", boot(), self.log());
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -275,11 +275,12 @@ except OSError as error: print(errno.errorcode[error.errno])
     fs::write(&config, "nonsense").unwrap();
     let ask = || Done::of(&mut service.python(SCRIPT, &[&target])).ok();
     assert_eq!(ask().trim(), "fine");
+    let killed = Instant::now();
     service.kill();
-    let asked = Instant::now();
     assert_eq!(ask().trim(), "ETIMEDOUT", "{}", service.log());
-    let waited = asked.elapsed() > Duration::from_millis(500);
-    assert!(waited, "it waits first");
+    // It is counted in whole seconds.
+    let waited = killed.elapsed();
+    assert!(waited > Duration::from_secs(1), "it waits: {waited:?}");
     assert_eq!(ask().trim(), "ETIMEDOUT");
     fs::write(&config, &service.config).unwrap();
     service.wait_ready();
@@ -301,8 +302,10 @@ print('begun', flush=True)
 try: print(len(os.pread(f, 4096, 1000 << 10)))
 except OSError as error: print(errno.errorcode[error.errno])
 ";
-    // The last bytes of a chunk come late.
-    let web = Web::slow("32k");
+    let mut web = Web::new();
+    let origin = web.gate();
+    // The last bytes of a chunk do not come.
+    origin.hold_after(512 << 10);
     let model = web.model("m", 2, 1);
     let service = Service::start("");
     let csi = &service.csi;

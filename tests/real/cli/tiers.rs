@@ -1,14 +1,15 @@
 //! `hearth bake`, and nodes that have what was baked as a read-only tier.
 
-use hearth::digest::Digest;
+use hearth::{digest::Digest, reference::Platform};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::pushed::{MANIFEST, Registry, gzip, tar};
+use crate::pushed::{INDEX, MANIFEST, Registry, gzip, tar};
 
 use super::*;
 
 mod disks;
+mod images;
 
 const OCI: &str = "application/vnd.oci.image";
 
@@ -243,6 +244,11 @@ fn what_was_baked_is_warm_without_its_origins() {
         assert_same(&dir, &files);
         let status = node.json(&format!("{with} status {dir} --json"));
         assert_eq!(status["complete"], true, "{status}");
+        assert_eq!(status["verified"], false, "{status}");
+        for what in [&dir, reference] {
+            let shown = node.ok(&format!("{with} status {what}"));
+            assert!(shown.contains("that this node has not verified"), "{shown}");
+        }
         node.ok(&format!("{with} umount {dir}"));
     }
     assert_eq!(
@@ -250,16 +256,19 @@ fn what_was_baked_is_warm_without_its_origins() {
         Vec::<PathBuf>::new(),
         "nothing is written twice"
     );
-    assert!(!node.store().join("trees").read_dir().unwrap().any(|_| true));
     let report = node.json(&format!("{with} verify --all --json"));
     assert_eq!(report["damaged"], json!([]));
     assert!(report["objects"].as_u64().unwrap() > 4, "{report}");
+    let shown = node.ok(&format!("{with} status {model}"));
+    assert!(shown.contains("complete and verified"), "{shown}");
+    // What was known of it as long as it was mounted.
+    node.ok(&format!("{with} gc --target-bytes 0"));
+    assert!(!node.store().join("trees").read_dir().unwrap().any(|_| true));
     let error = node.fails(&format!("{with} rm {model}"));
     assert!(
         error.contains("only read") && error.contains("hint: "),
         "{error}"
     );
-    node.ok(&format!("{with} gc --target-bytes 0"));
     node.ok(&format!("{with} verify --all"));
 
     // Without it, nothing is here.
@@ -341,14 +350,24 @@ fn a_tier_that_is_detached_or_damaged_is_fetched_instead() {
 
 #[test]
 fn a_bake_that_is_killed_goes_on() {
-    let (web, baker) = (Web::slow("1m"), Bed::new());
+    let (mut web, baker) = (Web::slow("1m"), Bed::new());
+    let origin = web.gate();
     let model = web.model("m", 8, 3);
     let small = web.model("small", 1, 1);
     let tier = baker.path("tier");
-    let line = format!("bake {model} {small} --output {}", tier.display());
+    let few = baker.path("few.toml");
+    fs::write(&few, "[fetch]\nmax_connections = 2\n").unwrap();
+    let line = format!(
+        "--config {} bake {model} {small} --output {}",
+        few.display(),
+        tier.display()
+    );
     let node = node(&[&tier]);
     let mut kept = 0;
     for signal in [Signal::SIGKILL, Signal::SIGINT, Signal::SIGKILL] {
+        // What is waited for, and a part of a chunk on each connection; not all of it, however late it is ended.
+        origin.settle();
+        origin.hold_after(5 << 20);
         let mut bake = baker.start(&line);
         let present = |bed: &Bed| -> u64 {
             let Some(list) = Some(bed.run(&format!("list --json --store {}", tier.display())))
@@ -376,13 +395,15 @@ fn a_bake_that_is_killed_goes_on() {
             "{said:?}"
         );
     }
-    web.forget();
+    origin.settle();
+    origin.release();
+    let before = origin.passed();
     baker.ok(&line);
     let all = total_size(&web.path("m")) + total_size(&web.path("small"));
+    let sent = origin.passed() - before;
     assert!(
-        web.sent() <= all - kept + (4 << 20),
-        "{} of {all}, {kept} were here",
-        web.sent()
+        sent <= all - kept + (4 << 20),
+        "{sent} of {all}, {kept} were here"
     );
     let with = config(&node);
     node.ok(&format!("{with} verify --all"));
@@ -465,6 +486,13 @@ fn locks_bake_the_same_and_updates_link_what_is_there() {
     // Mistakes.
     let error = baker.fails(&line(&list, &new, ""));
     assert!(error.contains("finished tier"), "{error}");
+    let file = baker.path("file");
+    fs::write(&file, "mine").unwrap();
+    let error = baker.fails(&format!("bake {model} --output {}", file.display()));
+    assert!(
+        error.contains("is no directory") && error.contains("hint: "),
+        "{error}"
+    );
     let broken = baker.path("broken");
     fs::write(&broken, "# hearth.lock\nversion = 7\n").unwrap();
     let error = baker.fails(&line(&broken, &baker.path("no"), ""));
@@ -486,30 +514,76 @@ fn what_does_not_fit_is_refused_before_the_first_byte() {
     let line = format!("bake {small} {model} --output {disk}");
     let error = baker.fails(&line);
     let sent = web.sent();
+    let left = fs::read_dir(&disk).unwrap().count();
     let unmounted = Done::of(&mut tool("umount", &[&disk]));
     assert!(
         error.contains("does not fit") && error.contains(&model),
         "{error}"
     );
-    assert_eq!(sent, 0);
+    assert_eq!((sent, left), (0, 0));
     unmounted.ok();
 }
 
 #[test]
-fn images_for_other_machines_are_baked_only_when_that_is_said() {
-    let (registry, baker) = (Registry::start(), Bed::new());
-    let root = baker.path("root");
-    write_model(&root, 1, 1, 1);
-    let image = push_for(&registry, "1", &[&root], "s390x");
-    let tier = baker.path("tier");
-    let error = baker.fails(&format!("bake {image} --output {}", tier.display()));
+fn a_bake_whose_disk_somebody_else_fills_goes_on_when_there_is_room() {
+    let (mut web, baker) = (Web::new(), Bed::new());
+    let origin = web.gate();
+    origin.hold_after(4 << 20);
+    let model = web.model("m", 10, 2);
+    let disk = baker.mount_dir("disk");
+    Done::of(&mut tool(
+        "mount",
+        &["-t", "tmpfs", "-o", "size=32m", "tmpfs", &disk],
+    ))
+    .ok();
+    let tier = Path::new(&disk).join("tier");
+    let line = format!("bake {model} --output {}", tier.display());
+    let mut bake = baker.start(&line);
+    while files_below(&tier.join("partial")).is_empty() {
+        assert!(bake.runs());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let filler = Path::new(&disk).join("filler");
+    let full = fs::write(&filler, vec![1; 64 << 20]);
+    origin.release();
+    let done = bake.done();
+    let said = baker.run(&format!("list --json --store {}", tier.display()));
+    fs::remove_file(&filler).unwrap();
+    let again = baker.run(&line);
+    let node = node(&[&tier]);
+    let verified = node.run(&format!("{} verify --all", config(&node)));
+    let unmounted = Done::of(&mut tool("umount", &[&disk]));
+    assert_eq!(full.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
+    let error = done.failed(1);
     assert!(
-        error.contains("an image for linux/s390x") && error.contains("?platform="),
+        error.contains("space") && error.contains(&*tier.to_string_lossy()),
         "{error}"
     );
-    assert!(files_below(&tier.join("objects")).is_empty());
-    baker.ok(&format!(
-        "bake {image}?platform=linux/s390x --output {}",
-        tier.display()
-    ));
+    let list: Value = serde_json::from_str(&said.ok()).unwrap();
+    assert_eq!(list[0]["complete"], false, "{list}");
+    again.ok();
+    verified.ok();
+    unmounted.ok();
+}
+
+#[test]
+fn a_mount_outlives_its_disk_its_server_and_its_tag() {
+    let (registry, baker) = (Registry::start(), Bed::new());
+    let [one, two] = ["one", "two"].map(|name| baker.path(name));
+    write_model(&one, 2, 1, 1);
+    write_model(&two, 2, 1, 2);
+    let image = push(&registry, "1", &[&one]);
+    let tier = baker.path("tier");
+    baker.ok(&format!("bake {image} --output {}", tier.display()));
+    let place = Bed::new();
+    let bind = Bind::new(&tier, place.path("tier"));
+    let node = node(&[&bind.0]);
+    let with = config(&node);
+    let dir = node.mount_dir("mnt");
+    node.ok(&format!("{with} mount {image} {dir}"));
+    push(&registry, "1", &[&two]);
+    bind.detach();
+    super::survive::replace_server(&node, &dir);
+    assert_same(&dir, &one);
+    node.ok(&format!("{with} umount {dir}"));
 }

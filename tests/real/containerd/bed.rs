@@ -268,6 +268,16 @@ impl Bed {
         self.ctr_command(line).output().unwrap().status.success()
     }
 
+    /// What a snapshot takes: bytes and inodes.
+    pub(crate) fn usage(&self, namespace: &str, snapshotter: &str, key: &str) -> (f64, u64) {
+        let line = format!("snapshots --snapshotter {snapshotter} usage -b {key}");
+        let text = self.ctr(&format!("--namespace {namespace} {line}"));
+        let row = text.lines().nth(1).unwrap_or_else(|| panic!("{text}"));
+        let mut cells = row.split_whitespace().skip(1);
+        let bytes = cells.next().unwrap().parse().unwrap();
+        (bytes, cells.next().unwrap().parse().unwrap())
+    }
+
     /// Runs `ctr`, which must fail; its message.
     pub(crate) fn ctr_fails(&self, line: &str) -> String {
         let done = self.ctr_command(line).output().unwrap();

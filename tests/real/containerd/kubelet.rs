@@ -33,7 +33,7 @@ use crate::servers::Server;
 pub(super) fn registry(image: &Image) -> Server {
     let registry = Server::start("docker-registry", |port, dir| {
         let config = format!(
-            "version: 0.1\nlog:\n  accesslog:\n    disabled: false\nstorage:\n  filesystem:\n    rootdirectory: '{}'\nhttp:\n  addr: 127.0.0.1:{port}\n",
+            "version: 0.1\nlog:\n  level: debug\nstorage:\n  filesystem:\n    rootdirectory: '{}'\nhttp:\n  addr: 127.0.0.1:{port}\n",
             dir.join("data").display()
         );
         fs::write(dir.join("config.yml"), config).unwrap();
@@ -56,8 +56,12 @@ pub(super) fn registry(image: &Image) -> Server {
 /// How often a blob was read from the registry.
 pub(super) fn reads(registry: &Server, name: &str, blob: &Digest) -> usize {
     let log = registry.log();
-    let asked = format!("GET /v2/{name}/blobs/{blob}");
-    log.lines().filter(|line| line.contains(&asked)).count()
+    let asked = format!("http.request.uri=\"/v2/{name}/blobs/{blob}");
+    // What it logs before it answers; the access log may come after somebody has looked.
+    let parts = ["\"authorizing request\"", "http.request.method=GET", &asked];
+    log.lines()
+        .filter(|line| parts.iter().all(|part| line.contains(part)))
+        .count()
 }
 
 /// A node that has the image unpacked already.

@@ -68,12 +68,7 @@ impl Test {
 
     /// (bytes, inodes) of a snapshot.
     fn usage(&self, snapshotter: &str, key: &str) -> (f64, u64) {
-        let line = format!("snapshots --snapshotter {snapshotter} usage -b {key}");
-        let text = self.ctr(&line);
-        let row = text.lines().nth(1).unwrap_or_else(|| panic!("{text}"));
-        let mut cells = row.split_whitespace().skip(1);
-        let bytes = cells.next().unwrap().parse().unwrap();
-        (bytes, cells.next().unwrap().parse().unwrap())
+        self.bed.usage(&self.namespace, snapshotter, key)
     }
 
     /// Every attribute of every file of the image as a snapshotter shows it.

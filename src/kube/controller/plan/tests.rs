@@ -418,7 +418,14 @@ fn what_is_over_is_deleted() {
     assert!(matches!(&cluster.reconcile()[..], [Action::Status { .. }]));
     cluster.seconds = 60;
     let uid = "w".to_owned();
-    assert_eq!(cluster.reconcile(), [Action::Delete { key, uid }]);
+    assert_eq!(
+        cluster.reconcile(),
+        [Action::Delete {
+            key,
+            uid,
+            owner: None
+        }]
+    );
 }
 
 proptest! {

@@ -10,7 +10,10 @@ use oci_distribution::manifest::OciDescriptor;
 use serde::Deserialize;
 
 use super::{Kind, Location, Manifest, Registry, SourceError, is_image_layer, short};
-use crate::{digest::Digest, source::oci::manifest::descriptor};
+use crate::{
+    digest::Digest,
+    source::{oci::manifest::descriptor, retry::asked},
+};
 
 /// The path of the file that a layer holds (model-spec, annotations.md); the old and the new key.
 const FILEPATH: [&str; 2] = ["org.cncf.model.filepath", "org.cnai.model.filepath"];
@@ -239,6 +242,14 @@ fn plan(
 
 /// Bytes `range` of a layer.
 pub(super) async fn read(
+    registry: &Registry,
+    part: &Part,
+    range: Range<u64>,
+) -> Result<Vec<u8>, SourceError> {
+    asked(|| read_once(registry, part, range.clone())).await
+}
+
+async fn read_once(
     registry: &Registry,
     part: &Part,
     range: Range<u64>,

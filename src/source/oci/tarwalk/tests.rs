@@ -180,6 +180,25 @@ fn long_names_sizes_and_links_are_read() {
 }
 
 #[test]
+fn who_reads_all_of_it_has_what_is_too_scattered_to_be_read_in_place() {
+    const MEMBER: u64 = 200 << 10;
+    let mut walk = TarWalk::new(10_000 * (512 + MEMBER), 20_000);
+    let refused = loop {
+        match walk.wants() {
+            Ok(Some(range)) => {
+                let mut bytes = header("a", b'0', MEMBER, "").to_vec();
+                bytes.resize((range.end - range.start) as usize, 1);
+                walk.take(&bytes).unwrap();
+            }
+            Ok(None) => panic!("it was walked"),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(refused, TarError::TooScattered);
+    assert!(refused.is_of_place() && TarError::TooMany(1).is_of_place());
+}
+
+#[test]
 fn what_cannot_be_read_in_place_is_refused() {
     let sparse = extension(b'x', &pax("GNU.sparse.major", "1"));
     let global = extension(b'g', &pax("path", "all"));

@@ -8,6 +8,7 @@ use super::{
     apply,
     select::Selector,
 };
+use crate::kube::schema;
 
 /// Resources whose status has an endpoint of its own.
 const WITH_STATUS: &[&str] = &[
@@ -164,6 +165,7 @@ impl State {
         if object["apiVersion"].is_null() {
             object["apiVersion"] = json!(path.api_version());
         }
+        admit(path, &object)?;
         self.birth(&mut object);
         Ok(self.store(key, Some(object)).unwrap_or_default())
     }
@@ -194,6 +196,7 @@ impl State {
             object["metadata"][field] = before["metadata"][field].clone();
         }
         prune(&mut object);
+        admit(path, &object)?;
         let managed = self.managed.entry(path.key()).or_default();
         apply::take_over(&before, &object, managed);
         let ends = !object["metadata"]["deletionTimestamp"].is_null()
@@ -281,6 +284,7 @@ impl State {
                 {
                     after.remove("status");
                 }
+                admit(path, &after)?;
                 self.birth(&mut after);
                 self.store(path.key(), Some(after)).unwrap_or_default()
             }
@@ -309,6 +313,12 @@ impl State {
         self.store(path.key(), None);
         Ok(before)
     }
+}
+
+/// What is of a resource of ours is as its definition says.
+fn admit(path: &Path, object: &Value) -> Result<(), Failure> {
+    let invalid = |why| Failure::new(422, "Invalid", why);
+    schema::admit(&path.resource, object).map_err(invalid)
 }
 
 /// Who names a version means that one.

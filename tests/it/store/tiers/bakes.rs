@@ -97,6 +97,29 @@ fn a_bake_is_sealed_by_its_last_step_and_goes_on_before() {
 }
 
 #[test]
+fn a_bake_that_brought_nothing_leaves_nothing_that_it_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("new/tier");
+    drop(Bake::begin(&root, &config(), &[]).unwrap());
+    let older = [TierConfig::at(dir.path().join("none"))];
+    Bake::begin(&root, &config(), &older).unwrap_err();
+    assert!(!dir.path().join("new").exists());
+    // What was there stays.
+    fs::create_dir_all(root.join("lost+found")).unwrap();
+    drop(Bake::begin(&root, &config(), &[]).unwrap());
+    let names = fs::read_dir(&root).unwrap().map(|e| e.unwrap().file_name());
+    assert_eq!(names.collect::<Vec<_>>(), ["lost+found"]);
+    // What has arrived stays, and what somebody else has begun.
+    let bake = Bake::begin(&root, &config(), &[]).unwrap();
+    Bake::begin(&root, &config(), &[]).unwrap_err();
+    fill_with(bake.store(), "s3://b/a", &[b"a"], true);
+    drop(bake);
+    drop(Bake::begin(&root, &config(), &[]).unwrap());
+    let again = Bake::begin(&root, &config(), &[]).unwrap();
+    again.seal(&["s3://b/a".into()], None, false).unwrap();
+}
+
+#[test]
 fn an_update_takes_over_what_is_good() {
     let dir = tempfile::tempdir().unwrap();
     let big = content(3, 2 * MIB + 5);
@@ -164,4 +187,49 @@ fn an_update_takes_over_what_is_good() {
         error.to_string().contains("\"r1\" now, not \"r0\""),
         "{error}"
     );
+}
+
+#[test]
+fn in_which_order_images_were_recorded_does_not_show() {
+    let dir = tempfile::tempdir().unwrap();
+    let references: Vec<String> = (0..20).map(|n| format!("s3://b/{n:02}")).collect();
+    let names = references.clone();
+    let bake = |name: &str, references: &mut dyn Iterator<Item = &String>| {
+        let root = dir.path().join(name);
+        let bake = Bake::begin(&root, &config(), &[]).unwrap();
+        for reference in references {
+            let layers = match reference.as_str() {
+                "s3://b/07" => &["base"][..],
+                _ => &["base", reference],
+            };
+            let record = image(reference, layers);
+            let blob = record.layers.last().unwrap().blob;
+            let made = layered(reference, reference.as_bytes(), &blob);
+            bake.store().record(&made).unwrap();
+            bake.store().record_image(&record).unwrap();
+            for layer in &record.layers {
+                bake.store().put_index(&layer.blob, b"index").unwrap();
+            }
+            let content = Bytes::from(reference.clone());
+            bake.store().put(&[(made.objects[0].id, content)]).unwrap();
+        }
+        bake.seal(&names, None, true).unwrap();
+        files(&root)
+            .into_iter()
+            .map(|(path, content)| (path.strip_prefix(&root).unwrap().to_owned(), content))
+            .collect::<BTreeMap<_, _>>()
+    };
+    let one = bake("one", &mut references.iter());
+    let two = bake("two", &mut references.iter().rev());
+    assert_eq!(
+        one.keys().collect::<Vec<_>>(),
+        two.keys().collect::<Vec<_>>()
+    );
+    for (path, content) in one {
+        assert!(two[&path] == content, "{}", path.display());
+    }
+    let store = over(dir.path(), &["one"]);
+    let base = image("s3://b/07", &["base"]);
+    let found = store.image_by_chain(&base.chain_ids()[0]).unwrap();
+    assert_eq!(found.unwrap().0.reference, base.reference);
 }

@@ -64,7 +64,7 @@ fn problem(tier: &Value) -> &str {
 fn wait_for(what: &str, ready: impl Fn() -> bool) {
     let begun = Instant::now();
     while !ready() {
-        assert!(begun.elapsed() < Duration::from_secs(60), "{what}");
+        assert!(begun.elapsed() < HANG, "{what}");
         std::thread::sleep(Duration::from_millis(200));
     }
 }
@@ -590,4 +590,38 @@ fn an_update_that_has_to_copy_too_much_is_refused() {
         old.join("hearth.lock").display()
     ));
     assert!(error.contains("mount the older disk image"), "{error}");
+}
+
+#[test]
+fn what_was_baked_of_a_tag_that_has_moved_is_no_disk_image_of_it() {
+    let (registry, baker) = (Registry::start(), Bed::new());
+    let [one, two] = ["one", "two"].map(|name| baker.path(name));
+    write_model(&one, 1, 1, 1);
+    write_model(&two, 1, 1, 2);
+    let image = push(&registry, "1", &[&one]);
+    let patience = baker.path("config.toml");
+    fs::write(&patience, "[fetch]\npatience_seconds = 1\n").unwrap();
+    let with = format!("--config {}", patience.display());
+    let [disk, other] = ["disk", "other"].map(|name| baker.path(name));
+    for disk in [&disk, &other] {
+        baker.ok(&format!("bake {image} --output {}.baking", disk.display()));
+    }
+    push(&registry, "1", &[&two]);
+    let rest = format!("--output {} --format erofs", disk.display());
+    let error = baker.fails(&format!("{with} bake {image} {rest}"));
+    assert!(
+        error.contains(&format!("was baked when {image} was")) && error.contains("hint: "),
+        "{error}"
+    );
+    let lock = format!("{}.baking/hearth.lock", disk.display());
+    baker.ok(&format!("{with} bake --from {lock} {rest}"));
+    drop(registry);
+    let line = format!(
+        "{with} bake {image} --output {} --format erofs",
+        other.display()
+    );
+    let done = baker.run(&line);
+    assert!(done.err.contains("cannot be said"), "{done:?}");
+    done.ok();
+    assert!(disk.exists() && other.exists());
 }
