@@ -343,7 +343,7 @@ impl Mount {
             .spawn(move || {
                 let (server, keeper, dir, left) = serving;
                 metrics::global().mount_mounts.add(1);
-                let result = fuse.run();
+                let result = over(fuse.run());
                 metrics::global().mount_mounts.sub(1);
                 server.notify_by(None);
                 drop(device);
@@ -526,6 +526,16 @@ impl Drop for Taken<'_> {
         if let Some(Err(error)) = keeper.map(|keeper| keeper.left(&session.dir, session.id())) {
             tracing::warn!(%error, "the keeper does not know that nobody serves a mount");
         }
+    }
+}
+
+/// What a session ended with. A thread that has just taken a request when the last user of a detached mount goes is
+/// told ECONNABORTED instead of ENODEV (`fuse_dev_do_read` in `fs/fuse/dev.c`): over is over. For any other reason it
+/// is only told so who asked for `FUSE_ABORT_ERROR`, and nobody here does.
+fn over(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => Ok(()),
+        result => result,
     }
 }
 

@@ -42,6 +42,28 @@ print(len(open(os.path.join(root, 'big'), 'rb').read()), len(f.read()))";
     fixture.end();
 }
 
+/// The kernel drops what the last user of a detached mount has closed, and a thread that is just taking one of these
+/// requests is told something else than the others.
+#[test]
+fn a_detached_mount_ends_well_whenever_its_last_user_goes() {
+    let names: Vec<String> = (0..200).map(|n| format!("file{n}")).collect();
+    for round in 0..10 {
+        let mut maker = Maker::new();
+        for name in &names {
+            maker.file(name, &noise(5000, round), Mode::Present);
+        }
+        let fixture = Fixture::new(maker);
+        let script = "
+import subprocess
+held = [open(os.path.join(root, name)) for name in os.listdir(root)]
+subprocess.run(['umount', '--lazy', root], check=True)
+print(len(held), flush=True)
+os._exit(0)";
+        assert_eq!(fixture.run(script), "200");
+        fixture.end();
+    }
+}
+
 #[test]
 fn a_mount_needs_a_directory() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
