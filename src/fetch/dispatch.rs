@@ -405,7 +405,7 @@ impl Queue {
         let mut passed_over = false;
         // A fair share for each first; then whoever can use more.
         for cap in [share, limit] {
-            for job in &jobs {
+            for job in turns(&jobs, in_order) {
                 if job.running.load(Ordering::Relaxed) >= cap || job.handle.verifier().is_behind() {
                     continue;
                 }
@@ -501,6 +501,11 @@ impl Job {
         Ok(None)
     }
 
+    /// Chunks that nobody was asked for yet, about.
+    fn left(&self) -> u64 {
+        chunk::count(self.handle.size()).saturating_sub(self.cursor.load(Ordering::Relaxed))
+    }
+
     /// Claims what the hasher waits for while too much has come after it, where nobody brings it any
     /// more: a reader whose fetch failed, another process that was killed. Or takes over a part of what is slow.
     fn gap(&self, usual: Option<Duration>) -> Result<Option<Lease>, FetchError> {
@@ -536,6 +541,23 @@ impl Job {
         let _ = self.failed.set(error);
         self.handle.wake();
     }
+}
+
+/// The order in which jobs of the same rank are offered a connection. Those that are not being read are to end
+/// together: the last one alone is fetched no faster than one core hashes.
+fn turns(jobs: &[Arc<Job>], in_order: bool) -> Vec<&Arc<Job>> {
+    let mut turns: Vec<_> = jobs.iter().collect();
+    if !in_order {
+        turns.sort_by_cached_key(|job| {
+            let running = job.running.load(Ordering::Relaxed);
+            let left = match running {
+                0 => 0,
+                _ => job.left(),
+            };
+            (job.class, job.rank, running, Reverse(left))
+        });
+    }
+    turns
 }
 
 fn received() -> u64 {
