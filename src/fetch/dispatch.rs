@@ -43,6 +43,10 @@ const MAX_PASSED_OVER: usize = 64;
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How long memory is kept after the last work.
 const LINGER: Duration = Duration::from_secs(2);
+/// How long a segment has to take before others help it.
+const SLOW_FOR: Duration = Duration::from_secs(1);
+/// The same where all that comes after it waits for it. A connection that is new gets little of a link that is full.
+const SLOW_FOR_ALL: Duration = Duration::from_millis(200);
 /// How long one number of connections is measured.
 const MEASURE: Duration = Duration::from_millis(500);
 /// How long a number of connections that was found good is kept.
@@ -421,7 +425,7 @@ impl Queue {
         }
         // Nothing is left to claim, and a connection has nothing to do.
         for job in jobs.iter().filter(|job| !job.handle.verifier().is_behind()) {
-            if let Some(lease) = usual.and_then(|usual| job.handle.relieve(usual)) {
+            if let Some(lease) = usual.and_then(|usual| job.handle.relieve(usual, SLOW_FOR)) {
                 self.start(engine, &job.handle, Some(Arc::clone(job)), lease, job.class);
                 return Started::Segment;
             }
@@ -509,7 +513,7 @@ impl Job {
     /// Claims what the hasher waits for while too much has come after it, where nobody brings it any
     /// more: a reader whose fetch failed, another process that was killed. Or takes over a part of what is slow.
     fn gap(&self, usual: Option<Duration>) -> Result<Option<Lease>, FetchError> {
-        let Some(waiting) = self.handle.verifier().behind() else {
+        let Some(waiting) = self.handle.verifier().after_gap() else {
             return Ok(None);
         };
         match self.handle.first_missing(&self.partial) {
@@ -517,7 +521,7 @@ impl Job {
                 let end = waiting.min(missing + SHORT_SEGMENT);
                 let lease = self.partial.claim(missing..end);
                 let lease = lease.map_err(|e| FetchError::store(&self.handle, &e))?;
-                Ok(lease.or_else(|| self.handle.relieve(usual?)))
+                Ok(lease.or_else(|| self.handle.relieve(usual?, SLOW_FOR_ALL)))
             }
             _ => Ok(None),
         }

@@ -33,10 +33,8 @@ const SHORTEST_HEDGE: Duration = Duration::from_millis(500);
 pub(super) const LEAST_RATE: u64 = 4 << 10;
 /// For how many times the time of a stall a body may be slower, where nobody waits for it.
 const SLOW_WINDOWS: u32 = 2;
-/// A background flight is slow that takes so many times as long as others do for a chunk,
+/// A background flight is slow that takes so many times as long as others do for a chunk.
 const SLOW: u32 = 4;
-/// and has been, and will be, under way for so long.
-const SLOW_FOR: Duration = Duration::from_secs(1);
 
 /// What others see of a flight.
 pub(super) struct Flight {
@@ -141,8 +139,9 @@ impl Flight {
         self.began.elapsed().div_f64((brought as f64).max(0.5))
     }
 
-    /// How long it still takes, where that is long beside what is `usual` for a chunk, and can be helped.
-    pub(super) fn is_slow(&self, usual: Duration) -> Option<Duration> {
+    /// How long it still takes, where that and what it took so far is long beside what is `usual` for a chunk and at least
+    /// `since`, and can be helped.
+    pub(super) fn is_slow(&self, usual: Duration, since: Duration) -> Option<Duration> {
         let left = self.end().saturating_sub(self.next.load(Ordering::Acquire));
         let can_help = left > 1 || (left == 1 && !self.asked_again.load(Ordering::Relaxed));
         if self.class == Class::Demand || self.is_done() || !can_help {
@@ -150,7 +149,7 @@ impl Flight {
         }
         let (pace, age) = (self.pace(), self.began.elapsed());
         let takes = pace.mul_f64(left as f64);
-        (pace >= usual * SLOW && age.min(takes) >= SLOW_FOR).then_some(takes)
+        (pace >= usual * SLOW && age.min(takes) >= since).then_some(takes)
     }
 
     /// Gives up half of what is still to come, for another connection to bring. Where that is but the chunk that is

@@ -569,10 +569,10 @@ impl Handle {
         self.flights.lock().iter().for_each(|flight| flight.hurry());
     }
 
-    /// A part of the flight that takes longest, where one is slow.
-    pub(super) fn relieve(&self, usual: Duration) -> Option<Lease> {
+    /// A part of the flight that takes longest, where one is slow, and has been for a while.
+    pub(super) fn relieve(&self, usual: Duration, since: Duration) -> Option<Lease> {
         let flights = self.flights.lock();
-        let slow = flights.iter().filter_map(|f| Some((f.is_slow(usual)?, f)));
+        let slow = (flights.iter()).filter_map(|f| Some((f.is_slow(usual, since)?, f)));
         slow.max_by_key(|(takes, _)| *takes)?.1.relieve()
     }
 

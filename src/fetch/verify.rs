@@ -42,6 +42,14 @@ pub(super) struct Verifier {
 /// A chunk that was committed to a generation, and its content if that is still in memory.
 type Waiting = (u32, Option<Arc<ChunkBuf>>);
 
+/// What waits to be hashed.
+struct Backlog {
+    first: u64,
+    chunks: u64,
+    /// A chunk before the first has not arrived.
+    has_gap: bool,
+}
+
 struct Frontier {
     /// What was hashed belongs to this generation of the partial object.
     generation: u32,
@@ -73,22 +81,33 @@ impl Verifier {
 
     /// Whether chunks arrive faster than they are hashed.
     pub(super) fn is_behind(&self) -> bool {
-        self.behind().is_some()
+        self.backlog().is_some_and(|backlog| {
+            let most = match backlog.has_gap {
+                true => BACKLOG_OF_GAP,
+                false => BACKLOG,
+            };
+            backlog.chunks > most
+        })
     }
 
-    /// The first chunk that waits, where chunks arrive faster than they are hashed. Not while the
-    /// frontier is far away: what was here before is being hashed then.
-    pub(super) fn behind(&self) -> Option<u64> {
+    /// The first chunk that waits, where many wait for one before it that has not arrived: more of these, and no more
+    /// are fetched.
+    pub(super) fn after_gap(&self) -> Option<u64> {
+        let backlog = self.backlog()?;
+        (backlog.has_gap && backlog.chunks > BACKLOG).then_some(backlog.first)
+    }
+
+    /// What waits, unless the frontier is far away: what was here before is being hashed then.
+    fn backlog(&self) -> Option<Backlog> {
         let waiting = self.waiting.lock();
         let &first = waiting.keys().next()?;
         // The last one that was hashed, or the one that is.
         let hashed = self.hashed.load(Ordering::Relaxed);
-        let most = match first > hashed + 1 {
-            true => BACKLOG_OF_GAP,
-            false => BACKLOG,
-        };
-        let behind = waiting.len() as u64 > most && first <= hashed + 2 * BACKLOG;
-        behind.then_some(first)
+        (first <= hashed + 2 * BACKLOG).then_some(Backlog {
+            first,
+            chunks: waiting.len() as u64,
+            has_gap: first > hashed + 1,
+        })
     }
 
     /// Notes a chunk that was committed to `generation`; its content is kept for a while if there
@@ -254,7 +273,7 @@ mod tests {
     use crate::tree::{Location, Recipe};
 
     #[test]
-    fn a_gap_holds_fetching_back_later_than_hashing_does() {
+    fn a_gap_holds_fetching_back_later_than_hashing_does_and_is_looked_after_before() {
         let object = || Object {
             id: ObjectId::Sha256(Digest::of(b"x")),
             size: 1 << 30,
@@ -265,15 +284,24 @@ mod tests {
                 offset: 0,
             }),
         };
-        let behind_at = |first: u64| {
+        let offered_until = |first: u64, is_so: fn(&Verifier) -> bool| {
             let verifier = Verifier::new(&object());
             let mut chunks = first..1000;
-            while !verifier.is_behind() {
-                verifier.offer(chunks.next().unwrap(), 0, None);
+            while !is_so(&verifier) {
+                verifier.offer(chunks.next()?, 0, None);
             }
-            chunks.start - first
+            Some(chunks.start - first)
         };
-        assert_eq!(behind_at(1), BACKLOG + 1, "the hasher is at work");
-        assert_eq!(behind_at(4), BACKLOG_OF_GAP + 1, "a chunk is missing");
+        let is_behind = |verifier: &Verifier| verifier.is_behind();
+        let has_gap = |verifier: &Verifier| verifier.after_gap().is_some();
+        let at = [1, 4].map(|first| {
+            (
+                offered_until(first, is_behind),
+                offered_until(first, has_gap),
+            )
+        });
+        assert_eq!(at[0], (Some(BACKLOG + 1), None), "the hasher is at work");
+        let (most, some) = (BACKLOG_OF_GAP + 1, BACKLOG + 1);
+        assert_eq!(at[1], (Some(most), Some(some)), "a chunk is missing");
     }
 }
