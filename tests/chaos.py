@@ -162,7 +162,9 @@ class Worker:
         self.kind, self.here, self.there, self.r = kind, here, there, random.Random(f"{kind} {seed}")
         self.result = os.path.join(home, f"worker-{kind}-{seed}.json")
         self.stop = os.path.join(home, "stop")
-        self.ops, self.wrong, self.errors, self.slow = 0, [], [], []
+        # How many operations there were, seen by this process, too.
+        self.ops = ctypes.c_uint64.from_buffer(mmap.mmap(-1, 8))
+        self.wrong, self.errors, self.slow = [], [], []
         self.pid = os.fork()
         if self.pid == 0:
             try:
@@ -185,7 +187,7 @@ class Worker:
                 if len(self.errors) > 20:
                     break
         with open(self.result + ".new", "w") as f:
-            json.dump({"kind": self.kind, "at": self.here, "ops": self.ops, "wrong": self.wrong, "errors": self.errors,
+            json.dump({"kind": self.kind, "at": self.here, "ops": self.ops.value, "wrong": self.wrong, "errors": self.errors,
                        "slow": self.slow}, f)
         os.rename(self.result + ".new", self.result)
 
@@ -193,7 +195,7 @@ class Worker:
         begun = time.time()
         value = call(*args)
         took = time.time() - begun
-        self.ops += 1
+        self.ops.value += 1
         if took > 0.01:
             self.slow.append((round(begun, 4), round(took, 4)))
         return value

@@ -7,7 +7,8 @@
 //!
 //! What the kernel holds in its page cache outlives the last release. It is as good as the body it
 //! came from: one that was complete, or one that says if it turns out wrong. Anything else is dropped
-//! at the next open.
+//! at the next open. That waits for whoever reads there meanwhile, so it is not asked for where there is nothing to
+//! drop: another open may be answered, and wait for bytes, before the kernel has seen the answer to the first.
 //!
 //! What the kernel reads by itself stays registered for a moment after the last release ([`idle`]): the next open
 //! costs one look at whether it is still there.
@@ -49,6 +50,8 @@ struct Files<B> {
     /// At most one for each inode of the tree.
     cached: HashMap<u64, Cached>,
     idle: Idle<B>,
+    /// The kernel has nothing of what is not in `cached`: no predecessor has served it.
+    fresh: bool,
 }
 
 struct Open<B> {
@@ -73,6 +76,7 @@ enum Cached {
     Verified,
     /// Bytes of this body, which is watched.
     Watched(Weak<dyn Body>),
+    Unknown,
 }
 
 /// How an open is to be answered.
@@ -85,12 +89,14 @@ pub(super) enum Answer<B> {
 }
 
 impl<B: Registered> Opens<B> {
-    pub(super) fn new(state: Arc<State>) -> Self {
+    /// Those of a session, whose kernel has read nothing yet where it is `fresh`.
+    pub(super) fn new(state: Arc<State>, fresh: bool) -> Self {
         Self {
             files: Mutex::new(Files {
                 open: HashMap::new(),
                 cached: HashMap::new(),
                 idle: Idle::default(),
+                fresh,
             }),
             state,
         }
@@ -140,7 +146,12 @@ impl<B: Registered> Opens<B> {
         register: impl FnOnce(&File) -> Option<B>,
         watch: impl FnOnce(&dyn Body),
     ) -> Option<Answer<B>> {
-        let Files { open, cached, .. } = &mut *self.files.lock();
+        let Files {
+            open,
+            cached,
+            fresh,
+            ..
+        } = &mut *self.files.lock();
         let mut open = match open.entry(ino) {
             hash_map::Entry::Occupied(open) => open,
             hash_map::Entry::Vacant(place) => {
@@ -179,7 +190,7 @@ impl<B: Registered> Opens<B> {
                 let watched = others && known.is_some();
                 let body = known.get_or_insert(body);
                 Answer::Cached {
-                    keep: watched || note(cached, ino, body, watch),
+                    keep: watched || note((cached, *fresh), ino, body, watch),
                 }
             }
             Mode::Passthrough { backing, .. } => Answer::Passthrough(backing.clone()),
@@ -196,7 +207,12 @@ impl<B: Registered> Opens<B> {
         wrap: impl FnOnce(u32) -> B,
         watch: impl FnOnce(&dyn Body),
     ) {
-        let Files { open, cached, .. } = &mut *self.files.lock();
+        let Files {
+            open,
+            cached,
+            fresh,
+            ..
+        } = &mut *self.files.lock();
         let open = open.entry(entry.ino).or_insert_with(|| {
             let body = body();
             let mode = match entry.kind {
@@ -208,7 +224,7 @@ impl<B: Registered> Opens<B> {
                 _ => {
                     if let Some(body) = &body {
                         // What the kernel holds came from the predecessor.
-                        note(cached, entry.ino, body, watch);
+                        note((cached, *fresh), entry.ino, body, watch);
                     }
                     Mode::Cached(body)
                 }
@@ -230,14 +246,16 @@ impl<B: Registered> Opens<B> {
     /// `ino` is read without being known as open: the next open must not trust what the kernel
     /// holds.
     pub(super) fn distrust(&self, ino: u64) {
-        self.files.lock().cached.remove(&ino);
+        self.files.lock().cached.insert(ino, Cached::Unknown);
     }
 
     /// A handle of `ino` is gone; one that is not known was let go before. Whether somebody is to [`Opens::sweep`] from
     /// now on.
     pub(super) fn release(&self, ino: u64, handle: u64) -> bool {
         let mut files = self.files.lock();
-        let Files { open, cached, idle } = &mut *files;
+        let Files {
+            open, cached, idle, ..
+        } = &mut *files;
         let hash_map::Entry::Occupied(mut found) = open.entry(ino) else {
             return false;
         };
@@ -309,7 +327,7 @@ impl<B: Registered> Opens<B> {
 /// Notes that bytes of `body` come into the page cache of `ino`, and says whether what is there
 /// already is good.
 fn note(
-    cached: &mut HashMap<u64, Cached>,
+    (cached, fresh): (&mut HashMap<u64, Cached>, bool),
     ino: u64,
     body: &Arc<dyn Body>,
     watch: impl FnOnce(&dyn Body),
@@ -322,7 +340,8 @@ fn note(
             return true;
         }
         // Nobody would have said if it was wrong.
-        Some(Cached::Watched(_)) | None => false,
+        Some(Cached::Watched(_) | Cached::Unknown) => false,
+        None => fresh,
     };
     let now = if body.is_verified() {
         Cached::Verified
@@ -372,9 +391,12 @@ mod tests {
     }
 
     fn opens() -> Opens<u32> {
-        Opens::new(Arc::new(
-            State::create(b"", b"", std::path::Path::new("")).unwrap(),
-        ))
+        opens_of(true)
+    }
+
+    fn opens_of(fresh: bool) -> Opens<u32> {
+        let state = State::create(b"", b"", std::path::Path::new("")).unwrap();
+        Opens::new(Arc::new(state), fresh)
     }
 
     fn mode(answer: Option<Answer<u32>>) -> Option<u32> {
@@ -434,7 +456,7 @@ mod tests {
         assert_eq!(open(&first, 3, 13, 32), Some(31));
 
         let state = Arc::new(State::open(first.state.fd().unwrap()).unwrap());
-        let next = Opens::new(state.clone());
+        let next = Opens::new(state.clone(), false);
         for (slot, entry) in state.entries() {
             // The content of 2 cannot be opened yet.
             let found = || (entry.ino != 2).then(|| body.clone() as Arc<dyn Body>);
@@ -465,7 +487,7 @@ mod tests {
 
     #[test]
     fn pages_are_kept_that_are_verified_or_watched() {
-        let opens = opens();
+        let opens = opens_of(false);
         let absent = || Arc::new(Fake(Mutex::new(None)));
         let finish = |body: &Fake| {
             *body.0.lock() = Some(Arc::new(tempfile::tempfile().unwrap()));
@@ -498,6 +520,27 @@ mod tests {
         opens.release(7, 1);
         opens.distrust(7);
         assert_eq!(open(&opens, 1, &fourth), (false, false));
+    }
+
+    /// Dropping pages waits for whoever reads there: no first open may, since another reads before the kernel sees it.
+    #[test]
+    fn nothing_is_dropped_where_nobody_has_read() {
+        let opens = opens();
+        let body = Arc::new(Fake(Mutex::new(None)));
+        assert_eq!(open(&opens, 1, &body), (true, true), "nothing is there");
+        assert_eq!(open(&opens, 2, &body), (true, false), "watched once");
+        opens.release(7, 1);
+        opens.release(7, 2);
+        drop(body);
+        let other = Arc::new(Fake(Mutex::new(None)));
+        assert_eq!(open(&opens, 1, &other), (false, true), "nobody told");
+        opens.release(7, 1);
+        assert_eq!(open(&opens, 1, &other), (true, false));
+        opens.release(7, 1);
+        opens.distrust(8);
+        let answer = opens.open((8, 1), other.clone(), |_| None, |_| {});
+        let keep = matches!(answer.unwrap(), Answer::Cached { keep: true });
+        assert!(!keep, "it was read without being open");
     }
 
     /// A file that stays, as long as it is there.

@@ -78,7 +78,7 @@ impl Server {
             id: session.id(),
             dir: session.dir.clone(),
             keeper,
-            opens: Opens::new(session.state.clone()),
+            opens: Opens::new(session.state.clone(), agreed.is_none()),
             state: session.state.clone(),
             device: Arc::downgrade(&session.device),
             agreed,

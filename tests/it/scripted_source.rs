@@ -18,6 +18,7 @@ use hearth::{
     source::{ByteStream, Source, SourceError, SourceErrorKind},
     tree::{Artifact, Location, Object, Recipe},
 };
+use tokio::sync::watch;
 
 /// What happens to one request.
 #[derive(Debug, Clone, Copy)]
@@ -51,6 +52,8 @@ pub(crate) struct Scripted {
     /// Bytes in a frame, and the pause before each.
     frame: usize,
     pace: Duration,
+    /// Bytes from here on are not sent yet.
+    held_from: watch::Sender<u64>,
     always_wrong: AtomicBool,
     origin: &'static str,
 }
@@ -63,6 +66,7 @@ impl Scripted {
             log: Mutex::default(),
             frame: 64 << 10,
             pace: Duration::ZERO,
+            held_from: watch::Sender::new(u64::MAX),
             always_wrong: AtomicBool::new(false),
             origin: "hf://models/a/a",
         }
@@ -72,6 +76,16 @@ impl Scripted {
     pub(crate) fn paced(mut self, frame: usize, pace: Duration) -> Self {
         (self.frame, self.pace) = (frame, pace);
         self
+    }
+
+    /// Frames that reach beyond this offset wait for [`Self::let_go`].
+    pub(crate) fn held_from(self, offset: u64) -> Self {
+        self.held_from.send_replace(offset);
+        self
+    }
+
+    pub(crate) fn let_go(&self) {
+        self.held_from.send_replace(u64::MAX);
     }
 
     /// Its content is nowhere what others have.
@@ -196,23 +210,33 @@ impl Source for Scripted {
         if self.always_wrong.load(Ordering::Relaxed) {
             body[0] ^= 1;
         }
+        let mut end_of_frame = range.start;
         let frames: Vec<_> = body
             .chunks(self.frame)
-            .map(Bytes::copy_from_slice)
-            .map(Ok)
+            .map(|frame| {
+                end_of_frame += frame.len() as u64;
+                (end_of_frame, Ok(Bytes::copy_from_slice(frame)))
+            })
             .collect();
         let end = broken.then(|| {
-            Err(SourceError::new(
+            let error = SourceError::new(
                 SourceErrorKind::Unavailable,
                 what,
                 "the connection was reset",
-            ))
+            );
+            (0, Err(error))
         });
-        let frames = stream::iter(frames.into_iter().chain(end)).then(move |frame| async move {
-            if !pace.is_zero() {
-                tokio::time::sleep(pace).await;
+        let held_from = self.held_from.subscribe();
+        let frames = stream::iter(frames.into_iter().chain(end)).then(move |(end, frame)| {
+            let mut held_from = held_from.clone();
+            async move {
+                if !pace.is_zero() {
+                    tokio::time::sleep(pace).await;
+                }
+                // The source may be gone before its streams.
+                let _ = held_from.wait_for(|&from| end <= from).await;
+                frame
             }
-            frame
         });
         Ok(match held {
             true => frames.chain(stream::pending()).boxed(),

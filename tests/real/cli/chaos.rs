@@ -2,6 +2,18 @@
 
 use super::*;
 
+/// What `survive` does it on, and how much at least.
+const SMALL: &[&str] = &[
+    "--mib",
+    "12",
+    "--small",
+    "60",
+    "--workers",
+    "1",
+    "--operations",
+    "500",
+];
+
 fn script(name: &str, arguments: &[&str]) -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests")
@@ -16,10 +28,9 @@ fn script(name: &str, arguments: &[&str]) -> Value {
 
 #[test]
 fn a_mount_survives_its_server() {
-    let small = ["--mib", "12", "--small", "60", "--workers", "1"];
     let said = script(
         "survive",
-        &[&["--kills", "8", "--seed", "7"][..], &small].concat(),
+        &[&["--kills", "8", "--seed", "7"][..], SMALL].concat(),
     );
     assert_eq!(
         (&said["kills"], &said["wrong"], &said["errors"]),
@@ -35,9 +46,8 @@ fn a_mount_survives_its_server() {
 /// Killed and upgraded in turns.
 #[test]
 fn an_agent_is_killed_again_and_again() {
-    let small = ["--mib", "12", "--small", "60", "--workers", "1"];
     let many = ["--agent-kills", "4", "--upgrades", "1", "--seed", "7"];
-    let said = script("survive", &[&many[..], &small].concat());
+    let said = script("survive", &[&many[..], SMALL].concat());
     assert_eq!(
         (&said["kills"], &said["wrong"], &said["errors"]),
         (&4.into(), &0.into(), &0.into())
@@ -47,10 +57,9 @@ fn an_agent_is_killed_again_and_again() {
 
 #[test]
 fn an_agent_is_upgraded_in_place() {
-    let small = ["--mib", "12", "--small", "60", "--workers", "1"];
     let said = script(
         "survive",
-        &[&["--upgrades", "4", "--seed", "7"][..], &small].concat(),
+        &[&["--upgrades", "4", "--seed", "7"][..], SMALL].concat(),
     );
     assert_eq!(
         (&said["upgrades"], &said["wrong"], &said["errors"]),

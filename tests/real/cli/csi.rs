@@ -398,11 +398,15 @@ fn strict_volumes_are_mounts_of_their_own() {
 
 #[test]
 fn an_origin_that_is_down_shows() {
-    let web = Web::slow("200k");
+    let mut web = Web::new();
+    let origin = web.gate();
+    // However late it goes, not all is here.
+    origin.hold_after(1 << 20);
     let model = web.model("m", 8, 1);
     let csi = Csi::new();
     csi.publish("v", &model);
-    drop(web.server);
+    origin.set_down(true);
+    origin.release();
     wait_for("abnormal", || {
         let condition = csi.stats("v").volume_condition.unwrap();
         condition.abnormal && !condition.message.is_empty()

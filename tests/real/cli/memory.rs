@@ -11,10 +11,11 @@ use crate::pushed::{MANIFEST, Registry, tar};
 const LIMIT_BYTES: u64 = 512 << 20;
 
 /// A memory cgroup (v1 or v2), removed when dropped.
-struct Group(PathBuf);
+pub(super) struct Group(PathBuf);
 
 impl Group {
-    fn new() -> Self {
+    /// One whose processes may take `bytes` that cannot be taken back, as what is cached of files can.
+    pub(super) fn of(bytes: u64) -> Self {
         let v1 = Path::new("/sys/fs/cgroup/memory");
         let name = format!("hearth-test-{}", std::process::id());
         let (dir, limit) = match v1.join("memory.limit_in_bytes").exists() {
@@ -23,15 +24,11 @@ impl Group {
         };
         fs::create_dir(&dir).unwrap();
         let group = Self(dir);
-        fs::write(group.0.join(limit), LIMIT_BYTES.to_string()).unwrap();
+        fs::write(group.0.join(limit), bytes.to_string()).unwrap();
         // No swap, where the kernel can say so.
         for swap in ["memory.memsw.limit_in_bytes", "memory.swap.max"] {
             if group.0.join(swap).exists() {
-                let bytes = if swap.ends_with("max") {
-                    0
-                } else {
-                    LIMIT_BYTES
-                };
+                let bytes = if swap.ends_with("max") { 0 } else { bytes };
                 fs::write(group.0.join(swap), bytes.to_string()).unwrap();
             }
         }
@@ -39,7 +36,7 @@ impl Group {
     }
 
     /// `command` in this group, with all that it starts.
-    fn put(&self, command: &Command) -> Command {
+    pub(super) fn put(&self, command: &Command) -> Command {
         let mut inner = Command::new("bash");
         let enter = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", self.0.display());
         inner
@@ -56,7 +53,7 @@ impl Group {
     }
 
     /// Processes that were killed for memory.
-    fn killed(&self) -> u64 {
+    pub(super) fn killed(&self) -> u64 {
         let files = ["memory.oom_control", "memory.events"].map(|name| self.0.join(name));
         let text: String = files.iter().flat_map(fs::read_to_string).collect();
         let line = text.lines().find(|line| line.starts_with("oom_kill "));
@@ -113,7 +110,7 @@ fn four_pulls_and_two_hundred_readers_fit_into_512_mib() {
     let bed = Bed::new();
     let web = Web::new();
     web.model("m", 64, 3);
-    let group = Group::new();
+    let group = Group::of(LIMIT_BYTES);
     let dir = bed.mount_dir("mnt");
     let mount = bed.command(&format!("mount {} {dir}", web.url("m")));
     Done::of(&mut group.put(&mount)).ok();
@@ -186,7 +183,7 @@ fn four_images_with_long_windows_at_once_fit_into_512_mib() {
     let images: Vec<String> = (0..4)
         .map(|number| push_with_long_windows(&bed, &registry, number))
         .collect();
-    let group = Group::new();
+    let group = Group::of(LIMIT_BYTES);
     let warm = bed.command(&format!("warm {}", images.join(" ")));
     Done::of(&mut group.put(&warm)).ok();
     assert_eq!(group.killed(), 0);

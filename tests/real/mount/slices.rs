@@ -94,8 +94,8 @@ fn parts_are_read_while_the_whole_arrives_and_when_it_is_here() {
 
 #[test]
 fn parts_of_what_was_wrong_are_repaired_in_open_files() {
-    // Slow enough that the wrong byte is read before all is here and the engine looks at it.
-    let source = Scripted::new(24 << 20).paced(64 << 10, Duration::from_millis(2));
+    // The wrong byte is read before all is here and the engine looks at it.
+    let source = Scripted::new(24 << 20).held_from((24 << 20) - 1);
     let bed = cut(source.script([Some(Fault::Flip)]));
     let told = tempfile::NamedTempFile::new().unwrap();
     let script = format!(
@@ -115,6 +115,7 @@ print(sha(os.pread(config.fileno(), 700, 0)), sha(weights[:]))
     );
     let reader = bed.fixture.start(&script);
     wait_until("the first read", || !told.path().exists());
+    bed.source.let_go();
     let handle = bed
         .engine
         .open(&bed.source.object(), &bed.source.source())
