@@ -74,7 +74,7 @@ pub use config::{ByteSize, Config};
 pub use error::{StoreError, StoreErrorKind};
 pub use images::{ImageLayer, ImageRecord};
 pub use import::{Import, ImportFile, Imported};
-pub use indexes::{MAX_INDEX, layers_of};
+pub use indexes::{IndexSeal, MAX_INDEX, layers_of};
 pub use lease::{Lease, WriteMode};
 pub use lockfile::{Lock, LockedArtifact};
 pub use objects::{Complete, hash_file};

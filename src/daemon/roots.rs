@@ -394,7 +394,7 @@ impl ImageRoots {
             let held = keeper.hold(mount.dir(), &files);
             held.map_err(|e| failed(e.to_string()))?;
         }
-        let (held, of) = (Arc::clone(&hold), (*id, resolved));
+        let (held, of) = (Arc::clone(&hold), (*id, digest, resolved));
         self.fills.begin(&self.me, &self.node, of, held, &mount);
         Ok(Lazy {
             reference,
@@ -470,7 +470,7 @@ impl Roots for ImageRoots {
             gid,
         };
         if let Ok(support) = self.native {
-            match (self.make_native(chain_id, &mut chain, &resolved, support)).await {
+            match (self.make_native(chain_id, &mut chain, &resolved, None, support)).await {
                 Ok(Some(root)) => return Ok(root),
                 Ok(None) => {}
                 Err(error) => tracing::warn!(chain = %chain_id, %error, "served by FUSE"),

@@ -129,9 +129,13 @@ impl Node {
             source,
         };
         let pace = beside.unwrap_or(Pace::Full);
-        let _room = self.bring_layers(resolved, coming, progress, pace).await?;
+        let unpacked = self.bring_layers(resolved, coming, progress, pace).await?;
         if resolved.layers.is_some() {
             progress.begin(artifact);
+        }
+        if unpacked.brought_all(artifact) {
+            progress.here(artifact.stored().count(), artifact.size());
+            return Ok(());
         }
         let mut cut = slices::by_container(artifact);
         let missing = self.missing(artifact, &cut, progress).await?;

@@ -18,17 +18,22 @@ mod chains;
 mod indexes;
 mod kept;
 mod profile;
+mod proof;
 mod pull;
 mod push;
 mod usage;
 
-use std::sync::Arc;
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use parking_lot::Mutex;
 
 use self::{
     blobs::Blobs,
     indexes::{Known, Maker},
+    pull::Pulled,
 };
 pub(super) use self::{
     blobs::blob_of,
@@ -43,7 +48,7 @@ use crate::{
     image::{ImageError, LayerIndex, LayerSource, merge},
     reference::{Filter, Reference},
     source::{Layer, Layered, Source, SourceError, SourceErrorKind, model_of, patiently},
-    store::{ImageLayer, ImageRecord, Import, Reservation, Store, StoreError},
+    store::{ImageLayer, ImageRecord, Import, IndexSeal, Reservation, Store, StoreError},
     tree::{Artifact, Meta, Object, Tree},
 };
 
@@ -61,6 +66,8 @@ pub(super) struct Layers {
     origin: Arc<dyn Source>,
     /// What was made sure of before it was recorded, until [`Node::make_room`].
     room: Mutex<Option<Reservation>>,
+    /// Those that were unpacked to bring this, and are what was said of them; with the index that each has since then.
+    unpacked: Mutex<HashMap<Digest, IndexSeal>>,
 }
 
 /// All of what is about to be brought.
@@ -71,7 +78,46 @@ pub(super) struct Coming<'r> {
     room: Reservation,
 }
 
+/// What came of unpacking layers first.
+#[derive(Default)]
+pub(super) struct Unpacked {
+    /// As the locations of their files call them; none where some of these stay on a tier.
+    layers: BTreeSet<String>,
+    _room: Option<Reservation>,
+}
+
+impl Unpacked {
+    fn of(room: Reservation) -> Self {
+        Self {
+            layers: BTreeSet::new(),
+            _room: Some(room),
+        }
+    }
+
+    /// Whether an object is in the store itself since its layer was unpacked; others may be there, too.
+    pub(super) fn brought(&self, object: &Object) -> bool {
+        let path = object.recipe.location().map(|location| &location.path);
+        let layer = path.and_then(|path| path.split_once('#'));
+        layer.is_some_and(|(layer, _)| self.layers.contains(layer))
+    }
+
+    /// Whether that holds for all of an artifact.
+    pub(super) fn brought_all(&self, artifact: &Artifact) -> bool {
+        artifact.stored().all(|object| self.brought(object))
+    }
+}
+
 impl Layers {
+    fn new(layers: Vec<Layer>, known: Vec<Known>, origin: &Arc<dyn Source>) -> Self {
+        Self {
+            layers,
+            known,
+            origin: Arc::clone(origin),
+            room: Mutex::default(),
+            unpacked: Mutex::default(),
+        }
+    }
+
     /// Whether no index waits to be checked.
     pub(super) fn are_trusted(&self) -> bool {
         self.known.iter().all(|known| known.maker.is_checked())
@@ -124,9 +170,9 @@ impl Node {
             let (pulled, within) = self
                 .pull_within(&layered.reference, &layers, origin, progress, Pace::Full)
                 .await?;
-            for (at, index) in missing.into_iter().zip(pulled) {
+            for (at, pulled) in missing.into_iter().zip(pulled) {
                 known[at] = Some(Known {
-                    index,
+                    index: pulled.index,
                     maker: Maker::Own,
                 });
             }
@@ -285,12 +331,7 @@ impl Node {
                 tracing::debug!(%error, "a layer is not read at random");
             }
         }
-        let layers = Layers {
-            layers,
-            known,
-            origin: Arc::clone(origin),
-            room: Mutex::default(),
-        };
+        let layers = Layers::new(layers, known, origin);
         Resolved {
             artifact,
             source: Arc::new(source),
@@ -374,24 +415,36 @@ impl Node {
         Ok(Coming { first, room })
     }
 
-    /// Unpacks the layers that go before the rest; the room for that.
+    /// Unpacks the layers that go before the rest, and makes room for that.
     pub(super) async fn bring_layers(
         &self,
         resolved: &Resolved,
         coming: Coming<'_>,
         progress: &Progress,
         pace: Pace,
-    ) -> Result<Reservation, NodeError> {
+    ) -> Result<Unpacked, NodeError> {
         let Coming { first, room } = coming;
         let Some(layers) = resolved.layers.as_ref().filter(|_| !first.is_empty()) else {
-            return Ok(room);
+            return Ok(Unpacked::of(room));
         };
         // What is unpacked has room of its own.
         drop(room);
         let reference = &resolved.artifact.reference;
         let pulled = self.pull_within(reference, &first, &layers.origin, progress, pace);
-        drop(pulled.await?);
-        self.admit(&resolved.artifact).await
+        let (pulled, within) = pulled.await?;
+        let seals = (pulled.iter()).filter_map(|layer| Some((layer.index.blob, layer.seal?)));
+        layers.unpacked.lock().extend(seals);
+        let mut unpacked = Unpacked::default();
+        if within.imported().on_tiers == 0 {
+            let names = pulled.iter().map(|layer| layer.index.blob.to_string());
+            unpacked.layers = names.collect();
+        }
+        drop((pulled, within));
+        // To look at each of tens of thousands takes a tenth of a second.
+        if !unpacked.brought_all(&resolved.artifact) {
+            unpacked._room = Some(self.admit(&resolved.artifact).await?);
+        }
+        Ok(unpacked)
     }
 
     /// Makes room for layers and what they unpack to, and pulls them; their files and indexes are kept
@@ -403,7 +456,7 @@ impl Node {
         origin: &Arc<dyn Source>,
         progress: &Progress,
         pace: Pace,
-    ) -> Result<(Vec<Arc<LayerIndex>>, Arc<Import>), NodeError> {
+    ) -> Result<(Vec<Pulled>, Arc<Import>), NodeError> {
         let room = self.admit_layers(reference, layers).await?;
         let store = Arc::clone(self.store());
         let within = blocking(move || Ok(Arc::new(store.import_within(&room)?))).await?;

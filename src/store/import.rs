@@ -65,6 +65,8 @@ pub struct Imported {
     pub new_files: u64,
     /// Their bytes.
     pub new_bytes: u64,
+    /// Files that stay on a tier.
+    pub on_tiers: u64,
 }
 
 struct Inner {
@@ -176,6 +178,11 @@ impl Import {
         digests.iter().map(|digest| store.has(digest)).collect()
     }
 
+    /// What it has brought so far.
+    pub fn imported(&self) -> Imported {
+        self.inner.state.lock().done
+    }
+
     /// Makes everything that was finished durable, then complete. After a crash each file is
     /// complete or absent.
     ///
@@ -255,7 +262,9 @@ impl Inner {
         if !there()? {
             // What is on a tier stays there.
             let found = self.store.stat_on_tiers(digest);
-            return Ok(found.is_some_and(|stat| stat.len == size));
+            let found = found.is_some_and(|stat| stat.len == size);
+            state.done.on_tiers += u64::from(found);
+            return Ok(found);
         }
         let _records = self.store.lock_records(Span::Shared)?;
         state.list([digest].into_iter())?;

@@ -27,6 +27,13 @@ pub const MAX_INDEX: u64 = 256 << 20;
 const MAGIC: &[u8; 8] = b"hrthindx";
 const HEADER: usize = MAGIC.len() + 32;
 
+/// The header of a stored index, which has a digest of it, and its first byte, which says who made it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IndexSeal {
+    header: [u8; HEADER],
+    pub mark: u8,
+}
+
 impl Store {
     pub(super) fn index_path(&self, layer: &Digest) -> PathBuf {
         self.root.join("indexes").join(layer.hex())
@@ -110,24 +117,36 @@ impl Store {
     /// # Errors
     /// What the disk says.
     pub fn index_mark(&self, layer: &Digest) -> Result<Option<u8>> {
-        match self.own_index_mark(layer)? {
+        Ok(self.index_seal(layer)?.map(|seal| seal.mark))
+    }
+
+    /// What tells the index of a layer from any other that takes its place; not checked.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn index_seal(&self, layer: &Digest) -> Result<Option<IndexSeal>> {
+        match self.own_index_seal(layer)? {
             Some(own) => Ok(Some(own)),
-            None => Ok(self.on_tiers(|tier| tier.store.own_index_mark(layer))),
+            None => Ok(self.on_tiers(|tier| tier.store.own_index_seal(layer))),
         }
     }
 
-    fn own_index_mark(&self, layer: &Digest) -> Result<Option<u8>> {
+    fn own_index_seal(&self, layer: &Digest) -> Result<Option<IndexSeal>> {
         let begin = self.begin_of_index(&self.index_path(layer), 1)?;
-        Ok(begin.and_then(|begin| begin.first().copied()))
+        Ok(begin.and_then(|(header, begin)| {
+            let mark = *begin.first()?;
+            Some(IndexSeal { header, mark })
+        }))
     }
 
-    /// The first `len` bytes of an index, not checked; `None` where there are not so many.
-    fn begin_of_index(&self, path: &Path, len: usize) -> Result<Option<Vec<u8>>> {
-        let mut begin = vec![0; len];
+    /// The header of an index and its first `len` bytes, not checked; `None` where there are not so many.
+    fn begin_of_index(&self, path: &Path, len: usize) -> Result<Option<([u8; HEADER], Vec<u8>)>> {
+        let (mut header, mut begin) = ([0; HEADER], vec![0; len]);
         match self.disk.open(path, Open::Read) {
             Ok(file) if file.stat()?.len >= (HEADER + len) as u64 => {
+                file.read_at(&mut header, 0)?;
                 file.read_at(&mut begin, HEADER as u64)?;
-                Ok(Some(begin))
+                Ok(Some((header, begin)))
             }
             Ok(_) => Ok(None),
             Err(error) if error.errno() == Some(libc::ENOENT) => Ok(None),
@@ -149,7 +168,7 @@ impl Store {
         let kept = self.kept_index_path(generation, layer);
         let is_it = |path: &Path| {
             let begin = self.begin_of_index(path, mark.len())?;
-            Ok::<_, StoreError>(begin.as_deref() == Some(mark))
+            Ok::<_, StoreError>(begin.is_some_and(|(_, begin)| begin == mark))
         };
         let _records = self.lock_records(Span::Shared)?;
         if is_it(&kept)? {

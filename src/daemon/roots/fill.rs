@@ -49,12 +49,12 @@ impl Fills {
         &self,
         roots: &Weak<ImageRoots>,
         node: &Node,
-        (chain, resolved): (Digest, Resolved),
+        (chain, digest, resolved): (Digest, Digest, Resolved),
         hold: Arc<Hold>,
         mount: &Arc<Mount>,
     ) {
-        let artifact = &resolved.artifact;
-        let of = (chain, artifact.digest(), artifact.reference.clone());
+        let name = resolved.artifact.reference.clone();
+        let of = (chain, digest, name.clone());
         let served = Arc::downgrade(mount);
         let mut fills = self.0.lock();
         fills.retain(|_, fill| !fill.task.is_finished());
@@ -68,18 +68,21 @@ impl Fills {
         let (roots, node, shown) = (Weak::clone(roots), node.clone(), Arc::clone(&served));
         let task = tokio::spawn(async move {
             let _hold = hold;
-            let name = &resolved.artifact.reference;
             let progress = Progress::default();
             let brought = tokio::select! {
                 brought = node.fill(&resolved, &progress, |_| ()) => brought,
-                () = abandoned(&node, name, &shown) => return,
+                () = abandoned(&node, &name, &shown) => return,
             };
             let last = shown.lock().take();
             match brought {
                 Ok(()) => {
                     if let (Some(roots), Ok(reference)) = (roots.upgrade(), name.parse()) {
                         // It may be let go meanwhile: that waits for this, and must not break it off.
-                        tokio::spawn(async move { roots.is_here(&chain, &reference).await });
+                        tokio::spawn(async move {
+                            roots
+                                .is_here((&chain, &digest), &reference, &resolved)
+                                .await;
+                        });
                     }
                 }
                 Err(error) if error.is_cancelled() => {}
@@ -125,18 +128,24 @@ async fn abandoned(node: &Node, name: &str, served: &Mutex<Served>) {
 }
 
 impl ImageRoots {
-    /// All of an image came behind those who read it: the next container finds its native root.
-    async fn is_here(&self, id: &Digest, reference: &Reference) {
+    /// All of an image came behind those who read it: the next container finds its native root. `digest` is that of the
+    /// artifact.
+    async fn is_here(
+        &self,
+        (id, digest): (&Digest, &Digest),
+        reference: &Reference,
+        resolved: &Resolved,
+    ) {
         let Ok(support) = self.native else { return };
-        // Other than before, nothing that was said of it waits to be checked.
-        let Ok(Some(resolved)) = self.node.image_up_to(reference, id).await else {
-            return;
-        };
         let slot = self.chain(id);
+        // First: whoever asks for the root meanwhile would do all of this, too.
         let mut chain = slot.lock().await;
-        if chain.native.is_none() {
+        if chain.native.is_none()
+            && let Some((proved, digest)) = self.proved((id, digest), reference, resolved).await
+        {
             let is_unused = chain.lazy.is_empty();
-            let made = self.make_native(id, &mut chain, &resolved, support).await;
+            let made = self.make_native(id, &mut chain, &proved, digest, support);
+            let made = made.await;
             if let Err(error) = made {
                 tracing::debug!(chain = %id, %error, "the native root is made when it is asked for");
             }
@@ -147,5 +156,20 @@ impl ImageRoots {
         }
         drop(chain);
         self.forget_chain(id, slot);
+    }
+
+    /// What a fill has brought, as what waits for no check any more, with its digest where that is known.
+    async fn proved(
+        &self,
+        (id, digest): (&Digest, &Digest),
+        reference: &Reference,
+        resolved: &Resolved,
+    ) -> Option<(Resolved, Option<Digest>)> {
+        if let Ok(Some(proved)) = self.node.brought(resolved, id).await {
+            return Some((proved, Some(*digest)));
+        }
+        // Something has taken its place: what that is shows by itself.
+        let now = self.node.image_up_to(reference, id).await;
+        now.ok().flatten().map(|now| (now, None))
     }
 }

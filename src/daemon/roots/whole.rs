@@ -14,19 +14,21 @@ use crate::{
 };
 
 impl ImageRoots {
-    /// Has an image mounted natively that is complete; `None` where it is not.
+    /// Has an image mounted natively that is complete; `None` where it is not. `digest` is that of its artifact, where it
+    /// is known.
     pub(super) async fn make_native(
         &self,
         id: &Digest,
         chain: &mut Chain,
         resolved: &Resolved,
+        digest: Option<Digest>,
         support: Support,
     ) -> Result<Option<Root>, RootsError> {
         let Some(placement) = self.placement(resolved).await else {
             return Ok(None);
         };
         let _hold = self.hold(resolved).await?;
-        let mounted = self.mount_native(id, resolved, support, &placement);
+        let mounted = self.mount_native(id, (resolved, digest), support, &placement);
         let (dir, contents) = mounted.await?;
         self.check(resolved, &placement);
         let (uid, gid) = owner_of(resolved.artifact.tree.inodes());
@@ -55,7 +57,7 @@ impl ImageRoots {
     async fn mount_native(
         &self,
         id: &Digest,
-        resolved: &Resolved,
+        (resolved, digest): (&Resolved, Option<Digest>),
         support: Support,
         placement: &Placement,
     ) -> Result<(PathBuf, Vec<PathBuf>), RootsError> {
@@ -83,7 +85,7 @@ impl ImageRoots {
             }
             store::run_dir(store.root())?;
             fs::create_dir_all(&dir)?;
-            let image = write_metadata(&store, &artifact)?;
+            let image = write_metadata(&store, &artifact, digest)?;
             let root = match support {
                 Support::Direct => native::mount_metadata(&image, &dir)?,
                 Support::Stacked => native::mount(&image, &objects, &dir)?,
@@ -94,8 +96,12 @@ impl ImageRoots {
     }
 }
 
-fn write_metadata(store: &Store, artifact: &Artifact) -> anyhow::Result<PathBuf> {
-    let digest = artifact.digest();
+fn write_metadata(
+    store: &Store,
+    artifact: &Artifact,
+    digest: Option<Digest>,
+) -> anyhow::Result<PathBuf> {
+    let digest = digest.unwrap_or_else(|| artifact.digest());
     let recorded = match store.recorded_digest(&artifact.reference)? {
         // On a tier.
         None => store.artifact(&artifact.reference)?.map(|(r, _)| r.digest),

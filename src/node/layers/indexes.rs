@@ -56,7 +56,7 @@ pub(super) enum Maker {
 const REFUTED: u8 = b'x';
 
 impl Maker {
-    const fn of(mark: u8) -> Option<Self> {
+    pub(super) const fn of(mark: u8) -> Option<Self> {
         Some(match mark {
             b'o' => Self::Own,
             b't' => Self::Table,
@@ -64,6 +64,14 @@ impl Maker {
             b'f' => Self::Found,
             _ => return None,
         })
+    }
+
+    /// What it is once unpacking the layer has shown that the index says the truth.
+    pub(super) const fn checked(self) -> Self {
+        match self {
+            Self::Own | Self::Found => Self::Own,
+            Self::Table | Self::CheckedTable => Self::CheckedTable,
+        }
     }
 
     /// Whether the layer is known to be what the index says.

@@ -20,7 +20,7 @@ use crate::{
         unpack::{UnpackError, unpack},
     },
     source::{Layer, Source},
-    store::{Import, StoreError},
+    store::{Import, IndexSeal, StoreError},
     telemetry::{self, span},
 };
 
@@ -193,8 +193,10 @@ impl Slots {
 }
 
 /// A layer that was unpacked.
-struct Pulled {
-    index: Arc<LayerIndex>,
+pub(super) struct Pulled {
+    pub(super) index: Arc<LayerIndex>,
+    /// Of the checked index that the store has.
+    pub(super) seal: Option<IndexSeal>,
     /// What an index that was believed says otherwise.
     refuted: Option<String>,
 }
@@ -210,7 +212,7 @@ impl Node {
         import: &Arc<Import>,
         progress: &Progress,
         pace: Pace,
-    ) -> Result<Vec<Arc<LayerIndex>>, NodeError> {
+    ) -> Result<Vec<Pulled>, NodeError> {
         let blobs = blobs_of(reference, layers);
         let names = layers
             .iter()
@@ -238,7 +240,7 @@ impl Node {
             .try_collect()
             .await?;
         // Only now: each layer has its true index, and who asks again is not told of the next one.
-        for Pulled { index, refuted } in &pulled {
+        for Pulled { index, refuted, .. } in &pulled {
             if let Some(why) = refuted {
                 return Err(NodeError::Misled {
                     reference: reference.to_owned(),
@@ -247,7 +249,7 @@ impl Node {
                 });
             }
         }
-        Ok(pulled.into_iter().map(|pulled| pulled.index).collect())
+        Ok(pulled)
     }
 
     async fn pull_shown(
@@ -289,9 +291,12 @@ impl Node {
             }
             _ => self.keep_checked_index(reference, &known).await?,
         }
+        let (store, blob) = (Arc::clone(self.store()), layer.blob);
+        let seal = blocking(move || store.index_seal(&blob)).await?;
         shown.finished();
         Ok(Pulled {
             index: known.index,
+            seal,
             refuted,
         })
     }

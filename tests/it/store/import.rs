@@ -84,6 +84,7 @@ fn what_is_imported_is_complete_after_the_commit() {
         bytes: 3 * total as u64,
         new_files: 8,
         new_bytes: total as u64,
+        on_tiers: 0,
     };
     assert_eq!(done, expected);
     for (digest, bytes) in digests.iter().zip(&contents) {

@@ -225,7 +225,9 @@ fn what_is_on_a_tier_is_neither_written_again_nor_removed() {
         file.write(content).unwrap();
         file.finish().unwrap();
     }
-    assert_eq!(import.commit().unwrap().new_files, 0);
+    let imported = import.commit().unwrap();
+    assert_eq!((imported.new_files, imported.on_tiers), (0, 2));
+    assert_eq!(import.imported(), imported);
     drop(import);
     assert_eq!(content_files(store.root()), empty, "nothing is written");
 

@@ -9,8 +9,10 @@ use hearth::{
     daemon::ImageRoots,
     digest::Digest,
     fetch::{self, Engine},
+    image::LayerIndex,
     mount,
-    node::Node,
+    node::{Node, Progress},
+    reference::Reference,
     snapshotter::{Hints, Roots as _},
     source::{self, Sources},
     store::Store,
@@ -130,4 +132,73 @@ async fn an_image_is_brought_to_its_end_though_nobody_has_it_mounted() {
     assert_eq!(count("erofs"), 1);
     roots.leave().await;
     assert_eq!(kinds(), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_brought_is_proved_while_the_store_says_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = Indexed::new(dir.path(), "proved");
+    let store = Store::open(&dir.path().join("store"), &Default::default()).unwrap();
+    let engine = Engine::new(store.clone(), fetch::Config::default());
+    let node = Node::new(engine, Sources::new(source::Config::default()));
+    let reference: Reference = image.reference.parse().unwrap();
+    let resolved = node.resolve_lazily(&reference).await.unwrap().unwrap();
+    let proved = async || node.brought(&resolved, &image.chain).await.unwrap();
+    assert!(!resolved.is_verified() && proved().await.is_none());
+    let _hold = node.hold(&resolved.artifact.reference).await.unwrap();
+    let progress = Progress::default();
+    node.fill(&resolved, &progress, |_| ()).await.unwrap();
+    assert!(!resolved.is_verified());
+    let shown = progress.snapshot().unwrap();
+    assert_eq!(shown.done_files, shown.total_files);
+    assert_eq!(shown.present_bytes, shown.total_bytes);
+    assert!(node.is_complete(&resolved.artifact).unwrap());
+
+    let now = node.image_up_to(&reference, &image.chain).await;
+    let (found, now) = (proved().await.unwrap(), now.unwrap().unwrap());
+    assert!(found.is_verified() && now.is_verified());
+    assert_eq!(
+        (&found.artifact, &now.artifact),
+        (&resolved.artifact, &found.artifact)
+    );
+    let other = Digest::of(b"the chain id of other layers");
+    assert!(node.brought(&resolved, &other).await.unwrap().is_none());
+
+    // By who unpacked the layers, and by who found them unpacked.
+    let proved = async || {
+        let [one, other] = [&resolved, &now].map(|brought| node.brought(brought, &image.chain));
+        let (one, other) = (one.await.unwrap(), other.await.unwrap());
+        assert_eq!(one.is_some(), other.is_some());
+        one.is_some()
+    };
+    let record = store.image(&reference.to_string()).unwrap().unwrap();
+    for layer in &record.layers {
+        let own = store.index(&layer.blob).unwrap().unwrap();
+        let index = LayerIndex::decode(&own[1..]).unwrap();
+        let mut another = index.clone();
+        another.entries[0].meta.mode ^= 0o111;
+        let put = |mark: &[u8], index: &LayerIndex| {
+            let bytes = [mark, &index.encode().unwrap()].concat();
+            store.put_index(&layer.blob, &bytes).unwrap();
+        };
+        // Checked, and of something else.
+        for mark in [b"o", b"c"] {
+            put(mark, &another);
+            assert!(!proved().await);
+        }
+        // The same, and nobody has checked it.
+        for mark in [&b"t"[..], &[&b"f"[..], &[0; 32]].concat()] {
+            put(mark, &index);
+            assert!(!proved().await);
+        }
+        // The same, by another way.
+        put(b"c", &index);
+        assert!(proved().await);
+        store.remove_index(&layer.blob).unwrap();
+        assert!(!proved().await);
+        store.put_index(&layer.blob, &own).unwrap();
+        assert!(proved().await);
+    }
+    store.forget_resolution(&reference.to_string()).unwrap();
+    assert!(!proved().await);
 }
