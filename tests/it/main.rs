@@ -18,6 +18,7 @@ mod manifests;
 mod otlp;
 mod registry;
 mod scripted;
+#[expect(dead_code, reason = "tests of mounts need all of it")]
 mod scripted_source;
 mod slices;
 mod snapshotter;
