@@ -60,6 +60,18 @@ impl Host {
     }
 }
 
+impl Drop for Host {
+    /// Native roots that are left; the bed knows only what is of FUSE.
+    fn drop(&mut self) {
+        let list = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        for at in list.lines().rev().filter_map(|line| line.split(' ').nth(4)) {
+            if Path::new(at).starts_with(self.bed.store()) {
+                let _ = Command::new("umount").args(["-l", at]).status();
+            }
+        }
+    }
+}
+
 impl Agent {
     /// The root of an image, as a container gets it.
     async fn root(&self, reference: &str, chain: &Digest) -> String {
