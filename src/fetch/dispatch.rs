@@ -510,7 +510,7 @@ impl Job {
         chunk::count(self.handle.size()).saturating_sub(self.cursor.load(Ordering::Relaxed))
     }
 
-    /// Claims what the hasher waits for while too much has come after it, where nobody brings it any
+    /// Claims what the hasher waits for while much has come after it, where nobody brings it any
     /// more: a reader whose fetch failed, another process that was killed. Or takes over a part of what is slow.
     fn gap(&self, usual: Option<Duration>) -> Result<Option<Lease>, FetchError> {
         let Some(waiting) = self.handle.verifier().after_gap() else {
