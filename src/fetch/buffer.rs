@@ -2,14 +2,15 @@
 //!
 //! A buffer has one [`ChunkWriter`], which appends, and any number of readers, which see the
 //! filled prefix while it grows. The memory is page aligned, so that it can be written past the
-//! page cache. Dropping the last reference returns the memory and its share of the budget.
+//! page cache; where the system has huge pages it is made of those, so that a chunk is one piece for the
+//! disk, not 256. Dropping the last reference returns the memory and its share of the budget.
 
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},
 };
 
-use memmap2::MmapMut;
+use memmap2::{Advice, MmapMut};
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -17,6 +18,9 @@ use crate::{chunk::CHUNK_SIZE, limits, metrics};
 
 /// Buffers kept for reuse when idle; the rest goes back to the system.
 const IDLE_BUFFERS: usize = 2;
+/// What is taken from the system at a time, in bytes: two buffers, and a huge page of x86-64, and of arm64 with its
+/// usual pages. Linux places a mapping of this size so that it can be one.
+const SLAB: usize = 2 * CHUNK_SIZE as usize;
 
 /// The budget of chunk buffers, in shares none of which waits for another.
 pub(super) struct Pool {
@@ -24,7 +28,7 @@ pub(super) struct Pool {
     demand: Arc<Semaphore>,
     /// Of objects that are made from other objects: who holds one waits for those.
     made: [Arc<Semaphore>; 2],
-    idle: Mutex<Vec<MmapMut>>,
+    idle: Mutex<Vec<Memory>>,
     /// Idle buffers to keep while work is under way.
     keep: usize,
 }
@@ -65,22 +69,37 @@ impl Pool {
             .await
             .map_err(|_| std::io::Error::other("the buffer pool is closed"))?;
         let reused = self.idle.lock().pop();
-        let mut map = match reused {
-            Some(map) => map,
-            None => MmapMut::map_anon(CHUNK_SIZE as usize)?,
+        let memory = match reused {
+            Some(memory) => memory,
+            None => self.grow()?,
         };
         metrics::global().fetch_buffers.add(CHUNK_SIZE);
-        let base = map.as_mut_ptr();
         Ok(ChunkWriter {
             buf: Arc::new(ChunkBuf {
-                base,
+                base: memory.base,
                 len: len.min(CHUNK_SIZE as usize),
                 filled: AtomicUsize::new(0),
-                map: Some(map),
+                memory: Some(memory),
                 pool: Arc::clone(self),
                 _permit: permit,
             }),
         })
+    }
+
+    /// Memory for a buffer, new from the system; that for a second one comes with it, and is idle.
+    fn grow(&self) -> std::io::Result<Memory> {
+        let mut map = MmapMut::map_anon(SLAB)?;
+        // Without huge pages it is slower, no more.
+        let _ = map.advise(Advice::HugePage);
+        let base = map.as_mut_ptr();
+        let slab = Arc::new(map);
+        let [first, second] = [0, CHUNK_SIZE as usize].map(|at| Memory {
+            // SAFETY: within the mapping, which `slab` keeps.
+            base: unsafe { base.add(at) },
+            _slab: Arc::clone(&slab),
+        });
+        self.idle.lock().push(second);
+        Ok(first)
     }
 
     /// Whether so much of the background share is free that some may be held for a while.
@@ -92,6 +111,8 @@ impl Pool {
     pub(super) fn shrink(&self) {
         let surplus = {
             let mut idle = self.idle.lock();
+            // So that those that stay are of one slab.
+            idle.sort_unstable_by_key(|memory| memory.base.addr());
             let at = idle.len().min(IDLE_BUFFERS);
             idle.split_off(at)
         };
@@ -101,17 +122,26 @@ impl Pool {
     }
 }
 
+/// Memory of one chunk: a part of a slab that nobody else uses.
+struct Memory {
+    base: *mut u8,
+    _slab: Arc<MmapMut>,
+}
+
+// SAFETY: `base` points into the slab, which lives as long, at bytes that belong to this alone.
+unsafe impl Send for Memory {}
+
 /// The content of one chunk as it arrives.
 pub(super) struct ChunkBuf {
     base: *mut u8,
     len: usize,
     filled: AtomicUsize,
-    map: Option<MmapMut>,
+    memory: Option<Memory>,
     pool: Arc<Pool>,
     _permit: OwnedSemaphorePermit,
 }
 
-// SAFETY: `base` points into `map`, which lives as long as the buffer. Bytes below `filled` are
+// SAFETY: `base` points into `memory`, which lives as long as the buffer. Bytes below `filled` are
 // never written again; bytes from `filled` on are touched only by the one `ChunkWriter`.
 unsafe impl Send for ChunkBuf {}
 // SAFETY: as above; `filled` is atomic, and its Release store orders the bytes before it.
@@ -121,7 +151,7 @@ impl ChunkBuf {
     /// The bytes that have arrived.
     pub(super) fn filled(&self) -> &[u8] {
         let filled = self.filled.load(Ordering::Acquire);
-        // SAFETY: `filled <= len <= map.len()`; these bytes are initialised (anonymous memory is
+        // SAFETY: `filled <= len`, which is at most a chunk; these bytes are initialised (anonymous memory is
         // zeroed) and are not written any more.
         unsafe { std::slice::from_raw_parts(self.base, filled) }
     }
@@ -130,10 +160,10 @@ impl ChunkBuf {
 impl Drop for ChunkBuf {
     fn drop(&mut self) {
         metrics::global().fetch_buffers.sub(CHUNK_SIZE);
-        if let Some(map) = self.map.take() {
+        if let Some(memory) = self.memory.take() {
             let mut idle = self.pool.idle.lock();
             if idle.len() < self.pool.keep {
-                idle.push(map);
+                idle.push(memory);
             }
         }
     }
@@ -149,7 +179,7 @@ impl ChunkWriter {
     pub(super) fn append(&mut self, data: &[u8]) -> usize {
         let filled = self.buf.filled.load(Ordering::Relaxed);
         let n = data.len().min(self.buf.len - filled);
-        // SAFETY: `filled + n <= len <= map.len()`, and this is the only writer (`&mut self`, one
+        // SAFETY: `filled + n <= len`, which is at most a chunk, and this is the only writer (`&mut self`, one
         // writer per buffer); readers look only below `filled`.
         unsafe {
             std::ptr::copy_nonoverlapping(data.as_ptr(), self.buf.base.add(filled), n);
@@ -190,7 +220,7 @@ mod tests {
         assert_eq!(reader.filled(), b"hello, wor");
         drop((writer, reader));
         assert_eq!(pool.background.available_permits(), 4);
-        assert_eq!(pool.idle.lock().len(), 1);
+        assert_eq!(pool.idle.lock().len(), 2, "one slab");
     }
 
     #[tokio::test]
