@@ -104,9 +104,9 @@ address = "{at}/t.sock"
         with open(at / "log", "w") as log: self.proc = subprocess.Popen(["containerd", "-c", at / "config.toml"], stdout=log, stderr=log)
         wait_for(f"containerd, see {at}/log,", lambda: subprocess.run(self.ctr("version"), capture_output=True).returncode == 0, self.proc)
     def ctr(self, *args, tool="ctr"): return [tool, "--address", f"{self.at}/c.sock", *map(str, args)]
-    def mount(self, chain, dir, *namespace):
+    def mount(self, chain, dir, *namespace, snapshotter=None):
         """Mounts the tree of a chain id, read-only. (`ctr images mount` heeds no --snapshotter.)"""
-        snapshots = [*namespace, "snapshots", "--snapshotter", self.plugin or "overlayfs"]
+        snapshots = [*namespace, "snapshots", "--snapshotter", snapshotter or self.plugin or "overlayfs"]
         sh(*self.ctr(*snapshots, "view", dir, chain)); dir.mkdir(exist_ok=True)
         sh(*self.ctr(*snapshots, "label", dir, "containerd.io/gc.root=1"))
         sh("sh", "-c", sh(*self.ctr(*snapshots, "mounts", dir, dir)))

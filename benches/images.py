@@ -11,7 +11,7 @@ it installs (and converts the image, once: 10 minutes). Cases, in turns, each ro
   hearth-lazy  empty store, index and access profile beside the image (pushed first): `hearth mount`, an overlay on it, `ctr run --rootfs`;
                once more when all is there. rss: the largest process of hearth, MiB; sent: MB of blobs, in all
   hearth-cri   as hearth-lazy, as a node does it: PullImage of the CRI, and `ctr run` on hearth's snapshotter; once more
-               in the moment when all is there, and a third time
+               when all is there, and a third time
   stargz       `ctr-remote images rpull` of the image in its own format, then `ctr run`; once more
   *-link       each of these over 1 Gbit/s with a round trip of 2 ms
   one, many    --many containers at once on one lazily mounted image, each running --many-cmd, and one alone; until all of it
@@ -23,14 +23,21 @@ it installs (and converts the image, once: 10 minutes). Cases, in turns, each ro
                Both roots are made once, by the first of these cases, and stay until the end
   full-containerd, full-hearth, full-stargz
                who reads all: pull (or lazy mount), then `tar` of the whole root
-The page cache is dropped before each case; what was written is synced before a warm start. Figures are medians [min-max] of seconds; cpu is that of the whole machine, so
-with the registry's; every run is a line of images.jsonl in the working directory."""
+The page cache is dropped before each case; before a warm start what was written is synced,
+and the machine rests. Figures are medians [min-max] of seconds; cpu is that of the whole machine, so with the registry's; every run is a line of images.jsonl in the working directory."""
 import argparse, contextlib, json, shlex, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from bed import BED, Link
 from image_bed import ESTARGZ, Containerd, Peak, Registry, Served, Step, drop, prepare_stargz, sh, stargz, unmount
 
 ENV = ["--env", "PATH=/usr/local/bin:/usr/bin:/bin", "--env", "PYTHONDONTWRITEBYTECODE=1", "--env", "TF_CPP_MIN_LOG_LEVEL=3"]
+
+REST = 10  # seconds
+
+def rest():
+    """Before a warm start: all is on the disk, and each tool's last container ended as long ago. What that had of memory may be
+    gone by then: a host takes back what is free, and who touches a page first waits for it."""
+    sh("sync"); time.sleep(REST)
 
 class Overlay:
     """What a snapshotter gives a container: an overlay on a tree, with a directory of its own for what is written."""
@@ -80,7 +87,7 @@ def containerd(a, at, row, registry):
         with Step(row, "pull"): sh(*c.ctr("images", "pull", "--plain-http", name))
         with Step(row, "first"): sh(*c.ctr("run", "--rm", name, "c1", *a.cmd.split()))
         row["total"] = row["pull"] + row["first"]
-        sh("sync")
+        rest()
         with Step(row, "again"): sh(*c.ctr("run", "--rm", name, "c2", *a.cmd.split()))
         with Step(row, "third"): sh(*c.ctr("run", "--rm", name, "c3", *a.cmd.split()))
     finally: c.close()
@@ -98,7 +105,7 @@ def hearth(a, at, row, registry, lazy):
                 with Step(row, "first"): start(c, at, "c1", dir, a.cmd)
                 row["total"] = row["pull"] + row["first"]
                 wait_complete(a, at, dir)
-                sh("sync")
+                rest()
                 with Step(row, "again"): start(c, at, "c2", dir, a.cmd)
         row["rss"], row["sent"] = peak.mib, registry.sent(mark)
     finally: c.close()
@@ -114,7 +121,7 @@ def hearth_cri(a, at, row, registry):
             with Step(row, "first"): run("c1", "--rm", *a.cmd.split())
             row["total"] = row["pull"] + row["first"]
             while not json.loads(sh(*a.run(at), "list", "--json"))[0]["complete"]: time.sleep(.2)
-            sh("sync")
+            rest()
             with Step(row, "again"): run("c2", "--rm", *a.cmd.split())
             with Step(row, "third"): run("c3", "--rm", *a.cmd.split())
         row["rss"], row["sent"] = peak.mib, registry.sent(mark)
@@ -130,7 +137,7 @@ def stargz_case(a, at, row, registry):
             with Step(row, "pull"): sh(*c.ctr("images", "rpull", "--plain-http", "--snapshotter", "stargz", name, tool="ctr-remote"))
             with Step(row, "first"): sh(*c.ctr("run", "--rm", "--snapshotter", "stargz", name, "c1", *a.cmd.split()))
             row["total"] = row["pull"] + row["first"]
-            sh("sync")
+            rest()
             with Step(row, "again"): sh(*c.ctr("run", "--rm", "--snapshotter", "stargz", name, "c2", *a.cmd.split()))
         row["rss"], row["sent"] = peak.mib, registry.sent(mark)
     finally: c.close(); s.close()
@@ -182,28 +189,33 @@ class Roots:
         name = f"{registry.host}/{a.image}"
         at.mkdir(); sh(*a.run(at), "warm", f"oci://{name}")
         self.served = Served(at / "cd", [*a.run(at), "snapshotter", "--address", at / "cd/s.sock", "--root", at / "cd/snapshots"])
-        self.c, self.dirs, self.starts = Containerd(at / "cd", "hearth"), {}, 0
-        for plugin in (None, "hearth"):
-            self.c.plugin, snapshotter = plugin, plugin or "overlayfs"
-            sh(*self.c.ctr("images", "pull", "--plain-http", "--snapshotter", snapshotter, name))
-            self.dirs[snapshotter] = at / f"m-{snapshotter}"
-            self.c.mount(registry.about(a.image)[1], self.dirs[snapshotter])
-        found = [line.split() for line in open("/proc/mounts") if str(at) in line]
-        assert not any(f[2].startswith("fuse") for f in found), f"hearth's root is not native: {found}"
+        self.c, self.starts = Containerd(at / "cd", "hearth", cri=True), 0
+        self.c.wait_cri()
+        sh(*self.c.ctr("images", "pull", "--plain-http", "--snapshotter", "overlayfs", name))
+        self.c.cri_pull(name)  # of ctr the snapshotter is not asked whether it has the layers
+        self.dirs = {snapshotter: at / f"m-{snapshotter}" for snapshotter in ROOTS}
+        for snapshotter, dir in self.dirs.items():
+            self.c.mount(registry.about(a.image)[1], dir, "-n", ROOTS[snapshotter], snapshotter=snapshotter)
+        found = [line for line in open("/proc/mounts") if str(at) in line]
+        assert any(" erofs " in line for line in found) and not any(" fuse" in line for line in found), f"hearth's root is not native: {found}"
         self.at, self.name = at, name
+    def start(self, snapshotter, cmd):
+        self.starts += 1
+        sh(*self.c.ctr("-n", ROOTS[snapshotter], "run", "--rm", "--snapshotter", snapshotter, *ENV, self.name, f"r{self.starts}", *cmd))
     def close(self):
         for dir in self.dirs.values(): sh("umount", dir, check=False)
         self.c.close(); self.served.close(); unmount(self.at)
+
+# Snapshotters, and the namespaces of their image.
+ROOTS = {"overlayfs": "default", "hearth": "k8s.io"}
 
 def root(a, at, row, registry, snapshotter):
     if a.roots is None:
         a.roots = Roots(a, a.base / "roots", registry)
     r = a.roots
-    for name, act in [("tar", lambda: tar(r.dirs[snapshotter])), ("start", lambda: sh(*r.c.ctr("run", "--rm", "--snapshotter", snapshotter,
-            r.name, f"r{r.starts}", *a.cmd.split())))]:
+    for name, act in [("tar", lambda: tar(r.dirs[snapshotter])), ("start", lambda: r.start(snapshotter, a.cmd.split()))]:
         drop()
         for heat in ("cold", "hot"):
-            r.starts += 1
             with Step(row, f"{name} {heat}"): act()
 
 # ---- who reads all -------------------------------------------------------------------------------------------------
