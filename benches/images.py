@@ -112,7 +112,8 @@ def hearth(a, at, row, registry, lazy):
 
 def hearth_cri(a, at, row, registry):
     served = Served(at / "cd", [*a.run(at), "snapshotter", "--address", at / "cd/s.sock", "--root", at / "cd/snapshots"])
-    c, name, mark = Containerd(at / "cd", "hearth", cri=True, named=True), f"{registry.host}/{a.image}", registry.mark()
+    c = Containerd(at / "cd", "hearth", cri=True, certs=a.base / "certs", named=True)
+    name, mark = f"{registry.host}/{a.image}", registry.mark()
     def run(id, flag, *cmd): sh(*c.ctr("-n", "k8s.io", "run", flag, "--snapshotter", "hearth", *ENV, name, id, *cmd))
     try:
         c.wait_cri(); drop()
@@ -285,7 +286,7 @@ def main():
     if wrong := [name for name in names if name not in CASES]: p.error(f"no case {', '.join(wrong)}; there are {', '.join(CASES)}")
     base = a.base = Path(tempfile.mkdtemp(prefix="hearth-images-", dir=a.dir))
     program, config, certs = Path(a.hearth).resolve(), base / "hearth.toml", base / "certs/10.77.0.2:5000"
-    certs.mkdir(parents=True); (certs / "hosts.toml").write_text('server = "http://10.77.0.2:5000"\n')
+    certs.mkdir(parents=True); (certs / "hosts.toml").write_text('[host."http://10.77.0.2:5000"]\ncapabilities = ["pull", "resolve"]\n')
     config.write_text(f'[source]\nregistry_config_path = "{base}/certs"\n')
     a.run = lambda at: [program, "--config", config, "--store", at / "store"]
     a.many_cmd, a.roots, rows = shlex.split(a.many_cmd), None, {name: [] for name in names}
