@@ -23,8 +23,9 @@ it installs (and converts the image, once: 10 minutes). Cases, in turns, each ro
                Both roots are made once, by the first of these cases, and stay until the end
   full-containerd, full-hearth, full-stargz
                who reads all: pull (or lazy mount), then `tar` of the whole root
-The page cache is dropped before each case; before a warm start what was written is synced,
-and the machine rests. Figures are medians [min-max] of seconds; cpu is that of the whole machine, so with the registry's; every run is a line of images.jsonl in the working directory."""
+The page cache is dropped before each case; before a warm start what was written is synced, and the machine rests. Figures are medians
+[min-max] of seconds; cpu is that of the whole machine, so with the registry's; every run is a line of images.jsonl in the working
+directory."""
 import argparse, contextlib, json, shlex, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from bed import BED, Link

@@ -96,7 +96,7 @@ impl Pool {
         let [first, second] = [0, CHUNK_SIZE as usize].map(|at| Memory {
             // SAFETY: within the mapping, which `slab` keeps.
             base: unsafe { base.add(at) },
-            _slab: Arc::clone(&slab),
+            slab: Arc::clone(&slab),
         });
         self.idle.lock().push(second);
         Ok(first)
@@ -109,13 +109,22 @@ impl Pool {
 
     /// Gives idle memory back to the system.
     pub(super) fn shrink(&self) {
-        let surplus = {
+        let mut surplus = Vec::new();
+        {
             let mut idle = self.idle.lock();
-            // So that those that stay are of one slab.
             idle.sort_unstable_by_key(|memory| memory.base.addr());
-            let at = idle.len().min(IDLE_BUFFERS);
-            idle.split_off(at)
-        };
+            let mut at = idle.len();
+            // Half a slab gives nothing back while the other half is in use: it waits for its next use.
+            while at >= 2 && idle.len() > IDLE_BUFFERS {
+                match Arc::ptr_eq(&idle[at - 2].slab, &idle[at - 1].slab) {
+                    true => {
+                        surplus.extend(idle.drain(at - 2..at));
+                        at -= 2;
+                    }
+                    false => at -= 1,
+                }
+            }
+        }
         drop(surplus);
         // And what was freed elsewhere: bodies of the network.
         limits::give_memory_back();
@@ -125,7 +134,7 @@ impl Pool {
 /// Memory of one chunk: a part of a slab that nobody else uses.
 struct Memory {
     base: *mut u8,
-    _slab: Arc<MmapMut>,
+    slab: Arc<MmapMut>,
 }
 
 // SAFETY: `base` points into the slab, which lives as long, at bytes that belong to this alone.
@@ -221,6 +230,24 @@ mod tests {
         drop((writer, reader));
         assert_eq!(pool.background.available_permits(), 4);
         assert_eq!(pool.idle.lock().len(), 2, "one slab");
+    }
+
+    #[tokio::test]
+    async fn slabs_go_back_whole() {
+        let pool = Pool::new(32 * CHUNK_SIZE);
+        let (mut held, mut halves) = (Vec::new(), Vec::new());
+        for _ in 0..3 {
+            held.push(pool.take(1, false, false).await.unwrap());
+            halves.push(pool.take(1, false, false).await.unwrap());
+        }
+        drop(halves);
+        pool.shrink();
+        assert_eq!(pool.idle.lock().len(), 3, "the other halves are in use");
+        drop(held);
+        pool.shrink();
+        let idle = pool.idle.lock();
+        assert_eq!(idle.len(), 2);
+        assert!(Arc::ptr_eq(&idle[0].slab, &idle[1].slab));
     }
 
     #[tokio::test]
